@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the directory."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from igpt_ds.errors import UserError
+
+# What the user can mend (space, rights, a wrong path); any other OSError is a fault and keeps its traceback.
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free space or choose another disk",
+    errno.EDQUOT: "the disk quota is used up: free space or choose another disk",
+    errno.EACCES: "permission denied: choose a directory that you may write",
+    errno.EPERM: "not permitted: choose a directory that you may write",
+    errno.EROFS: "the file system is read-only: choose another directory",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EISDIR: "the path is a directory: choose another path",
+    errno.EEXIST: "the path exists already: choose another path",
+    errno.ENOTEMPTY: "the directory exists already and is not empty: choose another path",
+    errno.ENOENT: "a part of the path does not exist: create it or mend the path",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter path",
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's complaint about writing `path` into a `UserError` with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        raise UserError(f"{path}: cannot write: {remedy}") from error
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable (a rename alone may be lost with the power)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def publish_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; on success it gets its final name, on failure it vanishes.
+
+    Raises:
+        UserError: the disk is full, the directory cannot be written, and the like.
+    """
+    path = Path(path)
+    # The process id keeps two writers of the same file apart; the last rename wins, whole.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path`, whole or not at all."""
+    with publish_file(path) as file:
+        file.write(text.encode())
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Give a directory whose files are already synced its final name.
+
+    Raises:
+        UserError: `final` exists, or the parent cannot be written.
+    """
+    with writing(final):
+        fsync_directory(temporary)
+        os.rename(temporary, final)
+        fsync_directory(final.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
