@@ -1,0 +1,225 @@
+"""From the sample order and the token shards to the micro-batches of one rank.
+
+The global batch of step s holds the positions [s B, (s + 1) B) of the order. With accumulation A, world size
+W and micro-batch m (A W m = B), rank r reads for accumulation a the m positions from
+
+    s B + a W m + r m
+
+so that the micro-batches of all ranks, laid end to end, are the same stream for every (W, m) and any number
+of workers. There is no other state: a run that resumes at step k asks for start_step = k.
+
+What travels from a worker to the training process are NumPy arrays of uint16 through a pipe: a quarter of the
+bytes of int64, and neither /dev/shm, which is small in containers, nor a file descriptor per tensor.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from igpt_ds.errors import UserError
+from igpt_ds.order import Order, SourceRows
+from igpt_ds.shards import Dataset
+
+Arrays = dict[str, np.ndarray]
+Batch = dict[str, torch.Tensor]
+
+
+def source_rows(dataset: Dataset) -> SourceRows:
+    """What the order must know of a dataset: the same wherever the directory lies."""
+    manifest = dataset.manifest
+    digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
+    shards = tuple((shard.rows, shard.view) for shard in manifest.shards)
+    return SourceRows(f"{manifest.source}/{manifest.split}", shards, digest)
+
+
+class MicroBatches(TorchDataset[Batch]):
+    """The micro-batches of one rank by index s A + a; a pure function of the index.
+
+    Args:
+        datasets: one per source of the order; same sequence length, same palette.
+        order: made from `source_rows` of these datasets.
+        batch: B, global, in sequences.
+        micro_batch: m, of one rank.
+        rank, world: r and W.
+
+    Raises:
+        UserError: W m does not divide B, or the datasets differ in sequence length or palette.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        order: Order,
+        *,
+        batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        if len(datasets) != len(order.sources) or not 0 <= rank < world:
+            raise ValueError(f"{len(datasets)} datasets, {len(order.sources)} sources, rank {rank} of {world}")
+        if micro_batch < 1 or batch < 1 or batch % (world * micro_batch):
+            raise UserError(
+                f"batch: {batch} is not a multiple of world size {world} times micro-batch {micro_batch}: "
+                "change one of them"
+            )
+        for other in datasets[1:]:
+            if other.sequence_length != datasets[0].sequence_length:
+                raise UserError(
+                    f"{other.path}: sequences of {other.sequence_length} tokens, those of "
+                    f"{datasets[0].path} have {datasets[0].sequence_length}: mix one resolution only"
+                )
+            if other.palette.sha256 != datasets[0].palette.sha256:
+                raise UserError(f"{other.path}: another palette than {datasets[0].path}: build both with one palette")
+        self._datasets = tuple(datasets)
+        self._order = order
+        self._micro_batch = micro_batch
+        self._first = rank * micro_batch
+        self._stride = world * micro_batch
+        self.accumulation = batch // self._stride
+
+    def arrays(self, index: int) -> Arrays:
+        """As `self[index]`, before tensors are made of it: tokens uint16 [m, n], positions int64 [m]."""
+        first = index * self._stride + self._first
+        positions = np.arange(first, first + self._micro_batch)
+        tokens = np.empty((self._micro_batch, self._datasets[0].sequence_length), np.uint16)
+        for i, position in enumerate(positions.tolist()):
+            source, shard, row = self._order(position)
+            tokens[i] = self._datasets[source].read(shard, row)
+        return {"tokens": tokens, "positions": positions}
+
+    def __getitem__(self, index: int) -> Batch:
+        """{"tokens": int64 [m, n], "positions": int64 [m]}; positions are those of the order."""
+        return _tensors(self.arrays(index), pin=False)
+
+
+def train_batches(
+    datasets: Sequence[Dataset],
+    order: Order,
+    *,
+    batch: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    start_step: int = 0,
+    workers: int = 0,
+) -> Generator[Batch, None, None]:
+    """The micro-batches of one rank from a step on, without end; see `MicroBatches`.
+
+    With workers > 0 so many processes read ahead; they end when the generator is closed or dropped. Where
+    CUDA is available the tensors lie in pinned memory.
+
+    Raises:
+        UserError: as `MicroBatches` at once; while iterating, a damaged shard.
+    """
+    micro_batches = MicroBatches(datasets, order, batch=batch, micro_batch=micro_batch, rank=rank, world=world)
+    indices = range(start_step * micro_batches.accumulation, sys.maxsize)
+    return _stream(micro_batches.arrays, indices, workers)
+
+
+def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int) -> Iterator[Batch]:
+    """Every row of view 0 once over all ranks, in the dataset's order; equally many batches on every rank.
+
+    Yields:
+        {"tokens": int64 [m, n], "weight": float32 [m], "positions": int64 [m]} and, where the dataset has
+        classes, "labels": int64 [m]. The position of a row is its index among the rows of view 0. Surplus
+        places repeat row 0 with weight 0; all other weights are 1.
+
+    Raises:
+        UserError: the dataset is empty or damaged.
+    """
+    if not dataset.rows:
+        raise UserError(f"{dataset.path}: the dataset has no rows: build it again")
+    shards = [k for k, record in enumerate(dataset.manifest.shards) if record.view == 0]
+    starts = list(accumulate((dataset.manifest.shards[k].rows for k in shards), initial=0))
+    labels = dataset.labels() if dataset.manifest.classes is not None else None
+    stride = world * micro_batch
+    pin = torch.cuda.is_available()
+    for first in range(rank * micro_batch, -(-dataset.rows // stride) * stride, stride):
+        positions = np.arange(first, first + micro_batch)
+        real = positions < dataset.rows
+        positions[~real] = 0
+        places = [bisect_right(starts, position) - 1 for position in positions.tolist()]
+        rows = [(shards[k], int(row) - starts[k]) for k, row in zip(places, positions, strict=True)]
+        arrays = {
+            "tokens": dataset.read_many(rows),
+            "weight": real.astype(np.float32),
+            "positions": positions,
+        }
+        if labels is not None:
+            arrays["labels"] = labels[positions]
+        yield _tensors(arrays, pin)
+
+
+class _Worker(TorchDataset[Arrays | UserError]):
+    """What a DataLoader's worker runs. Bad input is a value here: torch would raise it anew in the training
+    process with the worker's traceback for a message."""
+
+    def __init__(self, read: Callable[[int], Arrays]) -> None:
+        self._read = read
+
+    def __getitem__(self, index: int) -> Arrays | UserError:
+        try:
+            return self._read(index)
+        except UserError as error:
+            return error
+
+
+def _stream(read: Callable[[int], Arrays], indices: range, workers: int) -> Generator[Batch, None, None]:
+    loader = DataLoader(
+        _Worker(read),
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_signals_to_the_parent,
+        # Of its own: the DataLoader draws a seed, and the global generator belongs to the run.
+        generator=torch.Generator(),
+    )
+    pin = torch.cuda.is_available()
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield _tensors(item, pin)
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    # Ctrl-C and a scheduler's notice reach every process of the job, but the training process still needs
+    # data to finish its step and save. Only its own SIGTERM counts: without it, multiprocessing would wait
+    # for the workers at exit for ever.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
+
+
+def _end_when_the_parent_says() -> None:
+    parent = multiprocessing.parent_process()
+    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
+
+
+def _tensors(arrays: Arrays, pin: bool) -> Batch:
+    # An embedding wants int64 indices; torch computes little on uint16.
+    batch = {
+        name: torch.from_numpy(array.astype(np.int64) if array.dtype == np.uint16 else array)
+        for name, array in arrays.items()
+    }
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch

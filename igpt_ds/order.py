@@ -1,0 +1,237 @@
+"""The order of the samples: a pure function from the position in training to (source, shard, row).
+
+    position p --quotas--> source, its own position q --epochs--> view, t --windows--> shard, row
+
+1. Quotas. Sources are mixed by integer weights. A cycle has W = sum(weights) positions, of which source i
+   owns weights[i], spread evenly: its j-th slot lies at (j + 1/2) / weights[i] of the cycle.
+2. Epochs. A source whose epoch has R rows is at row t = q mod R of its epoch e = q // R. Augmented views are
+   copies of the same images; epoch e reads view e mod K.
+3. Windows. The shards of that view are permuted, then cut into windows of a few shards, and the rows of each
+   window are permuted. So a lookup sorts one window, never the epoch, and reads touch a few files at a time.
+
+Every permutation is keyed by (seed, source, epoch[, window]) alone. Hence each row of a source is seen
+exactly once in each of its epochs, whatever the world size, the workers and the micro-batch, and the whole
+state of the data is one integer: the position. `Order.fingerprint` tells whether two runs mean the same
+order by it.
+"""
+
+import hashlib
+import json
+import math
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from igpt_ds.errors import UserError
+from igpt_ds.hashing import random_keys, stable_hash
+
+# Slots of a cycle when the weights follow the row counts, and the most that named weights may ask for.
+_AUTOMATIC_SLOTS = 4096
+_MOST_SLOTS = 1 << 16
+# Two neighbours: micro-batches of several ranks or workers may straddle the border of a window.
+_WINDOWS_KEPT = 2
+# Set apart the two uses of one (seed, source, epoch).
+_SHARDS, _ROWS = 0, 1
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """What the order must know of one source.
+
+    Attributes:
+        name: what messages call it; a part of the fingerprint, so not a path.
+        shards: (rows, view) of each shard, in the manifest's order.
+        digest: identifies the rows themselves (a hash over the shards' sha256); a part of the fingerprint.
+    """
+
+    name: str
+    shards: tuple[tuple[int, int], ...]
+    digest: str = ""
+
+
+class _Window(NamedTuple):
+    """Rows of one window: position q in [start, stop) of the source is row rows[q - start] of the window."""
+
+    start: int
+    stop: int
+    rows: NDArray[np.int64]  # [stop - start], a permutation
+    shards: list[int]
+    first_rows: list[int]  # where each of `shards` begins in the window
+
+
+class _SourceOrder:
+    """The order of one source: its position q to (shard, row). Caching never changes an answer."""
+
+    def __init__(self, seed: int, index: int, source: SourceRows, window: int) -> None:
+        self._key = (seed, index)
+        self._window_shards = window
+        self._shards_of_view = _shards_of_views(source)
+        self._rows_of_shard = [rows for rows, _ in source.shards]
+        self.epoch_rows = sum(self._rows_of_shard[shard] for shard in self._shards_of_view[0])
+        self._current = _Window(0, 0, np.empty(0, np.int64), [], [])
+        self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+
+    def lookup(self, q: int) -> tuple[int, int]:
+        """(shard, row) at position q of the source."""
+        window = self._current
+        if not window.start <= q < window.stop:
+            window = self._current = self._find_window(q)
+        row = int(window.rows[q - window.start])
+        # The last shard that begins at or before the row: shards without rows begin where the next one does.
+        k = bisect_right(window.first_rows, row) - 1
+        return window.shards[k], row - window.first_rows[k]
+
+    def _find_window(self, q: int) -> _Window:
+        epoch, t = divmod(q, self.epoch_rows)
+        shards, starts = self._epoch(epoch)
+        number = bisect_right(starts, t) - 1
+        if (epoch, number) not in self._windows:
+            first = number * self._window_shards
+            chosen = shards[first : first + self._window_shards]
+            ends = list(accumulate((self._rows_of_shard[shard] for shard in chosen), initial=0))
+            start = epoch * self.epoch_rows + starts[number]
+            rows = _permutation(stable_hash(*self._key, epoch, _ROWS, number), ends[-1])
+            self._windows[epoch, number] = _Window(start, start + ends[-1], rows, chosen, ends[:-1])
+            if len(self._windows) > _WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end((epoch, number))
+        return self._windows[epoch, number]
+
+    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The permuted shards of an epoch, and the epoch's row at which each window begins."""
+        if epoch not in self._epochs:
+            of_view = self._shards_of_view[epoch % len(self._shards_of_view)]
+            permuted = _permutation(stable_hash(*self._key, epoch, _SHARDS), len(of_view))
+            shards = [of_view[k] for k in permuted.tolist()]
+            starts = list(accumulate((self._rows_of_shard[shard] for shard in shards), initial=0))
+            self._epochs[epoch] = shards, starts[: -1 : self._window_shards]
+            if len(self._epochs) > _WINDOWS_KEPT:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+
+class Order:
+    """`order(p) -> (source, shard, row)` for every position p >= 0; see the module's docstring.
+
+    Args:
+        seed: any integer (taken modulo 2^64).
+        sources: at least one, none empty; the views of a source have equally many rows.
+        weights: positive integers, one per source (only their ratios count); None follows the row counts.
+        window: shards whose rows are shuffled together.
+
+    Raises:
+        UserError: no sources, an empty source, unequal views, weights that do not fit, a window below 1.
+    """
+
+    def __init__(
+        self, seed: int, sources: Sequence[SourceRows], weights: Sequence[int] | None = None, window: int = 16
+    ) -> None:
+        if not sources:
+            raise UserError("sources: none is given: name at least one dataset")
+        if window < 1:
+            raise UserError(f"window: {window} shards is too few: use 1 or more")
+        self.seed = seed
+        self.sources = tuple(sources)
+        self.window = window
+        self._orders = [_SourceOrder(seed, i, source, window) for i, source in enumerate(sources)]
+        rows = [source.epoch_rows for source in self._orders]
+        self.weights = _by_row_count(rows) if weights is None else _reduced(weights, self.sources)
+        self._slots = _interleave(self.weights)
+
+    def __call__(self, position: int) -> tuple[int, int, int]:
+        """(source, shard, row): indices into the sources, the source's shards and the shard's rows."""
+        if position < 0:
+            raise ValueError(f"position {position} is negative")
+        cycle, slot = divmod(position, len(self._slots))
+        source, rank = self._slots[slot]
+        shard, row = self._orders[source].lookup(cycle * self.weights[source] + rank)
+        return source, shard, row
+
+    def epoch_rows(self, source: int) -> int:
+        """Rows of one epoch (one view) of a source."""
+        return self._orders[source].epoch_rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of everything that the order depends on: equal fingerprints, equal orders."""
+        facts = {
+            "order": 1,
+            "seed": self.seed,
+            "sources": [[source.name, source.digest, source.shards] for source in self.sources],
+            "weights": self.weights,
+            "window": self.window,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[type["Order"], tuple[object, ...]]:
+        # Caches of megabytes need not travel to the workers.
+        return Order, (self.seed, self.sources, self.weights, self.window)
+
+
+def _permutation(key: int, count: int) -> NDArray[np.int64]:
+    return np.argsort(random_keys(key, count), kind="stable").astype(np.int64, copy=False)
+
+
+def _shards_of_views(source: SourceRows) -> list[list[int]]:
+    """Shard indices of each view, checked: views 0 to K - 1, equally many rows, not none."""
+    views = 1 + max((view for _, view in source.shards), default=0)
+    shards: list[list[int]] = [[] for _ in range(views)]
+    rows = [0] * views
+    for shard, (count, view) in enumerate(source.shards):
+        shards[view].append(shard)
+        rows[view] += count
+    if not any(rows):
+        raise UserError(f"{source.name}: the dataset has no rows: leave it out or build it again")
+    for view, count in enumerate(rows):
+        if count != rows[0]:
+            raise UserError(
+                f"{source.name}: view {view} has {count} rows, view 0 has {rows[0]}: build the dataset again"
+            )
+    return shards
+
+
+def _reduced(weights: Sequence[int], sources: Sequence[SourceRows]) -> tuple[int, ...]:
+    """Named weights, checked, without their common divisor (which changes nothing in the order)."""
+    if len(weights) != len(sources):
+        raise UserError(
+            f"weights: {len(weights)} given for {len(sources)} sources: give one positive integer per source"
+        )
+    for weight, source in zip(weights, sources, strict=True):
+        if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
+            raise UserError(
+                f"weights: {weight!r} for {source.name} is not a positive integer: give one, or leave the source out"
+            )
+    divisor = math.gcd(*weights)
+    reduced = tuple(weight // divisor for weight in weights)
+    if sum(reduced) > _MOST_SLOTS:
+        raise UserError(
+            f"weights: their sum {sum(reduced)} (common divisor removed) is above {_MOST_SLOTS}: use smaller integers"
+        )
+    return reduced
+
+
+def _by_row_count(rows: Sequence[int]) -> tuple[int, ...]:
+    """Weights as the row counts, rounded to a cycle of at most 4096 slots; each source has at least one."""
+    if len(rows) > _AUTOMATIC_SLOTS:
+        raise UserError(f"sources: {len(rows)} are more than {_AUTOMATIC_SLOTS}: give their weights")
+    total = sum(rows)
+    weights = list(rows)
+    if total // math.gcd(*rows) > _AUTOMATIC_SLOTS:
+        weights = [max(1, (2 * _AUTOMATIC_SLOTS * count + total) // (2 * total)) for count in rows]
+        while sum(weights) > _AUTOMATIC_SLOTS:
+            weights[weights.index(max(weights))] -= 1
+    divisor = math.gcd(*weights)
+    return tuple(weight // divisor for weight in weights)
+
+
+def _interleave(weights: Sequence[int]) -> list[tuple[int, int]]:
+    """(source, rank among the source's slots) of each slot of a cycle, every source spread evenly."""
+    slots = [((2 * j + 1) / (2 * weight), i, j) for i, weight in enumerate(weights) for j in range(weight)]
+    return [(i, j) for _, i, j in sorted(slots)]
