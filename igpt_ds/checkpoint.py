@@ -1,0 +1,305 @@
+"""Checkpoints that any number of ranks can write and any other number can read.
+
+    RUN/checkpoints/step-00001000/
+        checkpoint.json             step, identity, versions; per tensor its shape and where each slice lies;
+                                    per file its bytes and sha256
+        rank-00000.safetensors      the slices of rank 0: NAME:weight, NAME:exp_avg, NAME:exp_avg_sq, flat float32
+        rank-00001.safetensors      ...
+
+DeepSpeed's own files are bound to the world size and ZeRO stage that wrote them, are pickles, and name a newest
+checkpoint before all ranks have finished. Ours are plain slices, so a reader at another world size or stage picks
+what it needs, and an evaluation reads the weights alone, without DeepSpeed.
+
+All ranks write into a hidden directory; rank 0 adds checkpoint.json and renames it. A directory named step-N is
+therefore whole. Nothing in here knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
+"""
+
+import bisect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from igpt_ds.atomic import publish_directory, publish_text, sha256_file, writing
+from igpt_ds.errors import UserError
+
+FORMAT = "igpt-checkpoint"
+VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+AnyRank = Callable[[bool], bool]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements start..stop of one flattened parameter.
+
+    Attributes:
+        values: "weight", "exp_avg", "exp_avg_sq" -> flat float32 of stop - start elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    values: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint, opened. Tensors are read when asked for, a slice at a time."""
+
+    path: Path
+    step: int
+    identity: dict[str, Any]
+    world: int
+    config: dict[str, Any]
+    tensors: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    _handles: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Read checkpoint.json and check that every file is there in its full size.
+
+        Raises:
+            UserError: it is no checkpoint, or one whose files are not as they were written.
+        """
+        try:
+            content = json.loads((path / "checkpoint.json").read_text())
+            if content["format"] != FORMAT or content["version"] != VERSION:
+                raise UserError(f"{path}: format {content['format']} {content['version']} is not known: update igpt-ds")
+            checkpoint = cls(
+                path,
+                content["step"],
+                content["identity"],
+                content["world"],
+                content["config"],
+                content["tensors"],
+                content["files"],
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not a whole checkpoint ({error}): remove it or take another") from error
+        for name, facts in checkpoint.files.items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != facts["bytes"]:
+                raise UserError(f"{file}: missing or cut short: remove this checkpoint, an older one is used then")
+        return checkpoint
+
+    def verify(self, rank: int = 0, world: int = 1) -> None:
+        """Compare the sha256 of every `world`-th file, beginning with `rank`.
+
+        Raises:
+            UserError: a file's bytes changed since it was written.
+        """
+        for name in sorted(self.files)[rank::world]:
+            if sha256_file(self.path / name) != self.files[name]["sha256"]:
+                raise UserError(
+                    f"{self.path / name}: damaged: its sha256 is not the one recorded: take another checkpoint"
+                )
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements start..stop of a flattened tensor, gathered from the files that hold them: float32 on the CPU."""
+        slices = self.tensors[name]["slices"]  # [rank, start, stop], in order
+        parts = []
+        for rank, first, last in slices[max(0, bisect.bisect(slices, start, key=lambda s: s[1]) - 1) :]:
+            if first >= stop:
+                break
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                parts.append(self._open(rank).get_slice(f"{name}:{kind}")[low - first : high - first])
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, whole: name -> float32 tensor of the parameter's shape."""
+        return {
+            name: self.read(name, "weight", 0, _numel(facts["shape"])).view(facts["shape"])
+            for name, facts in self.tensors.items()
+        }
+
+    def random_state(self, rank: int) -> Tensor | None:
+        """The state of torch's CPU generator on one rank: uint8, or None for a rank that was not there."""
+        return self._open(rank).get_tensor("random_state") if rank < self.world else None
+
+    def _open(self, rank: int) -> Any:
+        name = rank_file(rank)
+        if name not in self._handles:
+            self._handles[name] = safe_open(self.path / name, framework="pt")
+        return self._handles[name]
+
+
+def rank_file(rank: int) -> str:
+    """Name of one rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def step_directory(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is published."""
+    return folder / f"step-{step:08d}"
+
+
+def save(
+    folder: Path,
+    step: int,
+    shards: Iterable[Shard],
+    facts: Mapping[str, Any],
+    rank: int,
+    world: int,
+    any_rank: AnyRank,
+) -> Path:
+    """Write and publish a checkpoint; every rank calls this.
+
+    Args:
+        shards: this rank's; over all ranks they must cover every parameter once.
+        facts: what checkpoint.json holds besides: "identity" and "config" at least.
+        any_rank: tells all ranks whether one of them has a fault; also the barrier.
+
+    Raises:
+        UserError: a rank could not write; nothing is published then, and older checkpoints are as they were.
+    """
+    final = step_directory(folder, step)
+    temporary = folder / f".{final.name}.tmp"
+    fault: Exception | None = None
+    if rank == 0:
+        fault = _attempt(lambda: _clear(folder, temporary))
+    _agree(fault, any_rank, final)
+    # Gathering the shards may be a collective, so it happens even where writing would fail.
+    held = list(shards)
+    _agree(_attempt(lambda: _write_rank(temporary, rank, held)), any_rank, final)
+    if rank == 0:
+        fault = _attempt(lambda: _publish(temporary, final, step, world, facts))
+    _agree(fault, any_rank, final)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def newest_valid(
+    folder: Path, any_rank: AnyRank, warn: Callable[[str], None], rank: int = 0, world: int = 1
+) -> Checkpoint | None:
+    """The newest checkpoint whose bytes are as they were written; the ranks share the reading.
+
+    A damaged one is named through `warn`, left where it is, and the next older one is tried.
+
+    Raises:
+        UserError: there are checkpoints, but none is whole (starting over unasked would hide the loss).
+    """
+    faults: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        fault = ""
+        try:
+            checkpoint = Checkpoint.open(path)
+            checkpoint.verify(rank, world)
+        except UserError as error:
+            fault = str(error)
+        if not any_rank(bool(fault)):
+            for text in faults:
+                warn(text)
+            return checkpoint
+        faults.append(fault or f"{path}: found damaged by another rank")
+    if faults:
+        raise UserError(f"{folder}: no checkpoint in it is whole; {faults[0]}; to start over use --fresh --force")
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints."""
+    for path in list_checkpoints(folder)[:-keep]:
+        # Out of sight first: what is half deleted must not look like a checkpoint.
+        doomed = path.with_name(f".{path.name}.old")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def _numel(shape: Iterable[int]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+def _attempt(action: Callable[[], None]) -> Exception | None:
+    try:
+        action()
+    except (OSError, UserError) as error:
+        return error
+    return None
+
+
+def _agree(fault: Exception | None, any_rank: AnyRank, final: Path) -> None:
+    """Raise on every rank if one has a fault, so that none waits for the others."""
+    if any_rank(fault is not None):
+        raise fault or UserError(f"{final}: another rank could not write its part: see its message")
+
+
+def _clear(folder: Path, temporary: Path) -> None:
+    with writing(folder):
+        for left in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
+            shutil.rmtree(left)
+        temporary.mkdir(parents=True)
+
+
+def _write_rank(temporary: Path, rank: int, shards: list[Shard]) -> None:
+    path = temporary / rank_file(rank)
+    tensors = {f"{s.name}:{kind}": v.cpu().contiguous() for s in shards for kind, v in s.values.items()}
+    tensors["random_state"] = torch.get_rng_state()
+    with writing(path):
+        try:
+            save_file(tensors, path)
+        except Exception as error:  # safetensors tells a full disk through an error class of its own
+            raise OSError(*_os_error(error), str(path)) from error
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        sidecar = {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+            "slices": {s.name: [list(s.shape), s.start, s.stop] for s in shards},
+        }
+        publish_text(path.with_suffix(".json"), json.dumps(sidecar))
+
+
+def _os_error(error: Exception) -> tuple[int, str]:
+    """The operating system's error number inside safetensors' text ("... (os error 28)"), or EIO."""
+    import errno
+    import re
+
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found.group(1)) if found else errno.EIO
+    return number, os.strerror(number)
+
+
+def _publish(temporary: Path, final: Path, step: int, world: int, facts: Mapping[str, Any]) -> None:
+    tensors: dict[str, dict[str, Any]] = {}
+    files = {}
+    for rank in range(world):
+        sidecar_path = (temporary / rank_file(rank)).with_suffix(".json")
+        sidecar = json.loads(sidecar_path.read_text())
+        sidecar_path.unlink()
+        files[rank_file(rank)] = {"bytes": sidecar["bytes"], "sha256": sidecar["sha256"]}
+        for name, (shape, start, stop) in sidecar["slices"].items():
+            entry = tensors.setdefault(name, {"shape": shape, "slices": []})
+            if start < stop:
+                entry["slices"].append([rank, start, stop])
+    for name, entry in tensors.items():
+        entry["slices"].sort(key=lambda s: s[1])
+        covered = 0
+        for _, start, stop in entry["slices"]:
+            assert start == covered, f"{name}: the ranks' slices overlap or leave a gap at element {covered}"
+            covered = stop
+        assert covered == _numel(entry["shape"]), f"{name}: the ranks' slices end at element {covered}"
+    content = {**facts, "format": FORMAT, "version": VERSION, "step": step, "world": world}
+    publish_text(temporary / "checkpoint.json", json.dumps({**content, "files": files, "tensors": tensors}))
+    if final.exists():  # saved twice at the same step: the new one stands
+        shutil.rmtree(final)
+    publish_directory(temporary, final)

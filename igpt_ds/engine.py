@@ -1,0 +1,307 @@
+"""The one door to DeepSpeed: build, step, evaluate, and hand out the state that a checkpoint holds.
+
+Nothing else in the package imports deepspeed. A process that no launcher started trains too, as the only rank.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+# No GPU: say so before DeepSpeed looks for an accelerator of its own choice.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from igpt_ds.checkpoint import MOMENTS, Checkpoint, Shard
+from igpt_ds.config import Config
+from igpt_ds.ds_config import Division
+from igpt_ds.errors import UserError
+from igpt_ds.model import ImageGPT, Output, initialise
+from igpt_ds.objectives import load_objective
+from igpt_ds.place import Place
+
+Batch = dict[str, Tensor]
+
+
+def join(where: Place) -> torch.device:
+    """Join the process group (once a process); return this rank's device."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(where.local_rank)
+    else:
+        # Its shared-memory collectives would be compiled for minutes and leave files in /dev/shm; gloo serves.
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks that each use all cores wait for one another many times longer than they compute.
+            neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or where.world)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return torch.device("cuda", where.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def leave() -> None:
+    """Leave the process group: the last thing that a rank does, since DeepSpeed cannot join a second one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Engine:
+    """A model, its optimiser and its ranks.
+
+    Args:
+        config: data facts resolved.
+        ds: resolved DeepSpeed dictionary (see `ds_config.resolve`).
+
+    Raises:
+        UserError: bfloat16 where the device cannot.
+    """
+
+    def __init__(self, config: Config, ds: dict[str, Any], division: Division, where: Place):
+        self.config, self.division, self.place = config, division, where
+        self.device = join(where)
+        self.stage = int(ds["zero_optimization"]["stage"])
+        if (
+            config.training.precision == "bfloat16"
+            and self.device.type == "cuda"
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
+        # Small messages between the ranks' processors (stop flags, barriers), which must not wait for the GPU.
+        self._control = dist.new_group(backend="gloo")
+        self.objective = load_objective(config)
+        # Under ZeRO-3 each module is divided over the ranks as soon as it is built, and then each parameter is
+        # gathered alone to be drawn: no rank ever holds the model. The type comes from `ds`: Init's own dtype
+        # argument is overruled by bfloat16 on a device without float16.
+        with deepspeed.zero.Init(config_dict_or_path=ds, enabled=self.stage == 3):
+            model = ImageGPT(config)
+        if self.stage == 3:
+            initialise(model, config.seed, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
+        else:
+            initialise(model, config.seed)
+        model.to(self.device)
+        self.optimizer = _adam(model, config, self.device)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)
+        self.module: ImageGPT = self.deepspeed.module
+
+    # --- one step, one evaluation ------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, **wanted: Any) -> tuple[Output, Tensor, Tensor | None]:
+        """Run the network on a batch: its output, the tokens on the device, and the objective's mask."""
+        tokens_BT = batch["tokens"].to(self.device, non_blocking=True)
+        mask_BT = self.objective.mask(tokens_BT, batch["positions"], self.config)
+        return self.deepspeed(tokens_BT, mask_BT, **wanted), tokens_BT, mask_BT
+
+    def train_step(self, batches: Iterable[Batch], learning_rate: float) -> tuple[Tensor, float]:
+        """One update from this rank's micro-batches.
+
+        Returns:
+            This rank's mean loss in nats a token (a scalar tensor on the device: reading it waits for the GPU),
+            and the global norm of the gradient before clipping.
+        """
+        self.deepspeed.train()
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros((), device=self.device)
+        norm = 0.0
+        for batch in batches:
+            output, tokens_BT, mask_BT = self.forward(batch)
+            assert output.logits_BTK is not None
+            loss = self.objective.image_losses(output.logits_BTK, tokens_BT, mask_BT).mean()
+            self.deepspeed.backward(loss)  # divides by the accumulation
+            total += loss.detach() / self.division.accumulation
+            if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+                norm = self._full_gradient_norm()
+            self.deepspeed.step()
+        if self.stage > 0:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return total, norm
+
+    def _full_gradient_norm(self) -> float:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, float]:
+        """Sum of the images' losses (nats a token) and their number over all ranks.
+
+        `batches` must count the same on every rank, since a ZeRO-3 forward pass is a collective; rows that only
+        fill up a batch have weight 0.
+        """
+        self.deepspeed.eval()
+        loss_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            output, tokens_BT, mask_BT = self.forward(batch)
+            assert output.logits_BTK is not None
+            losses_B = self.objective.image_losses(output.logits_BTK, tokens_BT, mask_BT)
+            weight_B = batch["weight"].to(self.device)
+            loss_and_count += torch.stack([(losses_B * weight_B).sum(), weight_B.sum()])
+        self.deepspeed.train()
+        total, count = self.sum_over_ranks(loss_and_count.tolist())
+        return total, count
+
+    # --- between the ranks -------------------------------------------------------------------------------------
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """The same sums on every rank, added in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._control)
+        return tensor.tolist()
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; also a barrier."""
+        return self.sum_over_ranks([float(flag)])[0] > 0
+
+    def close(self) -> None:
+        """Free the model and its optimiser; the process group stays (see `leave`)."""
+        self.deepspeed.destroy()
+
+    # --- the state that a checkpoint holds ---------------------------------------------------------------------
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's part of weights and Adam moments, float32: over all ranks each number exactly once.
+
+        ZeRO-3 gives the slice that the rank owns. The lower stages give whole parameters, dealt to the ranks in
+        turn; gathering them is a collective, so every rank must run through to the end.
+        """
+        for index, (name, p) in enumerate(self.module.named_parameters()):
+            shape = tuple(getattr(p, "ds_shape", p.shape))
+            if self.stage == 3:
+                start, stop = self._slice(p)
+                yield Shard(
+                    name,
+                    shape,
+                    start,
+                    stop,
+                    {
+                        "weight": safe_get_local_fp32_param(p)[: stop - start],
+                        **{k: safe_get_local_optimizer_state(p, k)[: stop - start] for k in MOMENTS},
+                    },
+                )
+                continue
+            if self.stage == 0:
+                whole = {"weight": p.data, **{k: self.optimizer.state[p][k] for k in MOMENTS}}
+            else:
+                whole = {
+                    "weight": safe_get_full_fp32_param(p),
+                    **{k: safe_get_full_optimizer_state(p, k) for k in MOMENTS},
+                }
+            if index % self.place.world == self.place.rank:
+                yield Shard(name, shape, 0, p.numel(), {k: v.detach().reshape(-1) for k, v in whole.items()})
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take weights, moments and step from a checkpoint made on any number of ranks at any ZeRO stage."""
+        self._create_moments(checkpoint.step)
+        for name, p in self.module.named_parameters():
+            if self.stage == 3:
+                self._load_slice(checkpoint, name, p)
+            else:
+                self._load_whole(checkpoint, name, p)
+        if self.stage == 3:
+            # Small parameters stay gathered between steps: gather them anew from the slices.
+            persistent = self.deepspeed.optimizer.persistent_parameters
+            if persistent:
+                persistent[0].partition(persistent)
+                for name, p in self.module.named_parameters():
+                    self._fill_slice(checkpoint, name, p)
+                persistent[0].all_gather(persistent)
+        self.deepspeed.global_steps = checkpoint.step
+
+    def _slice(self, p: Any) -> tuple[int, int]:
+        """First and last + 1 element of the flat parameter that this rank owns; the last ranks' may be short."""
+        part = p.ds_tensor.numel()
+        return min(p.ds_numel, part * self.place.rank), min(p.ds_numel, part * (self.place.rank + 1))
+
+    def _load_slice(self, checkpoint: Checkpoint, name: str, p: Any) -> None:
+        start, stop = self._slice(p)
+
+        def padded(kind: str) -> Tensor:
+            values = torch.zeros(p.ds_tensor.numel(), dtype=torch.float32)
+            values[: stop - start] = checkpoint.read(name, kind, start, stop)
+            return values.to(self.device)
+
+        safe_set_local_fp32_param(p, padded("weight"))
+        for kind in MOMENTS:
+            safe_set_local_optimizer_state(p, padded(kind), kind)
+        self._fill_slice(checkpoint, name, p)
+
+    def _fill_slice(self, checkpoint: Checkpoint, name: str, p: Any) -> None:
+        start, stop = self._slice(p)
+        p.ds_tensor[: stop - start] = checkpoint.read(name, "weight", start, stop).to(p.ds_tensor)
+
+    def _load_whole(self, checkpoint: Checkpoint, name: str, p: torch.nn.Parameter) -> None:
+        whole = {
+            kind: checkpoint.read(name, kind, 0, p.numel()).view(p.shape).to(self.device)
+            for kind in ("weight", *MOMENTS)
+        }
+        p.copy_(whole["weight"])
+        if self.stage == 0:
+            for kind in MOMENTS:
+                self.optimizer.state[p][kind].copy_(whole[kind])
+        else:
+            safe_set_full_fp32_param(p, whole["weight"])
+            for kind in MOMENTS:
+                safe_set_full_optimizer_state(p, whole[kind], kind)
+
+    def _create_moments(self, step: int) -> None:
+        """Give torch's Adam the state that it would otherwise create at its first step."""
+        owner = self.deepspeed.optimizer
+        if self.stage == 3:
+            flat = owner.fp32_partitioned_groups_flat
+        elif self.stage == 1 and self.config.training.precision == "bfloat16":
+            flat = owner.fp32_groups_flat_partition  # an optimiser class of its own
+        elif self.stage > 0:
+            flat = owner.single_partition_of_fp32_groups
+        else:
+            flat = list(self.module.parameters())
+        for tensor in flat:
+            state = self.optimizer.state[tensor]
+            for kind in MOMENTS:
+                if kind not in state:
+                    state[kind] = torch.zeros_like(tensor)
+            # The fused Adam keeps its counter on the GPU, the plain one on the CPU.
+            on = tensor.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
+            state["step"] = torch.tensor(float(step), device=on)
+        if self.stage in (1, 2):
+            # Otherwise linked to the parameters only after the first step.
+            owner._lazy_init_hp_params_optimizer_state()
+
+
+def _adam(model: ImageGPT, config: Config, device: torch.device) -> torch.optim.AdamW:
+    """Adam without weight decay (paper section 3.4): fused on a GPU, torch's plain one on a CPU."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.training.learning_rate,
+        betas=(config.training.beta1, config.training.beta2),
+        eps=config.training.epsilon,
+        weight_decay=0.0,
+        fused=device.type == "cuda",
+    )
+    assert device.type != "cuda" or optimizer.defaults["fused"], "the fused Adam must be in use on a GPU"
+    return optimizer

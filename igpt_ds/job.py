@@ -1,0 +1,113 @@
+"""A pre-training before it starts: all that can be read and refused without a GPU."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from igpt_ds import plan
+from igpt_ds.config import Config, identity, load_config, replace
+from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
+from igpt_ds.errors import UserError
+from igpt_ds.order import Order
+from igpt_ds.run import Run
+from igpt_ds.shards import Dataset
+from igpt_ds.sources import open_split, resolve_data
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pre-training whose input has been read and found fit."""
+
+    config: Config
+    ds: dict[str, Any]
+    division: Division
+    train_sets: list[Dataset]
+    validation_set: Dataset | None
+    order: Order
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with a run that goes on from it."""
+        return {
+            **identity(self.config),
+            "palette_sha256": self.train_sets[0].palette.sha256,
+            "data_order": self.order.fingerprint,
+        }
+
+
+def choose_config(preset: str | None, run: Run | None, data: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The configuration of a preset or file, or of the run directory that is to go on.
+
+    Raises:
+        UserError: neither is named, or any fault of the configuration.
+    """
+    source = preset or (run.config if run is not None and run.config.exists() else None)
+    if source is None:
+        raise UserError("pretrain: no --preset, and no --run to go on with: add e.g. --preset tiny")
+    config = load_config(source, overrides)
+    return replace(config, "data", sources=tuple(data)) if data else config
+
+
+def prepare(config: Config, ds_source: str, world: int) -> Job:
+    """Open and check everything that can be checked before any process group exists.
+
+    Raises:
+        UserError: see the functions that this calls.
+    """
+    from igpt_ds.loader import source_rows
+
+    if not config.data.sources:
+        raise UserError("data: none is named: add --data DIR (built by igpt-data shards)")
+    division = divide_batch(config.training.batch, config.training.micro_batch, world)
+    ds = resolve(load_ds_config(ds_source), config, division)
+    train_sets = [open_split(source, "train") for source in config.data.sources]
+    validation_set = open_split(config.data.sources[0], "val") if config.training.validate_every else None
+    config = resolve_data(config, [*train_sets, *([validation_set] if validation_set else [])])
+    order = Order(
+        config.seed,
+        [source_rows(dataset) for dataset in train_sets],
+        config.data.weights or None,
+        config.data.window,
+    )
+    return Job(config, ds, division, train_sets, validation_set, order)
+
+
+def summary(job: Job) -> str:
+    """What is about to be trained, for the log and for --dry-run."""
+    config, division = job.config, job.division
+    stage = job.ds["zero_optimization"]["stage"]
+    memory = plan.bytes_per_rank(config, stage, division)
+    flops = plan.flops_per_image(config) * config.training.batch
+    epoch = job.order.epoch_rows(0)
+    rows = [
+        (
+            "model",
+            f"{config.name}: {plan.parameter_count(config):,} parameters, {config.model.layers} layers of "
+            f"{config.model.width}, {config.model.heads} heads",
+        ),
+        (
+            "objective",
+            f"{config.objective.name}, {config.sequence_length} tokens of {config.palette_size} colours",
+        ),
+        ("data", ", ".join(f"{s.path} ({s.rows:,} images)" for s in job.train_sets)),
+        (
+            "batch",
+            f"{division.batch} = {division.world} ranks x {division.micro_batch} x {division.accumulation} accumulated",
+        ),
+        (
+            "length",
+            f"{config.training.steps:,} steps, {config.training.steps * config.training.batch / epoch:.3g} epochs "
+            f"of the first source",
+        ),
+        (
+            "compute",
+            f"{flops:.3g} FLOPs a step, {flops * config.training.steps:.3g} in all "
+            f"(6 N and {'causal' if config.causal else 'full'} attention, recomputation not counted)",
+        ),
+        (
+            "memory",
+            f"{memory.total / 2**30:.3g} GiB a rank by plan, ZeRO stage {stage}: weights "
+            f"{memory.weights / 2**30:.3g}, gradients {memory.gradients / 2**30:.3g}, master and moments "
+            f"{memory.master_and_moments / 2**30:.3g}, activations {memory.activations / 2**30:.3g}",
+        ),
+    ]
+    return "\n".join(f"{key:<10} {text}" for key, text in rows)

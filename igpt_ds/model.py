@@ -1,0 +1,254 @@
+"""The Image GPT transformer, whole: Chen et al. 2020, section 2.2, as in the released code.
+
+A stack of L pre-norm GPT-2 blocks over the n = resolution² tokens of an image:
+
+    n^l     = norm(h^l)
+    a^l     = h^l + attention(n^l)
+    h^(l+1) = a^l + mlp(norm(a^l))
+
+and logits = head(norm(h^L)). Where the released code differs from GPT-2 we follow the code: norms have a gain
+only (no mean is subtracted, no bias), linear layers have no bias, the activation is x * sigmoid(1.702 x), and the
+token embedding and the output head are not tied.
+
+Shape suffixes: B images, T tokens, D width, H heads, E width of a head, K colours of the palette.
+"""
+
+import zlib
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from igpt_ds.config import Config
+
+NORM_EPSILON = 1e-5  # released code
+
+
+class Output(NamedTuple):
+    """What a forward pass gives; a tuple, since ZeRO-3 looks for gradients' way back in tuples only.
+
+    Attributes:
+        logits_BTK: scores of the next (or the masked) token, or None where they were not asked for.
+        features: layer l -> f^l [B, D], the mean over positions of n^l (paper section 2.4), float32.
+    """
+
+    logits_BTK: Tensor | None
+    features: dict[int, Tensor]
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, one pair of [B, H, n, E] tensors a layer, for sampling."""
+
+    def __init__(self, model: "ImageGPT", images: int):
+        shape = (images, model.heads, model.sequence_length, model.width // model.heads)
+        like = model.head.weight
+        self.keys = [like.new_empty(shape) for _ in model.blocks]
+        self.values = [like.new_empty(shape) for _ in model.blocks]
+        self.length = 0  # positions filled
+
+    def append(self, layer: int, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions of one layer; return all keys and values up to them."""
+        end = self.length + k_BHTE.shape[2]
+        self.keys[layer][:, :, self.length : end] = k_BHTE
+        self.values[layer][:, :, self.length : end] = v_BHTE
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+class Norm(nn.Module):
+    """x * gain / sqrt(mean(x²) + eps): the released code's layer norm, that is an RMS norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(width))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.rms_norm(x_BTD, self.gain.shape, self.gain, NORM_EPSILON)
+
+
+class Linear(nn.Module):
+    """x W^T without bias. Weights are drawn by `initialise`, so construction costs nothing."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; logits are scaled by 1/sqrt(E)."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
+
+    def forward(self, x_BTD: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        B, T, D = x_BTD.shape
+        q_BHTE, k_BHTE, v_BHTE = (
+            part.view(B, T, self.heads, D // self.heads).transpose(1, 2) for part in self.qkv(x_BTD).split(D, dim=2)
+        )
+        causal = self.causal
+        if cache is not None:
+            # One new token sees all that is cached; a first chunk is causal within itself.
+            causal = cache.length == 0
+            k_BHTE, v_BHTE = cache.append(layer, k_BHTE, v_BHTE)
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=causal)
+        return self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Two linear layers, 4 d wide, with x * sigmoid(1.702 x) between them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h = self.up(x_BTD)
+        return self.down(h * torch.sigmoid(1.702 * h))
+
+
+class Block(nn.Module):
+    """One layer: two residual lines."""
+
+    def __init__(self, width: int, heads: int, causal: bool):
+        super().__init__()
+        self.norm_attention = Norm(width)
+        self.attention = Attention(width, heads, causal)
+        self.norm_mlp = Norm(width)
+        self.mlp = MLP(width)
+
+    def forward(
+        self, h_BTD: Tensor, pool: bool = False, cache: Cache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """h^l -> h^(l+1), and with `pool` the feature f^l."""
+        n_BTD = self.norm_attention(h_BTD)
+        a_BTD = h_BTD + self.attention(n_BTD, cache, layer)
+        return a_BTD + self.mlp(self.norm_mlp(a_BTD)), _pooled(n_BTD) if pool else None
+
+
+class ImageGPT(nn.Module):
+    """Tokens of images -> logits and features.
+
+    Args:
+        config: its resolution and palette size must be resolved. `objective.name` decides between the
+            auto-regressive network (start vector, shifted input, causal mask) and the BERT one (none of them).
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.width, self.heads, self.causal = config.model.width, config.model.heads, config.causal
+        self.sequence_length, self.palette_size = config.sequence_length, config.palette_size
+        self.checkpointing = config.training.activation_checkpointing
+        D = self.width
+        self.token_embedding = nn.Parameter(torch.empty(self.palette_size, D))
+        if self.causal:
+            self.start = nn.Parameter(torch.empty(D))
+        self.position_embedding = nn.Parameter(torch.empty(self.sequence_length, D))
+        self.blocks = nn.ModuleList(Block(D, self.heads, self.causal) for _ in range(config.model.layers))
+        self.norm = Norm(D)
+        self.head = Linear(D, self.palette_size)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        features: Collection[int] = (),
+        logits: bool = True,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Run the network.
+
+        Args:
+            tokens_BT: int64 in [0, K). Without a cache all n of them: position i predicts token i, from the
+                tokens before it (auto-regressive) or from the unmasked ones (BERT). With a cache, the tokens
+                that follow those cached; position by position the logits predict the token after each, and
+                the first call puts the start vector before its tokens (T + 1 logits).
+            mask_BT: bool, BERT only: true where the token is hidden.
+            features: layers 0..L whose f^l is wanted; L is the final norm.
+            logits: whether the head is applied.
+            cache: keys and values of earlier positions, appended to.
+        """
+        h_BTD = self._embed(tokens_BT, mask_BT, cache)
+        pooled: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            if self.checkpointing and torch.is_grad_enabled():
+                h_BTD, f_BD = checkpoint(block, h_BTD, layer in features, use_reentrant=False)
+            else:
+                h_BTD, f_BD = block(h_BTD, layer in features, cache, layer)
+            if f_BD is not None:
+                pooled[layer] = f_BD
+        if cache is not None:
+            cache.length += h_BTD.shape[1]
+        n_BTD = self.norm(h_BTD)
+        if len(self.blocks) in features:
+            pooled[len(self.blocks)] = _pooled(n_BTD)
+        return Output(self.head(n_BTD) if logits else None, pooled)
+
+    def _embed(self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: Cache | None) -> Tensor:
+        x_BTD = F.embedding(tokens_BT, self.token_embedding)
+        first = 0
+        if not self.causal:
+            # Masked embeddings are zeroed before the positions are added (paper section 2.2).
+            if mask_BT is not None:
+                x_BTD = x_BTD.masked_fill(mask_BT.unsqueeze(2), 0)
+        elif cache is None:
+            x_BTD = torch.cat([self.start.expand(len(x_BTD), 1, -1), x_BTD[:, :-1]], dim=1)
+        elif cache.length == 0:
+            x_BTD = torch.cat([self.start.expand(len(x_BTD), 1, -1), x_BTD], dim=1)
+        else:
+            first = cache.length
+        return x_BTD + self.position_embedding[first : first + x_BTD.shape[1]]
+
+
+def _pooled(n_BTD: Tensor) -> Tensor:
+    """f = mean over positions of n, in float32 whatever the network's type: [B, D]."""
+    return n_BTD.mean(dim=1, dtype=torch.float32)
+
+
+# Standard deviations by the parameter's last names (released code; section 3.3 for the two scaled ones).
+_STANDARD_DEVIATIONS: dict[str, Callable[[int, int], float]] = {
+    "token_embedding": lambda width, layers: 0.02,
+    "start": lambda width, layers: 0.02,
+    "position_embedding": lambda width, layers: 0.01,
+    "attention.qkv.weight": lambda width, layers: width**-0.5,
+    "attention.out.weight": lambda width, layers: (width * layers) ** -0.5,
+    "mlp.up.weight": lambda width, layers: 0.02,
+    "mlp.down.weight": lambda width, layers: 0.02,
+}
+
+
+@torch.no_grad()
+def initialise(
+    model: ImageGPT,
+    seed: int,
+    gathered: Callable[[Tensor], AbstractContextManager[object]] = lambda parameter: nullcontext(),
+) -> None:
+    """Draw all weights: normal by `_STANDARD_DEVIATIONS`, gains 1, the output head 0.
+
+    Each parameter has a generator of its own, seeded by (seed, name), on the CPU: the weights depend neither on
+    the device nor on the world size, the ZeRO stage or the order of construction.
+
+    Args:
+        gathered: a context in which a partitioned parameter is whole (ZeRO-3): one parameter at a time.
+    """
+    for name, parameter in model.named_parameters():
+        with gathered(parameter):
+            # On ranks that only receive the values the parameter stays whole too, so all may draw.
+            if name.endswith("gain"):
+                parameter.fill_(1.0)
+            elif name == "head.weight":
+                parameter.zero_()
+            else:
+                suffix = ".".join(name.split(".")[2:]) or name
+                deviation = _STANDARD_DEVIATIONS[suffix](model.width, len(model.blocks))
+                generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))

@@ -1,0 +1,29 @@
+"""Training objectives: one file each, found by the name that the configuration gives.
+
+An objective module has two functions:
+
+    mask(tokens_BT, positions_B, config) -> bool [B, T] or None      what is hidden from the network
+    image_losses(logits_BTK, tokens_BT, mask_BT) -> float32 [B]      nats a token, one figure an image
+
+A step's loss is the mean of `image_losses` over the images of the global batch. Bits are nats / ln 2.
+"""
+
+import importlib
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from igpt_ds.config import Config
+
+
+class Objective(Protocol):
+    """What an objective module offers."""
+
+    def mask(self, tokens_BT: Tensor, positions_B: Tensor, config: Config) -> Tensor | None: ...
+
+    def image_losses(self, logits_BTK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor: ...
+
+
+def load_objective(config: Config) -> Objective:
+    """The objective module that `config.objective.name` names."""
+    return cast(Objective, importlib.import_module(f"{__name__}.{config.objective.name}"))

@@ -1,0 +1,37 @@
+"""L_BERT: the negative log-likelihood of masked tokens, given the others (paper section 2.1).
+
+Every position is in the mask M independently with probability `objective.mask_rate` (0.15 in the paper).
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt_ds.config import Config
+from igpt_ds.hashing import splitmix64
+
+
+def mask(tokens_BT: Tensor, positions_B: Tensor, config: Config) -> Tensor:
+    """The BERT mask, bool [B, T].
+
+    A pure function of the seed and of each image's place in the sample order (which tells epoch and sample), so
+    a resumed run hides the same tokens again, on any number of ranks.
+    """
+    tokens = np.arange(tokens_BT.shape[1], dtype=np.uint64)
+    images = splitmix64(positions_B.cpu().numpy().astype(np.uint64) ^ splitmix64(np.array(config.seed, np.uint64)))
+    hashes_BT = splitmix64(images[:, None] ^ splitmix64(tokens)[None, :])
+    # 2^64 is no uint64; a rate below 1 keeps the threshold inside.
+    threshold = np.uint64(int(config.objective.mask_rate * 2**64))
+    return torch.from_numpy(hashes_BT < threshold).to(tokens_BT.device)
+
+
+def image_losses(logits_BTK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Mean over M of -log p(x_i | unmasked tokens), in nats a token: float32 [B].
+
+    An image whose mask is empty has the loss 0 and no gradient; the mean over the batch still counts it, so that
+    the loss does not depend on how the batch is divided.
+    """
+    assert mask_BT is not None
+    nats_BT = F.cross_entropy(logits_BTK.float().transpose(1, 2), tokens_BT, reduction="none")
+    return (nats_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)

@@ -1,0 +1,17 @@
+"""L_AR: the negative log-likelihood of an image's tokens in raster order (paper section 2.1)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt_ds.config import Config
+
+
+def mask(tokens_BT: Tensor, positions_B: Tensor, config: Config) -> None:
+    """Nothing is hidden: the causal network sees only the past."""
+
+
+def image_losses(logits_BTK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """-log p(x) / n of each image, in nats a token: float32 [B]."""
+    # The logits at position i already predict token i: the network shifts its input.
+    nats_BT = F.cross_entropy(logits_BTK.float().transpose(1, 2), tokens_BT, reduction="none")
+    return nats_BT.mean(dim=1)

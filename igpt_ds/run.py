@@ -1,0 +1,131 @@
+"""The run directory: all that is needed to understand, resume and re-plot a run.
+
+RUN/config.toml             the configuration, data facts resolved
+    ds.json                 the resolved DeepSpeed configuration
+    palette.npy             the colours of the tokens
+    metrics.jsonl           see metrics.py
+    events/                 for TensorBoard
+    log.rank00000.txt       one log a rank
+    checkpoints/            see checkpoint.py
+    probe.json, probe.png   evaluations
+"""
+
+import logging
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from igpt_ds.atomic import writing
+from igpt_ds.checkpoint import Checkpoint, list_checkpoints, newest_valid
+from igpt_ds.config import Config, from_tree, load_config
+from igpt_ds.errors import UserError
+
+LOGGER = logging.getLogger("igpt_ds")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The paths of a run directory, which need not exist yet."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def ds_config(self) -> Path:
+        return self.path / "ds.json"
+
+    @property
+    def palette(self) -> Path:
+        return self.path / "palette.npy"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            UserError: it cannot be made or written.
+        """
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.path / ".writable").touch()
+            (self.path / ".writable").unlink()
+
+    def clear(self, force: bool) -> None:
+        """Make way for a fresh run.
+
+        Raises:
+            UserError: there is something in the directory and `force` is not given, or it is no run directory.
+        """
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not force:
+            raise UserError(f"{self.path}: --fresh would overwrite it: add --force, or choose another --run")
+        if not self.config.exists():
+            raise UserError(
+                f"{self.path}: is no run directory (no config.toml), so it is not deleted: choose another --run"
+            )
+        with writing(self.path):
+            shutil.rmtree(self.path)
+
+    def load_config(self) -> Config:
+        """The configuration of a run that exists.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.config.exists():
+            raise UserError(f"{self.path}: no run directory (no config.toml): name the --run of a pre-training")
+        return load_config(self.config)
+
+    def newest_checkpoint(self) -> Checkpoint:
+        """The newest whole checkpoint, for an evaluation.
+
+        Raises:
+            UserError: there is none.
+        """
+        self.load_config()
+        checkpoint = newest_valid(self.checkpoints, lambda fault: fault, LOGGER.warning)
+        if checkpoint is None:
+            raise UserError(f"{self.path}: no checkpoint yet: pre-train it first")
+        return checkpoint
+
+    def has_checkpoint(self) -> bool:
+        """Whether the run can go on."""
+        return bool(list_checkpoints(self.checkpoints))
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> Config:
+    """The configuration that a checkpoint was trained with."""
+    return from_tree(checkpoint.config, str(checkpoint.path))
+
+
+def log_to(run: Run | None, rank: int) -> None:
+    """Send the log to RUN/log.rankNNNNN.txt and, from rank 0, to stdout."""
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.handlers.clear()
+    LOGGER.propagate = False
+    if rank == 0:
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        LOGGER.addHandler(console)
+    if run is not None:
+        with writing(run.path):
+            file = logging.FileHandler(run.path / f"log.rank{rank:05d}.txt")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        LOGGER.addHandler(file)
+        logging.captureWarnings(True)
+        logging.getLogger("py.warnings").handlers = [file]
+        logging.getLogger("py.warnings").propagate = False
+        warnings.simplefilter("default")
