@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Pre-train iGPT-XL: 8 nodes of 8 GPUs. Every number can be overridden from the sbatch line:
+#   DATA=/data/imagenet64 RUN=runs/xl sbatch slurm/pretrain_xl.sh
+#   DATA=... RUN=... PRESET=l sbatch --nodes=2 slurm/pretrain_xl.sh --set training.micro_batch=4
+# Variables: DATA (one folder, or several divided by colons), RUN, PRESET [xl], DS_CONFIG [zero3], VENV [.venv].
+# Arguments go to `igpt-ds pretrain`. The job saves and requeues itself ten minutes before its time is up.
+#SBATCH --job-name=igpt-xl
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=igpt-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+: "${DATA:?set DATA to the folder that igpt-data shards wrote}" "${RUN:?set RUN to the run directory}"
+# shellcheck source=slurm/env.sh
+source slurm/env.sh
+
+data_options=()
+IFS=: read -r -a folders <<<"$DATA"
+for folder in "${folders[@]}"; do data_options+=(--data "$folder"); done
+
+run_ranks python -m igpt_ds pretrain --preset "${PRESET:-xl}" --ds "${DS_CONFIG:-zero3}" \
+  "${data_options[@]}" --run "$RUN" "$@"
