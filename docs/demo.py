@@ -26,7 +26,7 @@ FOLDER = Path("demo")
 DIGITS, PALETTE, DATA, RUN = FOLDER / "digits", FOLDER / "palette.npy", FOLDER / "data", FOLDER / "run"
 BIN = Path(sys.executable).parent
 COLOURS = 16
-KILL_AFTER = 150  # steps; a checkpoint is made every 100
+KILL_AFTER = 110  # steps; a checkpoint is made every 100
 TIME_LIMIT = 600  # seconds for each command
 
 
@@ -37,8 +37,8 @@ def main() -> None:
     export_digits()
     title("palette: the k-means colours that tokens stand for")
     command("igpt-data", "palette", DIGITS, "--k", COLOURS, "--no-crop", "--out", PALETTE)
-    title("token shards, a fifth of the images held out")
-    options = ("--resolution", 8, "--holdout", 0.2, "--views", 1, "--no-crop")
+    title("token shards, a tenth of the images held out")
+    options = ("--resolution", 8, "--holdout", 0.1, "--views", 1, "--no-crop")
     command("igpt-data", "shards", "image_folder", DIGITS, "--palette", PALETTE, *options, "--out", DATA)
     command("igpt-data", "verify", DATA / "train")
     title("pre-training, ZeRO-3 on two processes, killed on the way")
@@ -53,12 +53,12 @@ def main() -> None:
 
 
 def export_digits() -> None:
-    """8 × 8 grey images with 17 levels, labelled 0 to 9."""
+    """8 × 8 grey images, labelled 0 to 9; the two brightest of their 17 levels become one, so that 16 colours do."""
     digits = load_digits()
     for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = DIGITS / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8)).save(path)
+        Image.fromarray(np.minimum(image, 15).astype(np.uint8) * 17).save(path)
     print(f"{index + 1} images in {DIGITS}")
 
 
@@ -81,7 +81,8 @@ def pretrain(kill_after: int | None) -> None:
     words += ["--data", str(DATA), "--run", str(RUN)]
     print("$", *words, flush=True)
     # A session of its own, so that launcher and ranks can be killed together.
-    process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    errors = (FOLDER / "pretrain.stderr.txt").open("w")
+    process = subprocess.Popen(words, env=environment(), start_new_session=True, stderr=errors)
     deadline = time.monotonic() + TIME_LIMIT
     try:
         while process.poll() is None:
@@ -93,7 +94,7 @@ def pretrain(kill_after: int | None) -> None:
                 sys.exit(f"demo: pre-training took more than {TIME_LIMIT} s")
             time.sleep(0.2)
         if process.returncode != 0:
-            sys.exit(f"demo: pre-training ended with status {process.returncode}")
+            sys.exit(f"demo: pre-training ended with status {process.returncode}; see {errors.name}")
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

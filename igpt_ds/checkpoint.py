@@ -300,6 +300,9 @@ def _publish(temporary: Path, final: Path, step: int, world: int, facts: Mapping
         assert covered == _numel(entry["shape"]), f"{name}: the ranks' slices end at element {covered}"
     content = {**facts, "format": FORMAT, "version": VERSION, "step": step, "world": world}
     publish_text(temporary / "checkpoint.json", json.dumps({**content, "files": files, "tensors": tensors}))
+    replaced = final.with_name(f".{final.name}.old")
     if final.exists():  # saved twice at the same step: the new one stands
-        shutil.rmtree(final)
+        with writing(final):
+            os.rename(final, replaced)
     publish_directory(temporary, final)
+    shutil.rmtree(replaced, ignore_errors=True)

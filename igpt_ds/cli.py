@@ -165,7 +165,7 @@ def sample(run_path: Path, count: int, out: Path, temperature: float, seed: int,
 def main() -> None:
     """Run a verb. Exit status: 0 done, 2 bad input (one line says what to do), 1 a fault of the run."""
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="igpt-ds", standalone_mode=False)
     except UserError as error:
         _tell(str(error))
         sys.exit(2)
@@ -174,8 +174,13 @@ def main() -> None:
         sys.exit(1)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.ClickException as error:
-        _tell(error.format_message())
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "igpt-ds"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        _tell(f"{message}: see {where} --help")
         sys.exit(2)
     except click.Abort:
         sys.exit(130)

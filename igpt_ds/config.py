@@ -127,9 +127,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: no such preset or file, not TOML, or any fault of the content, all in one line.
     """
-    path = Path(source)
-    if not (path.suffix == ".toml" or path.exists()):
-        path = PRESETS / f"{source}.toml"
+    # By the ending: a folder that is called like a preset must not hide it.
+    path = Path(source) if Path(source).suffix == ".toml" else PRESETS / f"{source}.toml"
     if not path.is_file():
         raise UserError(f"preset {source}: there is none of this name: choose {', '.join(presets())} or a file.toml")
     try:
@@ -302,6 +301,7 @@ def _contradictions(config: Config) -> list[str]:
     }
     for name, value in natural.items():
         require(value >= 0, f"{name} must not be negative, but is {value}")
+    require(config.seed < 2**64, f"seed {config.seed} exceeds 64 bits")
     if model.heads > 0:
         require(model.width % model.heads == 0, f"model.width {model.width} is no multiple of {model.heads} heads")
     require(data.palette_size is None or data.palette_size <= 65536, "data.palette_size exceeds 16 bits (65536)")

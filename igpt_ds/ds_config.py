@@ -95,9 +95,7 @@ def load_ds_config(source: str) -> dict[str, Any]:
     Raises:
         UserError: no such file, not JSON, unknown keys.
     """
-    path = Path(source)
-    if not (path.suffix == ".json" or path.exists()):
-        path = FOLDER / f"{source}.json"
+    path = Path(source) if source.endswith(".json") else FOLDER / f"{source}.json"
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in FOLDER.glob("*.json")))
         raise UserError(f"DeepSpeed configuration {source}: no such file: choose one of {names} or a file.json")
@@ -105,7 +103,11 @@ def load_ds_config(source: str) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
-    faults = _unknown(tree, _KNOWN, "") + _unknown(tree.get("zero_optimization", {}), _KNOWN_ZERO, "zero_optimization.")
+    if not (isinstance(tree, dict) and isinstance(tree.get("zero_optimization"), dict)):
+        raise UserError(
+            f"{path}: is no object with an object zero_optimization in it: begin with ds_configs/zero3.json"
+        )
+    faults = _unknown(tree, _KNOWN, "") + _unknown(tree["zero_optimization"], _KNOWN_ZERO, "zero_optimization.")
     if faults:
         raise UserError(f"{path}: " + "; ".join(faults))
     return dict(tree)
@@ -119,7 +121,9 @@ def resolve(tree: dict[str, Any], config: Config, division: Division) -> dict[st
             without ZeRO (DeepSpeed then takes another optimiser, far from the float32 run).
     """
     bf16 = config.training.precision == "bfloat16"
-    stage = tree.get("zero_optimization", {}).get("stage", 0)
+    stage = tree["zero_optimization"].get("stage")
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"DeepSpeed configuration: zero_optimization.stage is {stage}: write 0, 1, 2 or 3")
     if bf16 and stage == 0:
         raise UserError("training.precision=bfloat16: needs ZeRO stage 1 to 3: choose ds_configs zero1, zero2 or zero3")
     owned: dict[str, Any] = {

@@ -51,12 +51,25 @@ def join(where: Place) -> torch.device:
         from deepspeed.ops import __compatible_ops__
 
         __compatible_ops__["deepspeed_shm_comm"] = False
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or where.world)
+        # DeepSpeed asks for the number of "devices" at every gradient bucket, and without this asks numactl.
+        os.environ.setdefault("LOCAL_SIZE", str(neighbours))
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks that each use all cores wait for one another many times longer than they compute.
-            neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or where.world)
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return torch.device("cuda", where.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def require_precision(config: Config) -> None:
+    """Refuse bfloat16 on a GPU that only emulates it.
+
+    Raises:
+        UserError: this rank's GPU has no bfloat16.
+    """
+    wanted = config.training.precision == "bfloat16"
+    if wanted and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
 
 
 def leave() -> None:
@@ -77,21 +90,12 @@ class Engine:
     Args:
         config: data facts resolved.
         ds: resolved DeepSpeed dictionary (see `ds_config.resolve`).
-
-    Raises:
-        UserError: bfloat16 where the device cannot.
     """
 
     def __init__(self, config: Config, ds: dict[str, Any], division: Division, where: Place):
         self.config, self.division, self.place = config, division, where
         self.device = join(where)
         self.stage = int(ds["zero_optimization"]["stage"])
-        if (
-            config.training.precision == "bfloat16"
-            and self.device.type == "cuda"
-            and not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
-            raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
         # Small messages between the ranks' processors (stop flags, barriers), which must not wait for the GPU.
         self._control = dist.new_group(backend="gloo")
         self.objective = load_objective(config)

@@ -5,6 +5,7 @@ Rank 0 writes. A line of metrics.jsonl is one JSON object: training lines have "
 no step stands there twice.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,22 @@ class Metrics:
             self._wandb.finish()
 
 
-def _start_wandb(run: Path, config: dict[str, Any], project: str) -> Any:
+def require_wandb() -> Any:
+    """The wandb package.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import wandb
     except ImportError as error:
         raise UserError("--wandb: wandb is not installed: pip install 'igpt-ds[wandb]'") from error
+    return wandb
+
+
+def _start_wandb(run: Path, config: dict[str, Any], project: str) -> Any:
     # The run's directory names it, so that a resumed run goes on with the same curve.
-    return wandb.init(project=project, name=run.name, id=run.name, resume="allow", dir=str(run), config=config)
+    path = run.resolve()
+    identifier = f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    start = require_wandb().init
+    return start(project=project, name=path.name, id=identifier, resume="allow", dir=str(run), config=config)

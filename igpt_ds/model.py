@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from igpt_ds.config import Config
+from igpt_ds.hashing import stable_hash
 
 NORM_EPSILON = 1e-5  # released code
 
@@ -94,12 +95,14 @@ class Attention(nn.Module):
         q_BHTE, k_BHTE, v_BHTE = (
             part.view(B, T, self.heads, D // self.heads).transpose(1, 2) for part in self.qkv(x_BTD).split(D, dim=2)
         )
-        causal = self.causal
+        causal, mask_TT = self.causal, None
         if cache is not None:
-            # One new token sees all that is cached; a first chunk is causal within itself.
+            # A first chunk is causal within itself; a later one sees all that is cached, too.
             causal = cache.length == 0
             k_BHTE, v_BHTE = cache.append(layer, k_BHTE, v_BHTE)
-        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=causal)
+            if not causal and T > 1:
+                mask_TT = torch.ones(T, k_BHTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask_TT, is_causal=causal)
         return self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
 
 
@@ -112,8 +115,8 @@ class MLP(nn.Module):
         self.down = Linear(4 * width, width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        h = self.up(x_BTD)
-        return self.down(h * torch.sigmoid(1.702 * h))
+        # x sigmoid(a x) = silu(a x) / a: one fused kernel, which keeps a third less for the backward pass.
+        return self.down(F.silu(1.702 * self.up(x_BTD)) / 1.702)
 
 
 class Block(nn.Module):
@@ -180,7 +183,7 @@ class ImageGPT(nn.Module):
         h_BTD = self._embed(tokens_BT, mask_BT, cache)
         pooled: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and torch.is_grad_enabled() and cache is None:
                 h_BTD, f_BD = checkpoint(block, h_BTD, layer in features, use_reentrant=False)
             else:
                 h_BTD, f_BD = block(h_BTD, layer in features, cache, layer)
@@ -250,5 +253,7 @@ def initialise(
             else:
                 suffix = ".".join(name.split(".")[2:]) or name
                 deviation = _STANDARD_DEVIATIONS[suffix](model.width, len(model.blocks))
-                generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+                # Mixed here, because torch's CPU generator looks at 32 bits of its seed only.
+                mixed = stable_hash(seed, zlib.crc32(name.encode())) & 0xFFFFFFFF
+                generator = torch.Generator().manual_seed(mixed)
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))

@@ -6,6 +6,7 @@ and backward, recomputation under activation checkpointing not counted. MFU is t
 bfloat16 peak.
 """
 
+import re
 from dataclasses import dataclass
 
 from igpt_ds.config import Config
@@ -15,6 +16,7 @@ from igpt_ds.ds_config import Division
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
@@ -59,7 +61,7 @@ def flops_per_image(config: Config) -> float:
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
     # The longest match: "H100 PCIe" before "H100".
-    matches = [name for name in PEAK_FLOPS if name in device_name]
+    matches = [name for name in PEAK_FLOPS if re.search(rf"\b{name}\b", device_name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
@@ -89,11 +91,11 @@ _DIVIDED_FROM = {"weights": 3, "gradients": 2, "moments": 1}
 def _activation_bytes(config: Config, micro_batch: int, width: int) -> int:
     """Kept activations: a block's input each with checkpointing and one block's inside, else every block's inside.
 
-    Inside a block, in units of B T d: two norms' inputs and outputs 4, q, k, v 3, attention's output 2, and
-    three of 4 d in the MLP: 21.
+    Inside a block, in units of B T d: two norms' inputs and outputs 4, q, k, v 3, attention's output 2, and two of
+    4 d in the MLP: 17.
     """
     unit = micro_batch * config.sequence_length * config.model.width * width
     layers = config.model.layers
-    blocks = layers + 21 if config.training.activation_checkpointing else layers * 21
+    blocks = layers + 17 if config.training.activation_checkpointing else layers * 17
     logits = micro_batch * config.sequence_length * config.palette_size * (width + 8)
     return unit * blocks + logits

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.atomic import writing
-from igpt_ds.checkpoint import Checkpoint, list_checkpoints, newest_valid
-from igpt_ds.config import Config, from_tree, load_config
+from igpt_ds.checkpoint import Checkpoint, newest_valid
+from igpt_ds.config import Config, from_tree
 from igpt_ds.errors import UserError
 
 LOGGER = logging.getLogger("igpt_ds")
@@ -79,31 +79,18 @@ class Run:
         with writing(self.path):
             shutil.rmtree(self.path)
 
-    def load_config(self) -> Config:
-        """The configuration of a run that exists.
-
-        Raises:
-            UserError: there is none.
-        """
-        if not self.config.exists():
-            raise UserError(f"{self.path}: no run directory (no config.toml): name the --run of a pre-training")
-        return load_config(self.config)
-
     def newest_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint, for an evaluation.
 
         Raises:
             UserError: there is none.
         """
-        self.load_config()
+        if not self.config.exists():
+            raise UserError(f"{self.path}: no run directory (no config.toml): name the --run of a pre-training")
         checkpoint = newest_valid(self.checkpoints, lambda fault: fault, LOGGER.warning)
         if checkpoint is None:
             raise UserError(f"{self.path}: no checkpoint yet: pre-train it first")
         return checkpoint
-
-    def has_checkpoint(self) -> bool:
-        """Whether the run can go on."""
-        return bool(list_checkpoints(self.checkpoints))
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> Config:

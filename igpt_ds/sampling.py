@@ -5,6 +5,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from igpt_ds.errors import UserError
+from igpt_ds.hashing import stable_hash
 from igpt_ds.model import Cache, ImageGPT
 
 
@@ -30,7 +31,9 @@ def sample(
     if temperature < 0:
         raise UserError(f"--temperature {temperature}: is negative: choose 0 (most likely) or more")
     images, given = prefix_BT.shape
-    generators = [torch.Generator().manual_seed((seed << 32) + first + i) for i in range(images)]
+    # torch's CPU generator looks at 32 bits of its seed: different ones for all images of a seed.
+    seeds = [(stable_hash(seed) + first + i) & 0xFFFFFFFF for i in range(images)]
+    generators = [torch.Generator().manual_seed(each) for each in seeds]
     tokens_BT = torch.empty(images, model.sequence_length, dtype=torch.int64)
     tokens_BT[:, :given] = prefix_BT
     cache = Cache(model, images)

@@ -14,7 +14,7 @@ from igpt_ds.ds_config import Division
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.health import StopRequest
 from igpt_ds.job import Job, summary
-from igpt_ds.metrics import Metrics
+from igpt_ds.metrics import Metrics, require_wandb
 from igpt_ds.place import Place
 from igpt_ds.run import LOGGER, Run, log_to
 from igpt_ds.schedule import learning_rate
@@ -34,15 +34,18 @@ def pretrain(job: Job, run: Run, where: Place, fresh: bool, force: bool, wandb_p
         RunError: the loss is no longer finite.
     """
     stop = StopRequest()  # before the long imports: a scheduler's notice may come at any time
+    if wandb_project:
+        require_wandb()
     if where.rank == 0:
         if fresh:
             run.clear(force)
         run.create()
     if not fresh:
         check_identity(job, run)
-    from igpt_ds.engine import Engine, join, leave
+    from igpt_ds.engine import Engine, join, leave, require_precision
     from igpt_ds.loader import train_batches
 
+    require_precision(job.config)
     join(where)
     log_to(run, where.rank)
     engine = Engine(job.config, job.ds, job.division, where)
@@ -131,7 +134,12 @@ def train(
         step += 1
         meter.count_step()
 
-        if step % recipe.log_every == 0 or step == end:
+        stopped = engine.any_rank(stop.reason is not None)
+        last = stopped or step == end
+        saving = step % config.checkpoint.every == 0 or last
+
+        if step % recipe.log_every == 0 or saving:
+            # Looked at before every save too: what is not finite must not be published.
             nats = engine.sum_over_ranks([float(loss)])[0] / division.world
             if not math.isfinite(nats):
                 raise RunError(
@@ -149,14 +157,11 @@ def train(
                 metrics.write(line)
                 LOGGER.info(training_line(line, recipe.steps))
 
-        stopped = engine.any_rank(stop.reason is not None)
-        last = stopped or step == end
-
         if job.validation_set is not None and (step % recipe.validate_every == 0 or step == end):
             validate(engine, job.validation_set, division, step, metrics)
             meter.restart()
 
-        if step % config.checkpoint.every == 0 or last:
+        if saving:
             save(engine, job, run, step)
             meter.restart()
 

@@ -28,3 +28,28 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 root / name / f"{i:02d}.jpg", quality=95
             )
     return root
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards (train/ and val/) of 600 handwritten digits of 8 x 8 pixels in 16 greys."""
+    return build_digits(tmp_path_factory.mktemp("digits"))
+
+
+def build_digits(root: Path) -> Path:
+    """Write images, palette and shards below `root`; return the folder of train/ and val/."""
+    from sklearn.datasets import load_digits
+
+    from data_prep.cli import cli
+
+    images, labels = load_digits(return_X_y=True)
+    for i, (image, label) in enumerate(zip(images[:600], labels[:600], strict=True)):
+        (root / "images" / str(label)).mkdir(parents=True, exist_ok=True)
+        # As many greys as colours are wanted: the palette is then the same whatever k-means does.
+        grey = np.minimum(image.reshape(8, 8), 15).astype(np.uint8) * 17
+        Image.fromarray(grey).save(root / "images" / str(label) / f"{i:04d}.png")
+    where = [str(root / "images"), "--no-crop"]
+    cli(["palette", *where, "--k", "16", "--out", str(root / "palette.npy")], standalone_mode=False)
+    shards = ["shards", "image_folder", *where, "--palette", str(root / "palette.npy"), "--resolution", "8"]
+    cli([*shards, "--holdout", "0.1", "--out", str(root / "data")], standalone_mode=False)
+    return root / "data"
