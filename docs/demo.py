@@ -46,7 +46,7 @@ def main() -> None:
     title("the same command again: it goes on from the newest checkpoint")
     pretrain(kill_after=None)
     title("linear probe of every layer, samples, completions")
-    command("igpt-ds", "probe", RUN, "--data", DATA, "--json", FOLDER / "probe.json")
+    command("igpt-ds", "probe", RUN, "--data", DATA, "--json", FOLDER / "probe.json", "--untrained")
     command("igpt-ds", "sample", RUN, "--n", 64, "--out", FOLDER / "samples.png")
     command("igpt-ds", "sample", RUN, "--n", 8, "--complete", DATA, "--out", FOLDER / "completions.png")
     summary(time.monotonic() - began)

@@ -18,6 +18,7 @@ import bisect
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,16 +168,20 @@ def save(
     """
     final = step_directory(folder, step)
     temporary = folder / f".{final.name}.tmp"
-    fault: Exception | None = None
-    if rank == 0:
-        fault = _attempt(lambda: _clear(folder, temporary))
-    _agree(fault, any_rank, final)
+
+    def agree(fault: Exception | None) -> None:
+        """Raise on every rank if one has a fault, so that none waits for the others."""
+        if not any_rank(fault is not None):
+            return
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise fault or UserError(f"{final}: another rank could not write its part: see its message")
+
+    agree(_attempt(lambda: _clear(folder, temporary)) if rank == 0 else None)
     # Gathering the shards may be a collective, so it happens even where writing would fail.
     held = list(shards)
-    _agree(_attempt(lambda: _write_rank(temporary, rank, held)), any_rank, final)
-    if rank == 0:
-        fault = _attempt(lambda: _publish(temporary, final, step, world, facts))
-    _agree(fault, any_rank, final)
+    agree(_attempt(lambda: _write_rank(temporary, rank, held)))
+    agree(_attempt(lambda: _publish(temporary, final, step, world, facts)) if rank == 0 else None)
     return final
 
 
@@ -186,22 +191,25 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_valid(
-    folder: Path, any_rank: AnyRank, warn: Callable[[str], None], rank: int = 0, world: int = 1
+    candidates: list[Path], any_rank: AnyRank, warn: Callable[[str], None], rank: int = 0, world: int = 1
 ) -> Checkpoint | None:
     """The newest checkpoint whose bytes are as they were written; the ranks share the reading.
 
-    A damaged one is named through `warn`, left where it is, and the next older one is tried.
+    A damaged one is named through `warn`, and the next older one is tried.
+
+    Args:
+        candidates: oldest first, the same on every rank (each of them is a collective).
 
     Raises:
         UserError: there are checkpoints, but none is whole (starting over unasked would hide the loss).
     """
     faults: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    for path in reversed(candidates):
         fault = ""
         try:
             checkpoint = Checkpoint.open(path)
             checkpoint.verify(rank, world)
-        except UserError as error:
+        except (UserError, OSError) as error:
             fault = str(error)
         if not any_rank(bool(fault)):
             for text in faults:
@@ -209,8 +217,17 @@ def newest_valid(
             return checkpoint
         faults.append(fault or f"{path}: found damaged by another rank")
     if faults:
+        folder = candidates[0].parent
         raise UserError(f"{folder}: no checkpoint in it is whole; {faults[0]}; to start over use --fresh --force")
     return None
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename the checkpoints beyond `step`, which were found damaged: kept for a person, out of the way of `prune`."""
+    for path in list_checkpoints(folder):
+        if path > step_directory(folder, step):
+            aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
+            path.rename(aside)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -219,7 +236,7 @@ def prune(folder: Path, keep: int) -> None:
         # Out of sight first: what is half deleted must not look like a checkpoint.
         doomed = path.with_name(f".{path.name}.old")
         os.rename(path, doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _numel(shape: Iterable[int]) -> int:
@@ -235,12 +252,6 @@ def _attempt(action: Callable[[], None]) -> Exception | None:
     except (OSError, UserError) as error:
         return error
     return None
-
-
-def _agree(fault: Exception | None, any_rank: AnyRank, final: Path) -> None:
-    """Raise on every rank if one has a fault, so that none waits for the others."""
-    if any_rank(fault is not None):
-        raise fault or UserError(f"{final}: another rank could not write its part: see its message")
 
 
 def _clear(folder: Path, temporary: Path) -> None:

@@ -1,6 +1,7 @@
 """The verbs of igpt-ds. Imports are lazy, so that --help is quick; only this file ends the process."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ def cli(local_rank: int | None) -> None:
 @click.option("--wandb", "wandb_project", metavar="PROJECT", help="Also log to Weights & Biases.")
 @click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, and end.")
+@click.option("--ranks", type=click.IntRange(min=1), help="With --dry-run: the number of GPUs to plan for.")
 def pretrain(
     preset: str | None,
     data: tuple[str, ...],
@@ -58,6 +60,7 @@ def pretrain(
     wandb_project: str | None,
     print_config: bool,
     dry_run: bool,
+    ranks: int | None,
 ) -> None:
     """Pre-train a model; a run that holds a checkpoint goes on by itself.
 
@@ -66,7 +69,9 @@ def pretrain(
         deepspeed --num_accelerators 8 --module igpt_ds pretrain --preset l --data DATA --run RUN
     On a CPU, in one process, 20 steps:
         igpt-ds pretrain --preset tiny --data DATA --run RUN --set training.steps=20 --set seed=1
-    Go on with a run as it was configured:
+    What a GPU would have to hold, without one:
+        igpt-ds pretrain --preset l --data DATA --dry-run --ranks 8
+    Go on with a run, its --preset, --data and --set taken from RUN/config.toml:
         igpt-ds pretrain --run RUN
     """
     from igpt_ds import job as jobs
@@ -82,7 +87,7 @@ def pretrain(
     if run is None and not dry_run:
         raise UserError("pretrain: no --run: name the directory that the run is to write")
     where = place()
-    job = jobs.prepare(config, ds_source, where.world)
+    job = jobs.prepare(config, ds_source, ranks if dry_run and ranks else where.world)
     if run is None or dry_run:
         click.echo(jobs.summary(job))
         return
@@ -95,12 +100,17 @@ def pretrain(
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--data", metavar="DIR", help="Folder with labelled train/ and val/; without it the run's first source.")
 @click.option("--json", "json_path", metavar="FILE", type=click.Path(path_type=Path), help="Result [RUN/probe.json].")
-def probe(run_path: Path, data: str | None, json_path: Path | None) -> None:
+@click.option("--images", type=click.IntRange(min=2), help="Only so many of each split: its rows are in random order.")
+@click.option("--untrained", is_flag=True, help="Also probe the same network before training.")
+def probe(run_path: Path, data: str | None, json_path: Path | None, images: int | None, untrained: bool) -> None:
     """Linear probe of every layer: how well a linear classifier reads the classes from each depth.
 
     \b
     Writes a JSON file and, beside it, a plot of the same name; prints the table:
         igpt-ds probe RUN --data DATA --json probe.json
+
+    All features are held in memory (layers x width x images x 4 bytes), and the classifier sees all of them at once:
+    meant for data sets of the size of CIFAR. Of a larger one, take a part with --images.
     """
     import json
 
@@ -117,7 +127,7 @@ def probe(run_path: Path, data: str | None, json_path: Path | None) -> None:
     folder = data or config.data.sources[0]
     splits = [open_split(folder, "train"), open_split(folder, "val")]
     resolve_data(config, splits)
-    result = run_probe(checkpoint, config, *splits)
+    result = run_probe(checkpoint, config, *splits, images=images, untrained=untrained)
     record = result.to_json()
     json_path = json_path or run.path / "probe.json"
     publish_text(json_path, json.dumps(record, indent=2) + "\n")
@@ -153,6 +163,8 @@ def sample(run_path: Path, count: int, out: Path, temperature: float, seed: int,
     checkpoint = run.newest_checkpoint()
     dataset = open_split(complete, "val") if complete else None
     palette = Palette.load(run.palette)
+    if palette.sha256 != checkpoint.identity["palette_sha256"]:
+        raise UserError(f"{run.palette}: not the palette of {checkpoint.path}: restore it from the training data")
     model = load_model(checkpoint_config(checkpoint), checkpoint)
     if dataset is None:
         sheet = samples.free_samples(model, palette, count, seed, temperature)
@@ -180,16 +192,29 @@ def main() -> None:
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "igpt-ds"
         message = " ".join(error.format_message().split()).rstrip(".")
-        _tell(f"{message}: see {where} --help")
+        _tell(f"{error.ctx.info_name if error.ctx else 'usage'}: {message}: see {where} --help")
         sys.exit(2)
     except click.Abort:
         sys.exit(130)
+    except Exception:
+        _let_others_speak()
+        raise
 
 
 def _tell(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        # The same fault mostly strikes all ranks: rank 0 tells it, and the launcher ends the others meanwhile.
-        time.sleep(3)
+        _let_others_speak()
         message = f"[rank {rank}] {message}"
     print(f"igpt-ds: {message}", file=sys.stderr, flush=True)
+
+
+def _let_others_speak() -> None:
+    """Where there are other ranks, give the launcher the time to end this one.
+
+    One fault mostly strikes all ranks, and rank 0 tells it; or it struck another rank, which has told it, and what is
+    seen here is a lost connection.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)

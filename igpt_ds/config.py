@@ -7,8 +7,7 @@ one pass and told together: unknown keys with the nearest valid name, wrong type
 
 import dataclasses
 import difflib
-import hashlib
-import json
+import math
 import sys
 import types
 import typing
@@ -193,11 +192,6 @@ def identity(config: Config) -> dict[str, Any]:
     }
 
 
-def fingerprint(config: Config) -> str:
-    """Hex sha256 of the whole configuration."""
-    return hashlib.sha256(json.dumps(to_tree(config), sort_keys=True).encode()).hexdigest()
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Write one `section.key=value` into the tree; the value is TOML, or a bare word for a string."""
     key, separator, text = override.partition("=")
@@ -292,6 +286,7 @@ def _contradictions(config: Config) -> list[str]:
     }
     for name, value in positive.items():
         require(value is None or value > 0, f"{name} must be above 0, not {value}")
+        require(value != math.inf, f"{name} must be finite")
     natural = {
         "seed": config.seed,
         "data.workers": data.workers,
@@ -316,7 +311,7 @@ def _contradictions(config: Config) -> list[str]:
     if data.weights:
         require(
             len(data.weights) == len(data.sources) and min(data.weights) > 0,
-            f"data.weights {list(data.weights)} must be one whole number above 0 for each of "
+            f"data.weights is {list(data.weights)}: give one whole number above 0 for each of "
             f"{len(data.sources)} sources",
         )
     return faults

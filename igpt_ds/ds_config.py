@@ -47,7 +47,6 @@ _KNOWN_ZERO = {
     "stage3_model_persistence_threshold",
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
-    "zero_hpz_partition_size",
     "memory_efficient_linear",
 }
 
@@ -138,7 +137,8 @@ def resolve(tree: dict[str, Any], config: Config, division: Division) -> dict[st
     resolved = dict(tree)
     for key, value in owned.items():
         stated = tree.get(key, "auto")
-        if stated not in ("auto", value) and not (isinstance(value, dict) and set(stated.values()) == {"auto"}):
+        left_open = stated == "auto" or (isinstance(stated, dict) and all(item == "auto" for item in stated.values()))
+        if not left_open and stated != value:
             raise UserError(f'DeepSpeed configuration: {key} is {stated}, but the run\'s is {value}: write "auto"')
         resolved[key] = value
     left = _autos(resolved, "")

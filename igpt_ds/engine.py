@@ -6,7 +6,7 @@ Nothing else in the package imports deepspeed. A process that no launcher starte
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 # No GPU: say so before DeepSpeed looks for an accelerator of its own choice.
 import torch
@@ -37,10 +37,11 @@ from igpt_ds.objectives import load_objective
 from igpt_ds.place import Place
 
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 
 
 def join(where: Place) -> torch.device:
-    """Join the process group (once a process); return this rank's device."""
+    """Join the process group, unless this process has; return this rank's device."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -70,6 +71,11 @@ def require_precision(config: Config) -> None:
     wanted = config.training.precision == "bfloat16"
     if wanted and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
 
 
 def leave() -> None:
@@ -112,11 +118,21 @@ class Engine:
         self.optimizer = _adam(model, config, self.device)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)
         self.module: ImageGPT = self.deepspeed.module
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        assert self.device.type == "cpu" or fused, "DeepSpeed dropped the fused Adam"
 
     # --- one step, one evaluation ------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, **wanted: Any) -> tuple[Output, Tensor, Tensor | None]:
-        """Run the network on a batch: its output, the tokens on the device, and the objective's mask."""
+        """Run the network on a batch, hiding what the objective hides.
+
+        Args:
+            batch: "tokens" int64 [B, T] and "positions" int64 [B], see loader.py.
+            wanted: further arguments of `ImageGPT.forward`.
+
+        Returns:
+            The output, the tokens on the device, and the mask (bool [B, T], or None).
+        """
         tokens_BT = batch["tokens"].to(self.device, non_blocking=True)
         mask_BT = self.objective.mask(tokens_BT, batch["positions"], self.config)
         return self.deepspeed(tokens_BT, mask_BT, **wanted), tokens_BT, mask_BT
@@ -125,8 +141,8 @@ class Engine:
         """One update from this rank's micro-batches.
 
         Returns:
-            This rank's mean loss in nats a token (a scalar tensor on the device: reading it waits for the GPU),
-            and the global norm of the gradient before clipping.
+            This rank's mean loss in nats a token (a scalar tensor on the device), and the global norm of the
+            gradient before clipping, the same on every rank (DeepSpeed waits for the device to know it).
         """
         self.deepspeed.train()
         for group in self.deepspeed.optimizer.param_groups:
@@ -176,6 +192,12 @@ class Engine:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self._control)
         return tensor.tolist()
+
+    def from_rank_0(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
 
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is up on any rank; also a barrier."""
@@ -227,14 +249,11 @@ class Engine:
                 self._load_slice(checkpoint, name, p)
             else:
                 self._load_whole(checkpoint, name, p)
-        if self.stage == 3:
-            # Small parameters stay gathered between steps: gather them anew from the slices.
-            persistent = self.deepspeed.optimizer.persistent_parameters
-            if persistent:
-                persistent[0].partition(persistent)
-                for name, p in self.module.named_parameters():
-                    self._fill_slice(checkpoint, name, p)
-                persistent[0].all_gather(persistent)
+        persistent = self.deepspeed.optimizer.persistent_parameters if self.stage == 3 else []
+        if persistent:
+            # Small parameters stay gathered between steps: let go of the old ones, gather the slices anew.
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
         self.deepspeed.global_steps = checkpoint.step
 
     def _slice(self, p: Any) -> tuple[int, int]:
@@ -250,14 +269,11 @@ class Engine:
             values[: stop - start] = checkpoint.read(name, kind, start, stop)
             return values.to(self.device)
 
-        safe_set_local_fp32_param(p, padded("weight"))
+        weight = padded("weight")
+        safe_set_local_fp32_param(p, weight)
+        p.ds_tensor.copy_(weight)
         for kind in MOMENTS:
             safe_set_local_optimizer_state(p, padded(kind), kind)
-        self._fill_slice(checkpoint, name, p)
-
-    def _fill_slice(self, checkpoint: Checkpoint, name: str, p: Any) -> None:
-        start, stop = self._slice(p)
-        p.ds_tensor[: stop - start] = checkpoint.read(name, "weight", start, stop).to(p.ds_tensor)
 
     def _load_whole(self, checkpoint: Checkpoint, name: str, p: torch.nn.Parameter) -> None:
         whole = {
@@ -299,7 +315,7 @@ class Engine:
 
 def _adam(model: ImageGPT, config: Config, device: torch.device) -> torch.optim.AdamW:
     """Adam without weight decay (paper section 3.4): fused on a GPU, torch's plain one on a CPU."""
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         model.parameters(),
         lr=config.training.learning_rate,
         betas=(config.training.beta1, config.training.beta2),
@@ -307,5 +323,3 @@ def _adam(model: ImageGPT, config: Config, device: torch.device) -> torch.optim.
         weight_decay=0.0,
         fused=device.type == "cuda",
     )
-    assert device.type != "cuda" or optimizer.defaults["fused"], "the fused Adam must be in use on a GPU"
-    return optimizer

@@ -21,6 +21,8 @@ def probe_by_depth(record: dict[str, Any], path: Path) -> None:
         ("layers", "o-", "C0", f"after {record['step']:,} steps"),
         ("untrained", "s--", "C7", "the same network, untrained"),
     ):
+        if not record[key]:
+            continue
         axes.plot(
             [r["layer"] for r in record[key]], [r["accuracy"] for r in record[key]], style, color=color, label=label
         )

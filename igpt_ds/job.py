@@ -1,11 +1,13 @@
 """A pre-training before it starts: all that can be read and refused without a GPU."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from igpt_ds import plan
-from igpt_ds.config import Config, identity, load_config, replace
+from igpt_ds.config import Config, identity, load_config
 from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
 from igpt_ds.errors import UserError
 from igpt_ds.order import Order
@@ -43,8 +45,10 @@ def choose_config(preset: str | None, run: Run | None, data: Sequence[str], over
     source = preset or (run.config if run is not None and run.config.exists() else None)
     if source is None:
         raise UserError("pretrain: no --preset, and no --run to go on with: add e.g. --preset tiny")
-    config = load_config(source, overrides)
-    return replace(config, "data", sources=tuple(data)) if data else config
+    # As an override like any other, so that data.weights is held against it; absolute, so that the run directory
+    # can be used from anywhere.
+    sources = [f"data.sources={json.dumps([str(Path(folder).resolve()) for folder in data])}"] if data else []
+    return load_config(source, [*overrides, *sources])
 
 
 def prepare(config: Config, ds_source: str, world: int) -> Job:
@@ -77,7 +81,8 @@ def summary(job: Job) -> str:
     stage = job.ds["zero_optimization"]["stage"]
     memory = plan.bytes_per_rank(config, stage, division)
     flops = plan.flops_per_image(config) * config.training.batch
-    epoch = job.order.epoch_rows(0)
+    share = job.order.weights[0] / sum(job.order.weights)
+    epochs = config.training.steps * config.training.batch * share / job.order.epoch_rows(0)
     rows = [
         (
             "model",
@@ -95,8 +100,7 @@ def summary(job: Job) -> str:
         ),
         (
             "length",
-            f"{config.training.steps:,} steps, {config.training.steps * config.training.batch / epoch:.3g} epochs "
-            f"of the first source",
+            f"{config.training.steps:,} steps, {epochs:.3g} epochs of the first source",
         ),
         (
             "compute",

@@ -46,7 +46,7 @@ class Metrics:
         with writing(path):
             self._file = path.open("a")
             # Events beyond the checkpoint are hidden from view by `purge_step`.
-            self._events = SummaryWriter(str(run / "events"), purge_step=step + 1 if step else None)
+            self._events = SummaryWriter(str(run / "events"), purge_step=step + 1)
         self._path = path
         self._wandb = _start_wandb(run, config, wandb_project) if wandb_project else None
 
@@ -55,10 +55,10 @@ class Metrics:
         with writing(self._path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        for key, value in line.items():
-            if key != "step" and value is not None:
-                self._events.add_scalar(key, value, line["step"])
-        self._events.flush()
+            for key, value in line.items():
+                if key != "step" and value is not None:
+                    self._events.add_scalar(key, value, line["step"])
+            self._events.flush()
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
@@ -79,7 +79,7 @@ def require_wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("--wandb: wandb is not installed: pip install 'igpt-ds[wandb]'") from error
+        raise UserError("--wandb: wandb is not installed: pip install wandb") from error
     return wandb
 
 

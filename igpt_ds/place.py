@@ -22,11 +22,14 @@ def place() -> Place:
         UserError: the environment names a world but not this process's rank in it.
     """
     if "RANK" not in os.environ:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _whole("WORLD_SIZE", "1") > 1:
             raise UserError("WORLD_SIZE is set but RANK is not: start one process a rank through a launcher")
         return Place(0, 1, 0)
-    return Place(
-        int(os.environ["RANK"]),
-        int(os.environ.get("WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    return Place(_whole("RANK", "0"), _whole("WORLD_SIZE", "1"), _whole("LOCAL_RANK", "0"))
+
+
+def _whole(name: str, default: str) -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise UserError(f"{name}: is {text!r} in the environment, no whole number: let a launcher set it")
+    return int(text)

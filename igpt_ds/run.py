@@ -13,12 +13,13 @@ RUN/config.toml             the configuration, data facts resolved
 import logging
 import shutil
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from igpt_ds.atomic import writing
-from igpt_ds.checkpoint import Checkpoint, newest_valid
+from igpt_ds.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from igpt_ds.config import Config, from_tree
 from igpt_ds.errors import UserError
 
@@ -51,19 +52,24 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def create(self) -> None:
-        """Make the directory.
+    def require_writable(self) -> None:
+        """Try to write where the run directory is or is to be.
 
         Raises:
             UserError: it cannot be made or written.
         """
         with writing(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.path / ".writable").touch()
-            (self.path / ".writable").unlink()
+            nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            with tempfile.TemporaryFile(dir=nearest):
+                pass
 
-    def clear(self, force: bool) -> None:
-        """Make way for a fresh run.
+    def create(self) -> None:
+        """Make the directory."""
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def require_fresh(self, force: bool) -> None:
+        """Refuse to start anew over something that is there.
 
         Raises:
             UserError: there is something in the directory and `force` is not given, or it is no run directory.
@@ -76,8 +82,16 @@ class Run:
             raise UserError(
                 f"{self.path}: is no run directory (no config.toml), so it is not deleted: choose another --run"
             )
-        with writing(self.path):
-            shutil.rmtree(self.path)
+
+    def clear(self) -> None:
+        """Delete the run."""
+        if self.path.exists():
+            # Out of sight first: what is half deleted must not look like a run that can go on.
+            doomed = self.path.resolve().with_name(f".{self.path.name}.old")
+            with writing(self.path):
+                shutil.rmtree(doomed, ignore_errors=True)
+                self.path.resolve().rename(doomed)
+                shutil.rmtree(doomed)
 
     def newest_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint, for an evaluation.
@@ -87,7 +101,7 @@ class Run:
         """
         if not self.config.exists():
             raise UserError(f"{self.path}: no run directory (no config.toml): name the --run of a pre-training")
-        checkpoint = newest_valid(self.checkpoints, lambda fault: fault, LOGGER.warning)
+        checkpoint = newest_valid(list_checkpoints(self.checkpoints), lambda fault: fault, LOGGER.warning)
         if checkpoint is None:
             raise UserError(f"{self.path}: no checkpoint yet: pre-train it first")
         return checkpoint

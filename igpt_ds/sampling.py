@@ -1,5 +1,7 @@
 """Tokens from an auto-regressive model, one position at a time, with a key/value cache."""
 
+import math
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -28,8 +30,8 @@ def sample(
     """
     if not model.causal:
         raise UserError("sample: this is a BERT model: only next_pixel models draw images token by token")
-    if temperature < 0:
-        raise UserError(f"--temperature {temperature}: is negative: choose 0 (most likely) or more")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: is no finite number from 0 up: choose 1, or 0 for the likeliest")
     images, given = prefix_BT.shape
     # torch's CPU generator looks at 32 bits of its seed: different ones for all images of a seed.
     seeds = [(stable_hash(seed) + first + i) & 0xFFFFFFFF for i in range(images)]
@@ -38,7 +40,7 @@ def sample(
     tokens_BT[:, :given] = prefix_BT
     cache = Cache(model, images)
     chunk_BT = prefix_BT.to(model.head.weight.device)
-    for position in tqdm(range(given, model.sequence_length), desc=title, unit=" tokens", leave=False):
+    for position in tqdm(range(given, model.sequence_length), desc=title, unit=" tokens", leave=False, disable=None):
         output = model(chunk_BT, cache=cache)
         tokens_BT[:, position] = _draw(output.logits_BTK[:, -1].float().cpu(), temperature, generators)
         chunk_BT = tokens_BT[:, position : position + 1].to(chunk_BT.device)

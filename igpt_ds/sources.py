@@ -17,7 +17,8 @@ def open_split(folder: str | Path, split: str) -> Dataset:
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such directory: build it with igpt-data shards, or mend --data")
     if not path.is_dir():
-        raise UserError(f"{folder}: has no {split}/ dataset: build it with igpt-data shards")
+        remedy = " or set training.validate_every=0" if split == "val" else ""
+        raise UserError(f"{folder}: has no {split}/ dataset: build it with igpt-data shards{remedy}")
     return Dataset.open(path)
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from igpt_ds.loader import Batch
 
 
+LOWER_RATE = "lower training.learning_rate (the last checkpoint stands)"
+
+
 def pretrain(job: Job, run: Run, where: Place, fresh: bool, force: bool, wandb_project: str | None) -> None:
     """Train until `training.steps` (or `stop_at`, or a signal); go on from the newest whole checkpoint.
 
@@ -33,20 +36,26 @@ def pretrain(job: Job, run: Run, where: Place, fresh: bool, force: bool, wandb_p
         UserError: the run directory, its checkpoints or the device do not fit the job.
         RunError: the loss is no longer finite.
     """
-    stop = StopRequest()  # before the long imports: a scheduler's notice may come at any time
+    stop = StopRequest()
     if wandb_project:
         require_wandb()
-    if where.rank == 0:
-        if fresh:
-            run.clear(force)
-        run.create()
-    if not fresh:
+    # Refusals first, on every rank alike; only then the ranks meet, and rank 0 makes the directory for all.
+    if fresh:
+        run.require_fresh(force)
+    else:
         check_identity(job, run)
-    from igpt_ds.engine import Engine, join, leave, require_precision
+    if where.rank == 0:
+        run.require_writable()
+    from igpt_ds.engine import Engine, barrier, join, leave, require_precision
     from igpt_ds.loader import train_batches
 
     require_precision(job.config)
     join(where)
+    if where.rank == 0:
+        if fresh:
+            run.clear()
+        run.create()
+    barrier()
     log_to(run, where.rank)
     engine = Engine(job.config, job.ds, job.division, where)
     step = resume(engine, job, run)
@@ -99,9 +108,13 @@ def resume(engine: "Engine", job: Job, run: Run) -> int:
     import torch
 
     where = engine.place
-    found = checkpoint.newest_valid(run.checkpoints, engine.any_rank, LOGGER.warning, where.rank, where.world)
+    # One listing for all: a network file system may show them different ones.
+    candidates = engine.from_rank_0(checkpoint.list_checkpoints(run.checkpoints))
+    found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
     if found is None:
         return 0
+    if where.rank == 0:
+        checkpoint.set_aside_newer(run.checkpoints, found.step)
     engine.load(found)
     random_state = found.random_state(where.rank)
     if random_state is not None:
@@ -123,8 +136,11 @@ def train(
     config, recipe, division = job.config, job.config.training, job.division
     end = recipe.stop_at or recipe.steps
     if step >= end:
-        LOGGER.info(f"already at step {step} of {end}: nothing to do (raise training.steps to go on)")
+        LOGGER.info(
+            f"already at step {step} of {end}: nothing to do (a later training.stop_at or more training.steps go on)"
+        )
         return
+    stop.listen()
     meter = Meter(config, engine)
     stream = iter(batches)
     while step < end:
@@ -133,6 +149,9 @@ def train(
         loss, gradient_norm = engine.train_step(micro_batches, rate)
         step += 1
         meter.count_step()
+        if not 0 <= gradient_norm < math.inf:
+            # DeepSpeed would skip such updates in silence, for ever.
+            raise RunError(f"step {step}: the gradient is not finite: {LOWER_RATE}")
 
         stopped = engine.any_rank(stop.reason is not None)
         last = stopped or step == end
@@ -142,9 +161,7 @@ def train(
             # Looked at before every save too: what is not finite must not be published.
             nats = engine.sum_over_ranks([float(loss)])[0] / division.world
             if not math.isfinite(nats):
-                raise RunError(
-                    f"step {step}: the loss is {nats}: lower training.learning_rate (the last checkpoint stands)"
-                )
+                raise RunError(f"step {step}: the loss is {nats}: {LOWER_RATE}")
             line = {
                 "step": step,
                 "loss": nats,

@@ -12,9 +12,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 run_ranks() {
   local step notified='' status=0
-  # USR1 would kill a rank before Python listens: ignored until then, and so sent again and again below.
+  # USR1 would kill a rank before Python listens: ignored until then, and so sent again and again below. srun does
+  # not take the job's --cpus-per-task over by itself.
   # shellcheck disable=SC2016 # expanded by each task
-  srun --kill-on-bad-exit=1 bash -c '
+  srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c '
     trap "" USR1
     RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE exec "$@"' _ "$@" &
   step=$!

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,23 +110,50 @@ def test_data_of_another_palette_size(refused: Refused, digits: Path, tmp_path: 
 
 
 @pytest.mark.distributed
-def test_token_beyond_the_palette(data: Path, tmp_path: Path) -> None:
-    """Found while training: the shard has the right size, so that it looks sound until the row is read."""
+@pytest.mark.parametrize("world", [1, 2])
+def test_token_beyond_the_palette(data: Path, tmp_path: Path, world: int) -> None:
+    """Found while training: the shard has the right size, so that it looks sound until the row is read, by one rank."""
     dataset = Dataset.open(data / "train")
     record = dataset.manifest.shards[0]
     shard = data / "train" / f"{record.name}.tar"
-    for row in range(16, dataset.rows):
-        block, within = divmod(row, dataset.manifest.rows_per_block)
-        with shard.open("r+b") as file:
-            file.seek(record.token_offset + block * record.block_bytes + within * 64 * 2)
-            file.write(np.array([16], "<u2").tobytes())
+    with shard.open("r+b") as file:
+        file.seek(record.token_offset + 20 * 64 * 2)
+        file.write(np.array([16], "<u2").tobytes())
     output, errors = tmp_path / "output.txt", tmp_path / "errors.txt"
-    with started(pretrain(data, tmp_path / "run"), output, errors=errors) as process:
+    with started(pretrain(data, tmp_path / "run"), output, world, errors) as process:
         assert finish(process, output) == 2, errors.read_text()
-    message = one_line(errors.read_text())
+    if world == 1:
+        message = one_line(errors.read_text())
+    else:
+        (line,) = told_by_ranks(errors)
+        message = line.removeprefix("igpt-ds: ").removeprefix("[rank 1] ")
     assert message.startswith(f"{shard}: damaged shard (token 16 at row ")
     assert "beyond the palette of 16" in message and "igpt-data shards" in message
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def told_by_ranks(errors: Path) -> list[str]:
+    """What the ranks wrote on stderr, without the launcher's own lines; tracebacks are none of it."""
+    text = errors.read_text()
+    assert "Traceback" not in text, text
+    return [line for line in text.splitlines() if line.startswith("igpt-ds: ")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["all ranks", "rank 0"])
+def test_of_many_ranks_one_speaks_and_all_end(digits: Path, tmp_path: Path, case: str) -> None:
+    """What strikes all ranks, and what rank 0 alone finds while the others wait for it."""
+    run = tmp_path / "run"
+    data = tmp_path / "none" if case == "all ranks" else digits
+    if case == "rank 0":
+        (tmp_path / "file").write_text("")
+        run = tmp_path / "file" / "run"
+    output, errors = tmp_path / "output.txt", tmp_path / "errors.txt"
+    begin = time.monotonic()
+    with started(pretrain(data, run), output, 2, errors) as process:
+        assert finish(process, output) == 2, errors.read_text()
+    assert len(told_by_ranks(errors)) == 1, errors.read_text()
+    assert time.monotonic() - begin < 25, "the launcher had to kill a rank that would not end"
 
 
 # --- configuration ---------------------------------------------------------------------------------------------
@@ -319,3 +347,19 @@ def test_bfloat16_on_a_gpu_without_it(
     monkeypatch.setattr(engine, "join", lambda where: pytest.fail("joined the process group"))
     message = refused(*pretrain(digits, tmp_path / "run", "--set", "training.precision=bfloat16"))
     assert message.startswith("training.precision=bfloat16: this GPU has no bfloat16")
+
+
+def test_weights_are_held_against_the_data_named(refused: Refused, digits: Path, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    message = refused(*pretrain(digits, tmp_path / "run", "--set", "data.weights=[1,2]"))
+    assert "data.weights is [1, 2]: give one whole number above 0 for each of 1 sources" in message
+    both = ["pretrain", "--preset", "tiny", "--data", str(digits), "--data", str(tmp_path / "none"), "--run", run]
+    assert "no such directory" in refused(*both, "--set", "data.weights=[1,2]")
+
+
+def test_environment_that_is_no_number(
+    refused: Refused, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert refused(*pretrain(digits, tmp_path / "run")).startswith("WORLD_SIZE: is 'many'")

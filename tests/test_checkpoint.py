@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpt_ds.checkpoint import Checkpoint, newest_valid, step_directory
+from igpt_ds.checkpoint import Checkpoint, list_checkpoints, newest_valid, step_directory
 from igpt_ds.errors import UserError
 from tests.checkpoints import FACTS, KINDS, SHAPES, on_ranks, one_rank, originals, save_all
 
@@ -52,7 +52,7 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     for module, name in [(torch, "load"), (torch, "save"), (pickle, "load"), (pickle, "loads"), (pickle, "dumps")]:
         monkeypatch.setattr(module, name, refuse)
-    found = newest_valid(save_all(tmp_path, 1).parent, one_rank, pytest.fail)
+    found = newest_valid([save_all(tmp_path, 1)], one_rank, pytest.fail)
     assert found is not None
     found.weights()
     found.random_state(0)
@@ -125,7 +125,9 @@ def test_an_older_whole_one_is_taken(tmp_path: Path, damage: Callable[[Path], No
     for step in (10, 15):
         damage(step_directory(tmp_path, step))
     warnings: list[str] = []
-    found = on_ranks(world, lambda r, any_rank: newest_valid(tmp_path, any_rank, warnings.append, r, world))
+    found = on_ranks(
+        world, lambda r, any_rank: newest_valid(list_checkpoints(tmp_path), any_rank, warnings.append, r, world)
+    )
     for one in found:
         assert isinstance(one, Checkpoint)
         assert one.step == 5
@@ -136,7 +138,7 @@ def test_an_older_whole_one_is_taken(tmp_path: Path, damage: Callable[[Path], No
 
 
 def test_no_checkpoint_is_not_the_same_as_none_whole(tmp_path: Path) -> None:
-    assert newest_valid(tmp_path / "none", one_rank, pytest.fail) is None
+    assert newest_valid([], one_rank, pytest.fail) is None
     flip_a_byte(save_all(tmp_path, 1, world=2))
     with pytest.raises(UserError, match=r"whole.*--fresh --force"):
-        newest_valid(tmp_path, one_rank, lambda _: None)
+        newest_valid(list_checkpoints(tmp_path), one_rank, lambda _: None)

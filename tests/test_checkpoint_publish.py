@@ -11,7 +11,16 @@ import torch
 from safetensors import SafetensorError
 
 from igpt_ds import atomic, checkpoint
-from igpt_ds.checkpoint import Checkpoint, Shard, list_checkpoints, newest_valid, prune, save, step_directory
+from igpt_ds.checkpoint import (
+    Checkpoint,
+    Shard,
+    list_checkpoints,
+    newest_valid,
+    prune,
+    save,
+    set_aside_newer,
+    step_directory,
+)
 from igpt_ds.errors import UserError
 from tests.checkpoints import FACTS, KINDS, on_ranks, one_rank, originals, save_all, shards_of
 
@@ -79,7 +88,7 @@ def test_a_full_disk_publishes_nothing(
     for error in errors:
         assert isinstance(error, UserError)
     assert "the disk is full" in str(errors[0])
-    assert list_checkpoints(tmp_path) == [step_directory(tmp_path, 5)]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"], "nothing half-written stays on the full disk"
     assert contents(step_directory(tmp_path, 5)) == before
     # With space again the next one is published and clears what was left.
     save_all(tmp_path, 10, world)
@@ -99,7 +108,7 @@ def test_a_rank_that_cannot_write_stops_all(tmp_path: Path, monkeypatch: pytest.
     assert all(isinstance(error, UserError) for error in errors)
     assert "the disk is full" in str(errors[1])
     assert "another rank" in str(errors[0])
-    assert list_checkpoints(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_save_at_a_step_stands(tmp_path: Path) -> None:
@@ -123,6 +132,18 @@ def test_what_killed_runs_left_is_cleared(tmp_path: Path) -> None:
     for name in (".step-00000009.tmp", ".step-00000011.tmp", ".step-00000001.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank-00000.safetensors").write_bytes(b"half")
-    assert newest_valid(tmp_path, one_rank, pytest.fail) is None
+    assert newest_valid(list_checkpoints(tmp_path), one_rank, pytest.fail) is None
     save_all(tmp_path, 11)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000011"]
+
+
+def test_damaged_ones_are_set_aside_so_that_prune_keeps_whole_ones(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save_all(tmp_path, step)
+    damaged = contents(step_directory(tmp_path, 30))
+    set_aside_newer(tmp_path, 20)
+    save_all(tmp_path, 25)
+    prune(tmp_path, 2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000025"]
+    (aside,) = tmp_path.glob("damaged-step-00000030-*")
+    assert contents(aside) == damaged

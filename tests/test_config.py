@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.config import Config, fingerprint, from_tree, identity, load_config, presets, replace, to_toml, to_tree
+from igpt_ds.config import Config, from_tree, identity, load_config, presets, replace, to_toml, to_tree
 from igpt_ds.errors import UserError
 
 IMAGENET_TRAIN = 0.96 * 1_281_167
@@ -75,7 +75,6 @@ def test_toml_reads_back_unchanged(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(to_toml(config))
     assert load_config(path) == config
-    assert fingerprint(load_config(path)) == fingerprint(config)
     assert from_tree(to_tree(config), "tree") == config
 
 
@@ -85,7 +84,6 @@ def test_a_configuration_is_frozen_and_replaced() -> None:
         config.seed = 3  # type: ignore[misc]
     changed = replace(config, "training", steps=7)
     assert (changed.training.steps, config.training.steps) == (7, 100)
-    assert fingerprint(changed) != fingerprint(config)
     # A longer run goes on from the same checkpoints; another seed does not.
     assert identity(changed) == identity(config)
     assert identity(dataclasses.replace(config, seed=1)) != identity(config)
@@ -151,7 +149,7 @@ def test_a_malformed_set_is_refused(text: str) -> None:
         ("training.beta2=1.0", "training.beta2 1.0 is not in [0, 1)"),
         ("training.stop_at=101", "training.stop_at 101 is not in 1..steps"),
         ("training.stop_at=0", "training.stop_at 0 is not in 1..steps"),
-        ("data.weights=[1]", "data.weights [1] must be one whole number above 0 for each of 0 sources"),
+        ("data.weights=[1]", "data.weights is [1]: give one whole number above 0 for each of 0 sources"),
     ],
 )
 def test_a_fault_is_named(text: str, fault: str) -> None:

@@ -17,6 +17,7 @@ from igpt_ds.config import to_toml
 from igpt_ds.evals.features import Features, extract, load_model, pixels
 from igpt_ds.evals.probe import fit, fit_layers
 from igpt_ds.objectives import load_objective
+from igpt_ds.palette import Palette
 from igpt_ds.shards import Dataset, Manifest
 from tests.models import random_model, save_model, small_config
 
@@ -124,7 +125,7 @@ def test_probe_command_writes_what_it_prints(
     run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run.parent / "result.json"
-    assert call(monkeypatch, "probe", run, "--data", digits, "--json", out) == 0
+    assert call(monkeypatch, "probe", run, "--data", digits, "--json", out, "--untrained") == 0
     record = json.loads(out.read_text())
     assert [r["layer"] for r in record["layers"]] == [0, 1, 2]
     assert record["step"] == 7
@@ -134,8 +135,23 @@ def test_probe_command_writes_what_it_prints(
     printed = capsys.readouterr().out
     for result in record["layers"] + record["untrained"]:
         assert f"{result['accuracy']:.4f}" in printed
+    assert len(record["untrained"]) == 3
     with Image.open(out.with_suffix(".png")) as plot:
         assert plot.size == (768, 480)
+    # A part of the images, without the untrained network.
+    assert call(monkeypatch, "probe", run, "--images", 40) == 0
+    part = json.loads((run / "probe.json").read_text())
+    assert (part["train_images"], part["validation_images"], part["untrained"]) == (40, 40, [])
+
+
+def test_a_part_of_the_images_is_the_first(digits: Path) -> None:
+    config = small_config(resolution=8, palette_size=16)
+    model, dataset = random_model(config), Dataset.open(digits / "val")
+    whole, part = (extract(model, config, dataset, "test", images, batch=16) for images in (None, 20))
+    assert part.layers.shape == (3, 20, 32)
+    np.testing.assert_allclose(part.layers, whole.layers[:, :20], atol=1e-6)
+    assert np.array_equal(part.labels, whole.labels[:20])
+    assert np.array_equal(pixels(dataset, 20), pixels(dataset)[:20])
 
 
 def test_probe_refuses_what_does_not_fit(
@@ -187,3 +203,9 @@ def test_sample_command_draws_and_refuses(
         assert sheet.size == (6 * 66 + 2, 2 * 66 + 2)
     assert call(monkeypatch, "sample", run, "--n", 1, "--out", run / "config.toml" / "x.png") == 2
     assert "cannot write" in capsys.readouterr().err
+    assert call(monkeypatch, "sample", run, "--out", out, "--temperature", "nan") == 2
+    assert "--temperature nan" in capsys.readouterr().err
+    palette = Dataset.open(digits / "train").palette
+    Palette(-palette.colours).save(run / "palette.npy")
+    assert call(monkeypatch, "sample", run, "--out", out) == 2
+    assert "not the palette of" in capsys.readouterr().err

@@ -38,8 +38,10 @@ def load_model(config: Config, checkpoint: Checkpoint | None) -> ImageGPT:
 
 
 @torch.no_grad()
-def extract(model: ImageGPT, config: Config, dataset: Dataset, title: str, batch: int = 64) -> Features:
-    """Features of all layers in one pass over the dataset's images.
+def extract(
+    model: ImageGPT, config: Config, dataset: Dataset, title: str, images: int | None = None, batch: int = 64
+) -> Features:
+    """Features of all layers in one pass over the dataset's images, or its first `images`.
 
     A BERT model sees masked input here too, as it did in training (paper section 4.6).
 
@@ -47,17 +49,20 @@ def extract(model: ImageGPT, config: Config, dataset: Dataset, title: str, batch
         UserError: the dataset has no labels.
     """
     layers = range(config.model.layers + 1)
-    labels = dataset.labels()
-    result = np.empty((len(layers), dataset.rows, config.model.width), np.float32)
+    total = min(dataset.rows, images or dataset.rows)
+    labels = dataset.labels()[:total]
+    result = np.empty((len(layers), total, config.model.width), np.float32)
     objective = load_objective(config)
     device = model.head.weight.device
     done = 0
-    with tqdm(total=dataset.rows, desc=title, unit=" images", leave=False) as progress:
+    with tqdm(total=total, desc=title, unit=" images", leave=False, disable=None) as progress:
         for rows in evaluation_batches(dataset, batch, rank=0, world=1):
+            if done == total:
+                break
             tokens_BT = rows["tokens"].to(device)
             mask_BT = objective.mask(tokens_BT, rows["positions"], config)
             features = model(tokens_BT, mask_BT, features=layers, logits=False).features
-            count = int(rows["weight"].sum())
+            count = min(int(rows["weight"].sum()), total - done)
             for layer in layers:
                 result[layer, done : done + count] = features[layer][:count].cpu().numpy()
             done += count
@@ -65,8 +70,8 @@ def extract(model: ImageGPT, config: Config, dataset: Dataset, title: str, batch
     return Features(result, labels)
 
 
-def pixels(dataset: Dataset) -> np.ndarray:
-    """The colours of the images as features, the baseline to beat: float32 [images, 3 n] in [-1, 1]."""
+def pixels(dataset: Dataset, images: int | None = None) -> np.ndarray:
+    """The colours of the (first) images as features, the baseline to beat: float32 [images, 3 n] in [-1, 1]."""
     views = [k for k, shard in enumerate(dataset.manifest.shards) if shard.view == 0]
-    tokens = np.concatenate([dataset.tokens(k) for k in views])
+    tokens = np.concatenate([dataset.tokens(k) for k in views])[:images]
     return dataset.palette.colours[tokens].reshape(len(tokens), -1)

@@ -35,7 +35,7 @@ class ProbeResult:
 
     Attributes:
         layers: one a layer, 0 to L.
-        untrained: the same network before training.
+        untrained: the same network before training; empty if it was not asked for.
         pixels: the classifier on raw colours.
         train_images, validation_images: how many images the figures rest on.
     """
@@ -55,8 +55,19 @@ class ProbeResult:
         return {**asdict(self), "best_layer": self.best.layer, "best_accuracy": self.best.accuracy}
 
 
-def probe(checkpoint: Checkpoint, config: Config, train: Dataset, validation: Dataset) -> ProbeResult:
-    """Probe every layer of a checkpoint, of the untrained network, and the pixels.
+def probe(
+    checkpoint: Checkpoint,
+    config: Config,
+    train: Dataset,
+    validation: Dataset,
+    *,
+    images: int | None = None,
+    untrained: bool = False,
+) -> ProbeResult:
+    """Probe every layer of a checkpoint, the pixels and, if asked for, the untrained network.
+
+    Args:
+        images: how many of each split, from its beginning; None for all.
 
     Raises:
         UserError: no labels, other classes in the two splits, fewer than two classes, or data of another palette
@@ -70,32 +81,32 @@ def probe(checkpoint: Checkpoint, config: Config, train: Dataset, validation: Da
             )
     if train.manifest.classes != validation.manifest.classes:
         raise UserError(f"{validation.path}: its classes are not those of {train.path}: build both splits in one go")
-    if train.manifest.classes is None or len(np.unique(train.labels())) < 2:
+    if train.manifest.classes is None or len(np.unique(train.labels()[:images])) < 2:
         raise UserError(f"{train.path}: images of one class or without labels: a probe needs class folders")
 
     def probe_network(trained: Checkpoint | None, name: str) -> list[LayerResult]:
         model = load_model(config, trained)
         return fit_layers(
-            extract(model, config, train, f"features of {name}, train"),
-            extract(model, config, validation, f"features of {name}, val"),
+            extract(model, config, train, f"features of {name}, train", images),
+            extract(model, config, validation, f"features of {name}, val", images),
             name,
         )
 
-    labels = train.labels(), validation.labels()
+    labels, held_out = train.labels()[:images], validation.labels()[:images]
     return ProbeResult(
         step=checkpoint.step,
         layers=probe_network(checkpoint, "trained"),
-        untrained=probe_network(None, "untrained"),
-        pixels=fit(pixels(train), labels[0], pixels(validation), labels[1])[0],
-        train_images=train.rows,
-        validation_images=validation.rows,
+        untrained=probe_network(None, "untrained") if untrained else [],
+        pixels=fit(pixels(train, images), labels, pixels(validation, images), held_out)[0],
+        train_images=len(labels),
+        validation_images=len(held_out),
     )
 
 
 def fit_layers(train: Features, validation: Features, name: str) -> list[LayerResult]:
     """A classifier for every layer."""
     results = []
-    for layer in tqdm(range(len(train.layers)), desc=f"probes of {name}", unit=" layers", leave=False):
+    for layer in tqdm(range(len(train.layers)), desc=f"probes of {name}", unit=" layers", leave=False, disable=None):
         accuracy, converged = fit(train.layers[layer], train.labels, validation.layers[layer], validation.labels)
         results.append(LayerResult(layer, accuracy, converged))
     return results
@@ -123,10 +134,12 @@ def fit(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labe
 
 def table(result: ProbeResult) -> str:
     """The result as an aligned table."""
-    lines = [f"{'layer':>7}  {'accuracy':>9}  {'untrained':>9}   (n = {result.validation_images} images)"]
-    for trained, untrained in zip(result.layers, result.untrained, strict=True):
+    title = "untrained" if result.untrained else ""
+    lines = [f"{'layer':>7}  {'accuracy':>9}  {title:>9}   (n = {result.validation_images} images)"]
+    for layer, trained in enumerate(result.layers):
+        untrained = f"{result.untrained[layer].accuracy:.4f}" if result.untrained else ""
         notes = "  <- best" if trained == result.best else ""
         notes += "" if trained.converged else f"  (not converged in {MAX_ITERATIONS} iterations)"
-        lines.append(f"{trained.layer:>7}  {trained.accuracy:>9.4f}  {untrained.accuracy:>9.4f}{notes}")
+        lines.append(f"{trained.layer:>7}  {trained.accuracy:>9.4f}  {untrained:>9}{notes}".rstrip())
     lines.append(f"{'pixels':>7}  {result.pixels:>9.4f}")
     return "\n".join(lines)
