@@ -21,8 +21,9 @@ from data_prep.transforms import Transform
 from igpt_ds import __version__
 from igpt_ds.atomic import fsync_directory, publish_text, sha256_file, writing
 from igpt_ds.errors import UserError
+from igpt_ds.manifest import Manifest, ShardRecord
 from igpt_ds.palette import Palette
-from igpt_ds.shards import Dataset, Manifest, ShardRecord, read_mark, write_shard
+from igpt_ds.shards import Dataset, read_mark, write_shard
 
 
 @dataclass(frozen=True)

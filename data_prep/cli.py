@@ -192,7 +192,7 @@ def verify(directory: Path) -> None:
       igpt-data verify DATA/train
     """
     from data_prep.verify import verify as read_again
-    from igpt_ds.shards import Manifest
+    from igpt_ds.manifest import Manifest
 
     manifest = Manifest.load(directory)
     with _Progress("verify", unit="B") as progress:

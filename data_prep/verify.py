@@ -8,7 +8,8 @@ import numpy as np
 
 from igpt_ds.atomic import sha256_file
 from igpt_ds.errors import UserError
-from igpt_ds.shards import Dataset, Manifest, ShardRecord, blocks, damaged
+from igpt_ds.manifest import Manifest, ShardRecord
+from igpt_ds.shards import Dataset, blocks, damaged
 
 
 @dataclass(frozen=True)

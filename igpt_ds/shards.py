@@ -24,133 +24,22 @@ NumPy and the standard library only: shard-building workers import this file and
 import io
 import json
 import os
-import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import numpy as np
 
 from igpt_ds.atomic import publish_file, publish_text, sha256_file
 from igpt_ds.errors import UserError
+from igpt_ds.manifest import SHARD_NAME, Manifest, ShardRecord, typed
 from igpt_ds.palette import Palette
 
-FORMAT = "igpt-ds-tokens"
-VERSION = 1
 KINDS = ("tokens", "ids", "labels")  # the members of a block, in their order
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no dot (webdataset splits keys there) and no way out of the directory
 _OPEN_FILES = 64
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """One shard: its name, rows, size and hash, its view, and where its token rows lie (bytes)."""
-
-    name: str
-    rows: int
-    bytes: int
-    sha256: str
-    view: int
-    token_offset: int
-    block_bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a dataset directory holds. `rows` counts images: the rows of one view."""
-
-    rows: int
-    sequence_length: int
-    resolution: int
-    rows_per_block: int
-    storage: str
-    palette: dict[str, Any]  # k and sha256
-    source: str
-    split: str
-    views: int
-    transform: dict[str, Any]
-    seed: int
-    classes: list[str] | None  # None: the rows have no labels
-    versions: dict[str, str]
-    rejected: int
-    shards: list[ShardRecord]
-
-    @classmethod
-    def load(cls, directory: Path) -> "Manifest":
-        """Read and check DIRECTORY/manifest.json.
-
-        Raises:
-            UserError: it is missing, not ours, of another version, malformed or contradicts itself.
-        """
-        path = Path(directory) / "manifest.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"{directory}: no manifest.json, half-built or not a dataset: run igpt-data shards again"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise _malformed(path, "not readable JSON") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise _malformed(path, f"not an {FORMAT} manifest")
-        if (version := data.pop("version", None)) != VERSION:
-            raise _malformed(path, f"format version {version}, but this program reads version {VERSION}")
-        try:
-            shards = [_typed(ShardRecord, shard) for shard in data.pop("shards")]
-            manifest = _typed(cls, {**data, "shards": shards})
-        except (KeyError, TypeError) as error:
-            raise _malformed(path, str(error)) from None
-        if fault := manifest._contradiction():
-            raise _malformed(path, fault)
-        return manifest
-
-    def save(self, directory: Path) -> None:
-        """Publish DIRECTORY/manifest.json: the last act of building a dataset."""
-        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        publish_text(Path(directory) / "manifest.json", json.dumps(data, indent=1) + "\n")
-
-    def _contradiction(self) -> str | None:
-        fault = None
-        if self.storage != "uint16":
-            fault = f"unknown storage {self.storage!r}"
-        elif self.resolution < 1 or self.sequence_length != self.resolution**2 or self.rows_per_block < 1:
-            fault = f"{self.sequence_length} tokens do not fit a resolution of {self.resolution}"
-        elif not {"k", "sha256"} <= self.palette.keys():
-            fault = "the palette's k or sha256 is missing"
-        elif self.rows < 1 or self.views < 1:
-            fault = f"it holds {self.rows} rows in {self.views} views"
-        elif len({shard.name for shard in self.shards}) != len(self.shards):
-            fault = "a shard is listed twice"
-        rows = [0] * max(self.views, 1)
-        for shard in self.shards:
-            if not 0 <= shard.view < self.views:
-                return f"shard {shard.name!r} belongs to view {shard.view} of {self.views}"
-            if not _NAME.fullmatch(shard.name) or min(shard.rows, shard.token_offset, shard.block_bytes) < 1:
-                fault = f"the record of shard {shard.name!r} makes no sense"
-            rows[shard.view] += shard.rows
-        if any(count != self.rows for count in rows):
-            fault = f"its shards hold {rows} rows by view, but it says {self.rows} a view"
-        return fault
-
-
-def _malformed(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: malformed ({what}): run igpt-data shards again")
-
-
-def _typed(cls: type, data: Any) -> Any:
-    """Build a dataclass from JSON, with every field there, of the right kind, and none besides."""
-    kinds = {field.name: field.type for field in fields(cls)}
-    if not isinstance(data, dict) or kinds.keys() != data.keys():
-        raise TypeError(f"the keys should be {', '.join(kinds)}")
-    for name, kind in kinds.items():
-        allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        if type(data[name]) not in {get_origin(each) or each for each in allowed}:
-            raise TypeError(f"{name} is {data[name]!r}")
-    return cls(**data)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -187,7 +76,7 @@ def write_shard(
         UserError: the disk is full, and the like.
     """
     rows = len(tokens)
-    if tokens.ndim != 2 or tokens.dtype != np.uint16 or rows < 1 or len(ids) != rows or not _NAME.fullmatch(name):
+    if tokens.ndim != 2 or tokens.dtype != np.uint16 or rows < 1 or len(ids) != rows or not SHARD_NAME.fullmatch(name):
         raise ValueError(f"{name}: {tokens.dtype} {list(tokens.shape)} tokens with {len(ids)} ids")
     if labels is not None and len(labels) != rows:
         raise ValueError(f"{name}: {rows} rows with {len(labels)} labels")
@@ -225,7 +114,7 @@ def read_mark(directory: Path, name: str) -> tuple[ShardRecord, dict[str, Any]] 
     try:
         mark = json.loads((Path(directory) / f"{name}.json").read_text(encoding="utf-8"))
         note = mark.pop("note")
-        return _typed(ShardRecord, mark), note
+        return typed(ShardRecord, mark), note
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -20,8 +20,9 @@ import pytest
 from igpt_ds import cli
 from igpt_ds.atomic import sha256_file
 from igpt_ds.checkpoint import Checkpoint, list_checkpoints
+from igpt_ds.manifest import Manifest
 from igpt_ds.palette import Palette
-from igpt_ds.shards import Dataset, Manifest
+from igpt_ds.shards import Dataset
 from tests.commands import finish, pretrain, run_command, started
 
 Refused = Callable[..., str]

@@ -20,8 +20,9 @@ from data_prep.sources import open_source
 from data_prep.transforms import Transform, evaluation
 from data_prep.verify import verify
 from igpt_ds.errors import UserError
+from igpt_ds.manifest import Manifest
 from igpt_ds.palette import Palette
-from igpt_ds.shards import Dataset, Manifest
+from igpt_ds.shards import Dataset
 
 
 def settings(**changed: object) -> Settings:

@@ -16,9 +16,10 @@ import torch
 
 from igpt_ds.errors import UserError
 from igpt_ds.loader import MicroBatches, evaluation_batches, source_rows, train_batches
+from igpt_ds.manifest import Manifest
 from igpt_ds.order import Order
 from igpt_ds.palette import Palette
-from igpt_ds.shards import Dataset, Manifest, write_shard
+from igpt_ds.shards import Dataset, write_shard
 
 K = 8
 

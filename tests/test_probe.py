@@ -16,9 +16,10 @@ from igpt_ds.checkpoint import Checkpoint
 from igpt_ds.config import to_toml
 from igpt_ds.evals.features import Features, extract, load_model, pixels
 from igpt_ds.evals.probe import fit, fit_layers
+from igpt_ds.manifest import Manifest
 from igpt_ds.objectives import load_objective
 from igpt_ds.palette import Palette
-from igpt_ds.shards import Dataset, Manifest
+from igpt_ds.shards import Dataset
 from tests.models import random_model, save_model, small_config
 
 

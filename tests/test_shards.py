@@ -12,8 +12,9 @@ import webdataset as wds
 
 from data_prep.verify import verify
 from igpt_ds.errors import UserError
+from igpt_ds.manifest import Manifest
 from igpt_ds.palette import Palette
-from igpt_ds.shards import Dataset, Manifest, read_mark, write_shard
+from igpt_ds.shards import Dataset, read_mark, write_shard
 
 N, K, ROWS = 16, 64, 11
 
