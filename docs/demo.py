@@ -104,7 +104,7 @@ def pretrain(kill_after: int | None) -> None:
 def summary(seconds: float) -> None:
     """One table of what was seen, beside what it must beat."""
     validation = Dataset.open(DATA / "val")
-    tokens = np.concatenate([validation.tokens(shard) for shard in range(len(validation.manifest.shards))])
+    tokens = validation.images()
     shares = np.bincount(tokens.ravel(), minlength=COLOURS) / tokens.size
     entropy = -sum(p * math.log(p) for p in shares if p > 0)
     losses = [line for line in read_metrics(RUN / "metrics.jsonl") if "val_loss" in line]

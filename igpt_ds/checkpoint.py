@@ -15,8 +15,11 @@ therefore whole. Nothing in here knows DeepSpeed; what must happen on all ranks 
 """
 
 import bisect
+import errno
 import json
+import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -122,7 +125,7 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         """All weights, whole: name -> float32 tensor of the parameter's shape."""
         return {
-            name: self.read(name, "weight", 0, _numel(facts["shape"])).view(facts["shape"])
+            name: self.read(name, "weight", 0, math.prod(facts["shape"])).view(facts["shape"])
             for name, facts in self.tensors.items()
         }
 
@@ -239,13 +242,6 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _numel(shape: Iterable[int]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
-
-
 def _attempt(action: Callable[[], None]) -> Exception | None:
     try:
         action()
@@ -282,9 +278,6 @@ def _write_rank(temporary: Path, rank: int, shards: list[Shard]) -> None:
 
 def _os_error(error: Exception) -> tuple[int, str]:
     """The operating system's error number inside safetensors' text ("... (os error 28)"), or EIO."""
-    import errno
-    import re
-
     found = re.search(r"os error (\d+)", str(error))
     number = int(found.group(1)) if found else errno.EIO
     return number, os.strerror(number)
@@ -308,7 +301,7 @@ def _publish(temporary: Path, final: Path, step: int, world: int, facts: Mapping
         for _, start, stop in entry["slices"]:
             assert start == covered, f"{name}: the ranks' slices overlap or leave a gap at element {covered}"
             covered = stop
-        assert covered == _numel(entry["shape"]), f"{name}: the ranks' slices end at element {covered}"
+        assert covered == math.prod(entry["shape"]), f"{name}: the ranks' slices end at element {covered}"
     content = {**facts, "format": FORMAT, "version": VERSION, "step": step, "world": world}
     publish_text(temporary / "checkpoint.json", json.dumps({**content, "files": files, "tensors": tensors}))
     replaced = final.with_name(f".{final.name}.old")

@@ -123,19 +123,18 @@ class Engine:
 
     # --- one step, one evaluation ------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch, **wanted: Any) -> tuple[Output, Tensor, Tensor | None]:
+    def forward(self, batch: Batch) -> tuple[Output, Tensor, Tensor | None]:
         """Run the network on a batch, hiding what the objective hides.
 
         Args:
             batch: "tokens" int64 [B, T] and "positions" int64 [B], see loader.py.
-            wanted: further arguments of `ImageGPT.forward`.
 
         Returns:
             The output, the tokens on the device, and the mask (bool [B, T], or None).
         """
         tokens_BT = batch["tokens"].to(self.device, non_blocking=True)
         mask_BT = self.objective.mask(tokens_BT, batch["positions"], self.config)
-        return self.deepspeed(tokens_BT, mask_BT, **wanted), tokens_BT, mask_BT
+        return self.deepspeed(tokens_BT, mask_BT), tokens_BT, mask_BT
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> tuple[Tensor, float]:
         """One update from this rank's micro-batches.

@@ -199,6 +199,20 @@ class Dataset:
             tokens[start : start + count] = self._tokens_at(shard, offset, count, start)
         return tokens
 
+    def images(self, count: int | None = None) -> np.ndarray:
+        """Tokens of the first `count` images, or all, each in view 0: uint16 [count, n]; reads no shard beyond them.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        left = self.rows if count is None else min(count, self.rows)
+        parts: list[np.ndarray] = [np.empty((0, self.sequence_length), np.uint16)]
+        for number, shard in enumerate(self.manifest.shards):
+            if shard.view == 0 and left > 0:
+                parts.append(self.tokens(number)[:left])
+                left -= len(parts[-1])
+        return np.concatenate(parts)
+
     def labels(self) -> np.ndarray:
         """Labels of view 0 in shard order: int64 [rows].
 

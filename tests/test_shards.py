@@ -278,3 +278,23 @@ def test_half_built_dataset(tmp_path: Path) -> None:
     for path in (tmp_path / "d", tmp_path / "nothing"):
         with pytest.raises(UserError, match="half-built or not a dataset: run igpt-data shards again"):
             Dataset.open(path)
+
+
+def test_images_are_the_first_rows_of_view_0_and_no_other_shard_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = make_dataset(tmp_path / "d", views=2)
+    dataset, every = Dataset.open(tmp_path / "d"), tokens[0].reshape(-1, N)
+    assert np.array_equal(dataset.images(), every)
+    assert np.array_equal(dataset.images(ROWS + 3), every[: ROWS + 3])
+    assert dataset.images(0).shape == (0, N)
+    read: list[int] = []
+    whole_shard = Dataset.tokens
+
+    def noted(self: Dataset, shard: int) -> np.ndarray:
+        read.append(shard)
+        return whole_shard(self, shard)
+
+    monkeypatch.setattr(Dataset, "tokens", noted)
+    assert np.array_equal(dataset.images(ROWS), every[:ROWS])
+    assert read == [0]

@@ -72,6 +72,5 @@ def extract(
 
 def pixels(dataset: Dataset, images: int | None = None) -> np.ndarray:
     """The colours of the (first) images as features, the baseline to beat: float32 [images, 3 n] in [-1, 1]."""
-    views = [k for k, shard in enumerate(dataset.manifest.shards) if shard.view == 0]
-    tokens = np.concatenate([dataset.tokens(k) for k in views])[:images]
+    tokens = dataset.images(images)
     return dataset.palette.colours[tokens].reshape(len(tokens), -1)

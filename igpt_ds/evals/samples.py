@@ -43,8 +43,7 @@ def completions(
         )
     if dataset.palette.sha256 != palette.sha256:
         raise UserError(f"{dataset.path}: another palette than the run's: build the data with the run's palette.npy")
-    views = [k for k, shard in enumerate(dataset.manifest.shards) if shard.view == 0]
-    tokens = np.concatenate([dataset.tokens(k) for k in views])[:count]
+    tokens = dataset.images(count)
     side = dataset.manifest.resolution
     prefix_BT = torch.from_numpy(tokens.astype(np.int64))[:, : side // 2 * side].repeat_interleave(COMPLETIONS, dim=0)
     drawn = _images(_draw(model, prefix_BT, seed, temperature, "completions"), palette)
