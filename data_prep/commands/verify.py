@@ -1,0 +1,35 @@
+"""`igpt-data verify`."""
+
+from pathlib import Path
+
+import click
+
+from data_prep.commands import PATH, Progress, table
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+def verify(directory: Path) -> None:
+    """Read a dataset again, every byte, and hold it against its manifest.
+
+    \b
+    Example:
+      igpt-data verify DATA/train
+    """
+    from data_prep.verify import verify as read_again
+    from igpt_ds.manifest import Manifest
+
+    manifest = Manifest.load(directory)
+    with Progress("verify", unit="B") as progress:
+        progress.start(sum(shard.bytes for shard in manifest.shards))
+        summary = read_again(directory, progress.tick)
+    table(
+        ("dataset", f"{directory} ({manifest.split} split of {manifest.source})"),
+        ("images", f"{manifest.rows:,} in {summary.views} view(s)"),
+        ("labels", "none" if manifest.classes is None else f"{len(manifest.classes)} classes"),
+        ("shards", f"{summary.shards:,}, {summary.bytes / 1e6:,.1f} MB, every sha256 right"),
+        ("tokens", f"{manifest.sequence_length:,} a row ({manifest.resolution} x {manifest.resolution})"),
+        ("palette", f"{summary.colours_used} of {manifest.palette['k']} colours used"),
+        ("entropy", f"{summary.entropy:.4f} nats a token (of the tokens' frequencies)"),
+        ("rejected", f"{manifest.rejected:,}"),
+    )
