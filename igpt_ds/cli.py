@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 from igpt_ds import __version__
+from igpt_ds.commands.checkpoints import checkpoints
+from igpt_ds.commands.doctor import doctor
 from igpt_ds.errors import RunError, UserError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -218,3 +220,7 @@ def _let_others_speak() -> None:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
+
+
+cli.add_command(checkpoints)
+cli.add_command(doctor)

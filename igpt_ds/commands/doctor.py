@@ -1,0 +1,78 @@
+"""`igpt-ds doctor`: fit to run? For people, and for the head of a job script."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from igpt_ds.commands import CONTEXT, shown
+from igpt_ds.errors import RunError, UserError
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--data", metavar="DIR", multiple=True, help="Folder with train/ and val/ [those of RUN/config.toml].")
+@click.option(
+    "--run", "run_path", metavar="RUN", type=click.Path(path_type=Path), help="Run directory; need not exist."
+)
+@click.option("--preset", metavar="NAME", help="Preset or file.toml of the run [RUN/config.toml].")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
+@click.option("--ds", "ds_source", default="zero3", show_default=True, metavar="NAME", help="DeepSpeed configuration.")
+@click.option("--ranks", type=click.IntRange(min=1), help="GPUs of the run [ranks started, or GPUs of this machine].")
+@click.option(
+    "--wait",
+    "limit",
+    default=300.0,
+    show_default=True,
+    type=click.FloatRange(min=2),
+    metavar="SECONDS",
+    help="Longest wait for ranks that do not come.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def doctor(
+    data: tuple[str, ...],
+    run_path: Path | None,
+    preset: str | None,
+    overrides: tuple[str, ...],
+    ds_source: str,
+    ranks: int | None,
+    limit: float,
+    as_json: bool,
+) -> None:
+    """Is this machine, this job, fit to run? A table of OK, WARN and FAIL, each with what to do.
+
+    \b
+    On one machine; with --ranks, also what 64 GPUs would have to hold:
+        igpt-ds doctor --data DATA --run RUN --preset xl
+        igpt-ds doctor --data DATA --run RUN --preset xl --ranks 64
+    In a job script before the training (WORLD_SIZE, MASTER_ADDR and MASTER_PORT as slurm/env.sh exports them):
+        srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec \\
+            python -m igpt_ds doctor --data DATA --run RUN --preset xl'
+    On one machine with 8 GPUs:
+        deepspeed --num_accelerators 8 --module igpt_ds doctor --data DATA --run RUN --preset xl
+
+    As several ranks it also multiplies matrices on all of them at once and names those that are slower than the rest,
+    adds up over the network, and compares the clocks. It takes the options of pretrain and judges that run. A second
+    or two of every GPU is used, and up to 256 MB a node are written to RUN's file system and removed.
+
+    Exit status: 0 no FAIL, 1 some FAIL, 2 bad arguments.
+    """
+    from igpt_ds.place import place
+
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+        raise UserError("doctor: several srun tasks, but RANK is not set: RANK=$SLURM_PROCID as in slurm/env.sh")
+    where = place()
+    from igpt_ds.doctor.examine import examine
+    from igpt_ds.doctor.inputs import Request
+    from igpt_ds.doctor.report import table, to_json
+
+    outcome = examine(Request(data, run_path, preset, overrides, ds_source), where, ranks, limit)
+    report = outcome.report
+    if report is not None:
+        click.echo(to_json(report) if as_json else table(report, shown))
+    if outcome.hangs:
+        # A thread waits inside NCCL, for ever, and Python's orderly end would wait for it.
+        sys.stdout.flush()
+        os._exit(1)
+    if report is not None and report.status == "FAIL":
+        raise RunError(f"doctor: {report.count('FAIL')} of {len(report.checks)} checks failed: see their remedies")
