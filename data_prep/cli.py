@@ -4,7 +4,9 @@ import sys
 
 import click
 
+from data_prep.commands.inspect import inspect
 from data_prep.commands.palette import palette
+from data_prep.commands.select import select
 from data_prep.commands.shards import shards
 from data_prep.commands.verify import verify
 from igpt_ds.errors import UserError
@@ -20,10 +22,11 @@ def cli() -> None:
       igpt-data shards image_folder IMAGES --palette palette.npy --resolution 32 \\
           --holdout 0.04 --out DATA
       igpt-data verify DATA/train
+      igpt-data inspect DATA/train --out pictures
     """
 
 
-for command in (palette, shards, verify):
+for command in (palette, select, shards, verify, inspect):
     cli.add_command(command)
 
 

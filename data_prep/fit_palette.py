@@ -1,6 +1,6 @@
 """Fit the palette: k-means over the colours of images, exact and reproducible to the byte.
 
-1. Count how often each of the 2^24 colours occurs (`count_colours`). Counts of parts add up to the counts of
+1. Count how often each of the 2^24 colours occurs (`data_prep.colours`). Counts of parts add up to the counts of
    the whole, so the work can be split at will.
 2. Find good starting centres on a coarse histogram: 6 bits a channel, each bin standing at the exact mean of
    its pixels with their number as weight, k-means++ and Lloyd iterations.
@@ -9,19 +9,13 @@
 Clustering unique colours with weights is clustering all pixels, at a fraction of the cost.
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.rejects import Rejects, pixels
-from data_prep.sources import Source
-from data_prep.transforms import Transform
 from igpt_ds.errors import UserError
 from igpt_ds.palette import MAX_COLOURS, Palette
 
-_BATCH = 1 << 20  # pixels that are sorted at a time
 _COARSE_ITERATIONS = 100
 _EXACT_ITERATIONS = 30
 _EASY = 1 << 22  # colours times k, up to which ten starts cost next to nothing
@@ -38,44 +32,6 @@ class Distortion(NamedTuple):
     rms_levels: float
 
 
-def count_colours(
-    source: Source,
-    transform: Transform,
-    max_reject_rate: float = 0.0,
-    tick: Callable[[], object] | None = None,
-) -> tuple[np.ndarray, Rejects]:
-    """Count the colours of a source's images after `transform`: int64 [2^24] at r << 16 | g << 8 | b.
-
-    Raises:
-        UserError: more images are rejected than allowed.
-    """
-    counts = np.zeros(1 << 24, np.int64)
-    items = source.items()
-    rejects = Rejects(len(items), max_reject_rate)
-    waiting: list[np.ndarray] = []
-    for item in items:
-        found = pixels(source, item.id, transform)
-        if isinstance(found, np.ndarray):
-            waiting.append(found.reshape(-1, 3))
-            if sum(map(len, waiting)) >= _BATCH:
-                add_colours(counts, np.concatenate(waiting))
-                waiting.clear()
-        else:
-            rejects.add([found])
-        if tick:
-            tick()
-    if waiting:
-        add_colours(counts, np.concatenate(waiting))
-    return counts, rejects
-
-
-def add_colours(counts: np.ndarray, rgb: np.ndarray) -> None:
-    """Add pixels uint8 [..., 3] to counts int64 [2^24]."""
-    wide = rgb.reshape(-1, 3).astype(np.int32)
-    packed, number = np.unique(wide[:, 0] << 16 | wide[:, 1] << 8 | wide[:, 2], return_counts=True)
-    counts[packed] += number
-
-
 def fit(counts: np.ndarray, k: int, seed: int) -> Palette:
     """The palette of k colours for pixels with these counts, sorted by (red, green, blue).
 
@@ -85,8 +41,7 @@ def fit(counts: np.ndarray, k: int, seed: int) -> Palette:
     Raises:
         UserError: there are fewer unique colours than k, or k is out of range.
     """
-    if not 1 <= k <= MAX_COLOURS:
-        raise UserError(f"--k {k}: a palette has 1 to {MAX_COLOURS} colours: choose a k in that range")
+    check_k(k)
     packed = np.flatnonzero(counts)
     if len(packed) < k:
         raise UserError(
@@ -97,6 +52,16 @@ def fit(counts: np.ndarray, k: int, seed: int) -> Palette:
         centres = _cluster(packed, counts[packed].astype(np.float64), k, seed)
     centres = np.clip(centres, -1.0, 1.0).astype(np.float32)
     return Palette(centres[np.lexsort(centres.T[::-1])])
+
+
+def check_k(k: int) -> None:
+    """Before any image is read.
+
+    Raises:
+        UserError: no palette has so many colours.
+    """
+    if not 1 <= k <= MAX_COLOURS:
+        raise UserError(f"--k {k}: a palette has 1 to {MAX_COLOURS} colours: choose a k in that range")
 
 
 def _cluster(packed: np.ndarray, weights: np.ndarray, k: int, seed: int) -> np.ndarray:
@@ -147,20 +112,3 @@ def distortion(counts: np.ndarray, palette: Palette) -> Distortion:
     squares = ((_colours(packed) - palette.colours[tokens]) ** 2).sum(-1)
     mse = float(np.average(squares, weights=counts[packed]))
     return Distortion(mse, float(np.sqrt(mse / 3)) * 127.5)
-
-
-def run(
-    source: Source,
-    transform: Transform,
-    *,
-    k: int,
-    seed: int,
-    out: Path,
-    max_reject_rate: float = 0.0,
-    tick: Callable[[], object] | None = None,
-) -> tuple[Palette, Distortion, int, Rejects]:
-    """Count, fit and publish: the palette, its distortion, the number of unique colours, the rejects."""
-    counts, rejects = count_colours(source, transform, max_reject_rate, tick)
-    palette = fit(counts, k, seed)
-    palette.save(out)
-    return palette, distortion(counts, palette), int((counts > 0).sum()), rejects

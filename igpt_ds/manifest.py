@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 
 from igpt_ds.atomic import publish_text
 from igpt_ds.errors import UserError
+from igpt_ds.storage import STORAGES
 
 FORMAT = "igpt-ds-tokens"
 VERSION = 1
@@ -88,12 +89,14 @@ class Manifest:
 
     def _contradiction(self) -> str | None:
         fault = None
-        if self.storage != "uint16":
+        if self.storage not in STORAGES:
             fault = f"unknown storage {self.storage!r}"
         elif self.resolution < 1 or self.sequence_length != self.resolution**2 or self.rows_per_block < 1:
             fault = f"{self.sequence_length} tokens do not fit a resolution of {self.resolution}"
         elif not {"k", "sha256"} <= self.palette.keys():
             fault = "the palette's k or sha256 is missing"
+        elif not isinstance(colours := self.palette["k"], int) or colours > STORAGES[self.storage].colours:
+            fault = f"{self.storage} cannot hold tokens of {colours!r} colours"
         elif self.rows < 1 or self.views < 1:
             fault = f"it holds {self.rows} rows in {self.views} views"
         elif len({shard.name for shard in self.shards}) != len(self.shards):
@@ -102,7 +105,8 @@ class Manifest:
         for shard in self.shards:
             if not 0 <= shard.view < self.views:
                 return f"shard {shard.name!r} belongs to view {shard.view} of {self.views}"
-            if not SHARD_NAME.fullmatch(shard.name) or min(shard.rows, shard.token_offset, shard.block_bytes) < 1:
+            figures = shard.rows, shard.token_offset, shard.block_bytes
+            if not SHARD_NAME.fullmatch(shard.name) or min(figures) < 1 or max(figures) > shard.bytes:
                 fault = f"the record of shard {shard.name!r} makes no sense"
             rows[shard.view] += shard.rows
         if any(count != self.rows for count in rows):

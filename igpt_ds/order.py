@@ -63,6 +63,7 @@ class _Window(NamedTuple):
     rows: NDArray[np.int64]  # [stop - start], a permutation
     shards: list[int]
     first_rows: list[int]  # where each of `shards` begins in the window
+    table: NDArray[np.int64]  # [shards, (shard, first row)]: the two lists again, for many rows at once
 
 
 class _SourceOrder:
@@ -74,7 +75,7 @@ class _SourceOrder:
         self._shards_of_view = _shards_of_views(source)
         self._rows_of_shard = [rows for rows, _ in source.shards]
         self.epoch_rows = sum(self._rows_of_shard[shard] for shard in self._shards_of_view[0])
-        self._current = _Window(0, 0, np.empty(0, np.int64), [], [])
+        self._current = _Window(0, 0, np.empty(0, np.int64), [], [], np.empty((0, 2), np.int64))
         self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
 
@@ -88,6 +89,18 @@ class _SourceOrder:
         k = bisect_right(window.first_rows, row) - 1
         return window.shards[k], row - window.first_rows[k]
 
+    def places(self, q: int, count: int) -> NDArray[np.int64]:
+        """(shard, row) at the positions q to q + count - 1 of the source: [count, 2]."""
+        parts = []
+        while count:
+            window = self._current = self._find_window(q)
+            rows = window.rows[q - window.start : q - window.start + count]
+            places = window.table[np.searchsorted(window.table[:, 1], rows, "right") - 1]
+            places[:, 1] = rows - places[:, 1]
+            parts.append(places)
+            q, count = q + len(rows), count - len(rows)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
     def _find_window(self, q: int) -> _Window:
         epoch, t = divmod(q, self.epoch_rows)
         shards, starts = self._epoch(epoch)
@@ -98,7 +111,8 @@ class _SourceOrder:
             ends = list(accumulate((self._rows_of_shard[shard] for shard in chosen), initial=0))
             start = epoch * self.epoch_rows + starts[number]
             rows = _permutation(stable_hash(*self._key, epoch, _ROWS, number), ends[-1])
-            self._windows[epoch, number] = _Window(start, start + ends[-1], rows, chosen, ends[:-1])
+            table = np.array([chosen, ends[:-1]], np.int64).T
+            self._windows[epoch, number] = _Window(start, start + ends[-1], rows, chosen, ends[:-1], table)
             if len(self._windows) > _WINDOWS_KEPT:
                 self._windows.popitem(last=False)
         self._windows.move_to_end((epoch, number))
@@ -144,6 +158,7 @@ class Order:
         rows = [source.epoch_rows for source in self._orders]
         self.weights = _by_row_count(rows) if weights is None else _reduced(weights, self.sources)
         self._slots = _interleave(self.weights)
+        self._slot_table = np.array(self._slots, np.int64)
 
     def __call__(self, position: int) -> tuple[int, int, int]:
         """(source, shard, row): indices into the sources, the source's shards and the shard's rows."""
@@ -153,6 +168,20 @@ class Order:
         source, rank = self._slots[slot]
         shard, row = self._orders[source].lookup(cycle * self.weights[source] + rank)
         return source, shard, row
+
+    def places(self, first: int, count: int) -> NDArray[np.int64]:
+        """`self(p)` for the positions first to first + count - 1, at a fraction of the time: int64 [count, 3]."""
+        if first < 0 or count < 1:
+            raise ValueError(f"{count} positions from {first}")
+        cycle, slot = np.divmod(np.arange(first, first + count), len(self._slots))
+        places = np.empty((count, 3), np.int64)
+        places[:, 0], ranks = self._slot_table[slot].T
+        for source in np.unique(places[:, 0]).tolist():
+            here = np.flatnonzero(places[:, 0] == source)
+            # Positions in a row take a source's own positions in a row, too.
+            q = int(cycle[here[0]]) * self.weights[source] + int(ranks[here[0]])
+            places[here, 1:] = self._orders[source].places(q, len(here))
+        return places
 
     def epoch_rows(self, source: int) -> int:
         """Rows of one epoch (one view) of a source."""

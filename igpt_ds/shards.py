@@ -7,13 +7,15 @@
 
 A shard holds blocks of `rows_per_block` rows. Block i of shard NAME is the WebDataset sample `NAME-iiiiii`:
 
-    NAME-iiiiii.tokens.npy        uint16 [rows, n], one image a row, raster order
+    NAME-iiiiii.tokens.npy        uint16 [rows, n], one image a row, raster order; or .tokens9.npy, see storage.py
     NAME-iiiiii.ids.npy           bytes [rows], fixed width: the images' ids, UTF-8, filled up with NUL
     NAME-iiiiii.labels.npy        int64 [rows], where the images have labels
 
 All blocks but the last are of one size, so that one `pread` finds a row without reading a tar header:
 
-    offset(row) = token_offset + (row // rows_per_block) * block_bytes + (row % rows_per_block) * 2 n
+    offset(row) = token_offset + (row // rows_per_block) * block_bytes + (row % rows_per_block) * row_bytes
+
+where row_bytes is 2 n, or n + ceil(n / 8) with packed9.
 
 Tar headers carry no time and no owner: the same rows give the same bytes. A dataset of K views (differently
 cropped copies) has K times as many shards; each belongs to one view, and every view holds the same images.
@@ -25,8 +27,7 @@ import io
 import json
 import os
 import tarfile
-from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,13 @@ from typing import Any
 import numpy as np
 
 from igpt_ds.atomic import publish_file, publish_text, sha256_file
+from igpt_ds.blocks import blocks, damaged, to_npy
 from igpt_ds.errors import UserError
 from igpt_ds.manifest import SHARD_NAME, Manifest, ShardRecord, typed
 from igpt_ds.palette import Palette
+from igpt_ds.storage import STORAGES
 
-KINDS = ("tokens", "ids", "labels")  # the members of a block, in their order
 _OPEN_FILES = 64
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _padded(size: int) -> int:
@@ -62,6 +58,7 @@ def write_shard(
     *,
     rows_per_block: int,
     view: int,
+    storage: str = "uint16",
     note: Mapping[str, Any] | None = None,
 ) -> ShardRecord:
     """Publish DIRECTORY/NAME.tar and then its commit mark NAME.json.
@@ -70,10 +67,11 @@ def write_shard(
         tokens: uint16 [rows, n].
         ids: `rows` strings, or a bytes array 'S<w>' whose width is kept.
         labels: integers [rows] or None.
+        storage: a name of `storage.STORAGES`.
         note: JSON that the builder wants back from `read_mark`; kept in the mark only.
 
     Raises:
-        UserError: the disk is full, and the like.
+        UserError: the storage cannot hold a token, the disk is full, and the like.
     """
     rows = len(tokens)
     if tokens.ndim != 2 or tokens.dtype != np.uint16 or rows < 1 or len(ids) != rows or not SHARD_NAME.fullmatch(name):
@@ -82,18 +80,21 @@ def write_shard(
         raise ValueError(f"{name}: {rows} rows with {len(labels)} labels")
     if not isinstance(ids, np.ndarray):
         ids = np.array([i.encode("utf-8", "surrogateescape") for i in ids], dtype=np.bytes_)
-    path = Path(directory) / f"{name}.tar"
+    path, form = Path(directory) / f"{name}.tar", STORAGES[storage]
+    if (largest := int(tokens.max())) >= form.colours:
+        raise UserError(
+            f"{path}: token {largest} does not fit into {storage}, which holds {form.colours} colours: "
+            "leave out --storage, or fit a smaller palette"
+        )
     token_offset, block_bytes = 0, 0
     with publish_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for block, start in enumerate(range(0, rows, rows_per_block)):
             here = slice(start, start + rows_per_block)
-            members = {
-                "tokens": _npy(np.ascontiguousarray(tokens[here], dtype="<u2")),
-                "ids": _npy(ids[here]),
-            }
+            stored = form.pack(tokens[here])
+            members = {form.member: to_npy(stored), "ids": to_npy(ids[here])}
             if labels is not None:
-                members["labels"] = _npy(np.ascontiguousarray(labels[here], dtype="<i8"))
-            header = len(members["tokens"]) - tokens[here].size * 2
+                members["labels"] = to_npy(np.ascontiguousarray(labels[here], dtype="<i8"))
+            header = len(members[form.member]) - stored.nbytes
             # NumPy leaves room for the row count in the header; a last block that moved would be misread.
             assert token_offset in (0, tarfile.BLOCKSIZE + header)
             token_offset = tarfile.BLOCKSIZE + header
@@ -130,10 +131,18 @@ class Dataset:
         sequence_length: tokens a row, n.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, palette: Palette) -> None:
+    def __init__(self, path: Path, manifest: Manifest, palette: Palette, times: Sequence[int] | None = None) -> None:
+        """Callers want `open`. `times`: when each shard was last written, nanoseconds; None looks for no change."""
         self.path, self.manifest, self.palette = Path(path), manifest, palette
         self.rows, self.sequence_length = manifest.rows, manifest.sequence_length
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._storage = STORAGES[manifest.storage]
+        self._dtype, self._width = np.dtype(self._storage.dtype), self._storage.width(self.sequence_length)
+        self._row_bytes = self._dtype.itemsize * self._width
+        # offset(row) = first + row * row_bytes + row // rows_per_block * (what of a block is not token rows).
+        rest = manifest.rows_per_block * self._row_bytes
+        facts = [(shard.token_offset, shard.block_bytes - rest, shard.rows) for shard in manifest.shards]
+        self._first, self._rest, self._rows = np.array(facts, np.int64).reshape(-1, 3).T.copy()
+        self._files = _Files(self.path, [shard.name for shard in manifest.shards], times)
 
     @classmethod
     def open(cls, directory: Path) -> "Dataset":
@@ -151,52 +160,74 @@ class Dataset:
                 f"({palette.sha256[:12]}, not {manifest.palette['sha256'][:12]}): "
                 "restore it or rebuild the dataset"
             )
+        times = []
         for shard in manifest.shards:
             path = directory / f"{shard.name}.tar"
             try:
-                size = path.stat().st_size
+                found = path.stat()
             except OSError:
                 raise _missing(path) from None
-            if size != shard.bytes:
-                raise damaged(path, f"{size} bytes, but the manifest says {shard.bytes}")
-        return cls(directory, manifest, palette)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": OrderedDict()}
-
-    def __del__(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            if found.st_size != shard.bytes:
+                raise damaged(path, f"{found.st_size} bytes, but the manifest says {shard.bytes}")
+            times.append(found.st_mtime_ns)
+        return cls(directory, manifest, palette, times)
 
     def read(self, shard: int, row: int) -> np.ndarray:
-        """Tokens of one row of one shard: uint16 [n].
+        """Tokens of one row of one shard: uint16 [n]; see `read_many`."""
+        return self.read_many([(shard, row)])[0]
+
+    def read_many(self, pairs: Sequence[tuple[int, int]] | np.ndarray) -> np.ndarray:
+        """Tokens of several (shard, row) pairs: uint16 [len(pairs), n].
 
         Raises:
-            UserError: the shard is short there, or a token lies beyond the palette.
+            UserError: a shard is missing, short there or changed since `open`, or a token lies beyond the palette.
+            IndexError: there is no such shard or row.
         """
-        record = self.manifest.shards[shard]
-        if not 0 <= row < record.rows:
-            raise IndexError(f"row {row} of shard {record.name} with {record.rows} rows")
-        block, within = divmod(row, self.manifest.rows_per_block)
-        size = 2 * self.sequence_length
-        return self._tokens_at(shard, record.token_offset + block * record.block_bytes + within * size, 1, row)[0]
-
-    def read_many(self, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Tokens of several (shard, row) pairs: uint16 [len(pairs), n]."""
-        tokens = np.empty((len(pairs), self.sequence_length), np.uint16)
-        for i, (shard, row) in enumerate(pairs):
-            tokens[i] = self.read(shard, row)
-        return tokens
+        shards, rows = np.asarray(pairs, np.int64).reshape(-1, 2).T
+        if ((rows < 0) | (rows >= self._rows[shards])).any():
+            raise IndexError(f"{self.path}: a row beyond its shard")
+        offsets = self._offsets(shards, rows)
+        # Pieces joined are faster than pread into one buffer, and than a search for neighbours, which are rare.
+        pieces: list[bytes] = []
+        pread, files, size, keep = os.pread, self._files, self._row_bytes, pieces.append
+        try:
+            for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
+                keep(pread(files[shard], size, offset))
+        except OSError as error:
+            i = len(pieces)
+            raise damaged(self._path(shards[i]), f"row {rows[i]} cannot be read: {error.strerror}") from error
+        data = bytearray().join(pieces)
+        if len(data) != size * len(pieces):
+            i = next(i for i, piece in enumerate(pieces) if len(piece) != size)
+            raise damaged(self._path(shards[i]), f"it ends within row {rows[i]}")
+        for shard in set(shards.tolist()):
+            files.require_unchanged(shard)
+        return self._tokens(data, shards, rows)
 
     def tokens(self, shard: int) -> np.ndarray:
         """Tokens of a whole shard: uint16 [rows, n]."""
-        record = self.manifest.shards[shard]
+        return self.span(shard, 0, self.manifest.shards[shard].rows)
+
+    def span(self, shard: int, first: int, stop: int) -> np.ndarray:
+        """Tokens of the rows first to stop - 1 of a shard: uint16 [stop - first, n]; raises as `read_many`."""
+        if not 0 <= first <= stop <= self._rows[shard]:
+            raise IndexError(f"rows {first} to {stop} of {self._path(shard)} with {self._rows[shard]}")
         step = self.manifest.rows_per_block
-        tokens = np.empty((record.rows, self.sequence_length), np.uint16)
-        for block, start in enumerate(range(0, record.rows, step)):
-            count = min(step, record.rows - start)
-            offset = record.token_offset + block * record.block_bytes
-            tokens[start : start + count] = self._tokens_at(shard, offset, count, start)
+        tokens = np.empty((stop - first, self.sequence_length), np.uint16)
+        row = first
+        while row < stop:
+            end = min(stop, row - row % step + step)
+            size = (end - row) * self._row_bytes
+            try:
+                data = os.pread(self._files[shard], size, int(self._offsets(shard, row)))
+            except OSError as error:
+                raise damaged(self._path(shard), f"row {row} cannot be read: {error.strerror}") from error
+            if len(data) != size:
+                raise damaged(self._path(shard), f"it ends within row {row + len(data) // self._row_bytes}")
+            self._files.require_unchanged(shard)
+            rows = np.arange(row, end)
+            tokens[row - first : end - first] = self._tokens(data, np.full_like(rows, shard), rows)
+            row = end
         return tokens
 
     def images(self, count: int | None = None) -> np.ndarray:
@@ -237,65 +268,50 @@ class Dataset:
     def _path(self, shard: int) -> Path:
         return self.path / f"{self.manifest.shards[shard].name}.tar"
 
-    def _tokens_at(self, shard: int, offset: int, rows: int, row: int) -> np.ndarray:
-        wanted = 2 * rows * self.sequence_length
-        data = os.pread(self._descriptor(shard), wanted, offset)
-        if len(data) != wanted:
-            raise damaged(self._path(shard), f"it ends within row {row}")
-        tokens = np.frombuffer(data, "<u2").reshape(rows, self.sequence_length)
-        if (largest := int(tokens.max())) >= self.palette.k:
-            row += int(tokens.max(1).argmax())
-            what = f"token {largest} at row {row} is beyond the palette of {self.palette.k}"
-            raise damaged(self._path(shard), what)
+    def _offsets(self, shards: Any, rows: Any) -> Any:
+        blocks = rows // self.manifest.rows_per_block
+        return self._first[shards] + rows * self._row_bytes + blocks * self._rest[shards]
+
+    def _tokens(self, data: bytes | bytearray, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Stored rows -> uint16 [rows, n], checked; what is wrong is told by its shard and row."""
+        tokens = self._storage.unpack(np.frombuffer(data, self._dtype).reshape(-1, self._width), self.sequence_length)
+        if tokens.size and (largest := int(tokens.max())) >= self.palette.k:
+            i = int(tokens.max(1).argmax())
+            what = f"token {largest} at row {rows[i]} is beyond the palette of {self.palette.k}"
+            raise damaged(self._path(shards[i]), what)
         return tokens
 
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.pop(shard, None)
-        if descriptor is None:
-            try:
-                descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise _missing(self._path(shard)) from None
-            if len(self._descriptors) >= _OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[shard] = descriptor
+
+class _Files(dict[int, int]):
+    """Descriptors by shard, opened at the first look-up; beyond `_OPEN_FILES` the one opened first is closed."""
+
+    def __init__(self, directory: Path, names: list[str], times: Sequence[int] | None) -> None:
+        super().__init__()
+        self._directory, self._names, self._times = directory, names, times
+
+    def require_unchanged(self, shard: int) -> None:
+        """Refuse a shard that was written to since the dataset was opened: what was read may be of either state."""
+        if self._times is not None and os.fstat(self[shard]).st_mtime_ns != self._times[shard]:
+            raise damaged(self._directory / f"{self._names[shard]}.tar", "it was changed while it was in use")
+
+    def __missing__(self, shard: int) -> int:
+        path = self._directory / f"{self._names[shard]}.tar"
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise _missing(path) from None
+        if len(self) >= _OPEN_FILES:
+            os.close(self.pop(next(iter(self))))
+        self[shard] = descriptor
         return descriptor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Files, (self._directory, self._names, self._times)  # an open file stays with its process
+
+    def __del__(self) -> None:
+        while self:
+            os.close(self.popitem()[1])
 
 
 def _missing(path: Path) -> UserError:
     return UserError(f"{path}: missing shard: restore it or run igpt-data shards again")
-
-
-def damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: damaged shard ({what}): delete it and run igpt-data shards again")
-
-
-def blocks(path: Path, kinds: Collection[str] = KINDS) -> Iterator[dict[str, np.ndarray]]:
-    """A shard's blocks, read as a plain tar: arrays by kind, of those `kinds` that are there.
-
-    Raises:
-        UserError: it is no tar, or its members are not ours.
-    """
-    stem = path.name.removesuffix(".tar")
-    current: dict[str, np.ndarray] | None = None
-    count = -1
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, kind, *rest = member.name.split(".")
-                if kind == KINDS[0]:
-                    if current is not None:
-                        yield current
-                    current, count = {}, count + 1
-                file = tar.extractfile(member)
-                if rest != ["npy"] or kind not in KINDS or file is None or current is None:
-                    raise damaged(path, f"unexpected member {member.name}")
-                if key != f"{stem}-{count:06d}" or kind in current:
-                    raise damaged(path, f"unexpected member {member.name}")
-                if kind in kinds:
-                    # From bytes: NumPy reads the tar's own file object in small pieces.
-                    current[kind] = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise damaged(path, "not a readable tar of arrays") from error
-    if current is not None:
-        yield current

@@ -4,10 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +11,8 @@ import pytest
 from PIL import Image
 
 from data_prep.build_shards import build
-from data_prep.plan import Settings, _unit_hash
+from data_prep.job import begin
+from data_prep.plan import Settings, unit_hash
 from data_prep.sources import open_source
 from data_prep.transforms import Transform, evaluation
 from data_prep.verify import verify
@@ -36,7 +33,17 @@ def palette() -> Palette:
 
 
 def make(photos: Path, out: Path, palette: Palette, chosen: Settings, **options: object) -> list:
-    return build(open_source("image_folder", str(photos)), out, palette, chosen, **options)
+    return build(begin(open_source("image_folder", [str(photos)]), out, palette, chosen, **options))
+
+
+class Meter:
+    """Keeps what it was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[int, int, int | None]] = []
+
+    def show(self, read: int, rejected: int, total: int | None) -> None:
+        self.shown.append((read, rejected, total))
 
 
 def digest(directory: Path) -> dict[str, str]:
@@ -71,8 +78,8 @@ def test_the_held_out_share_is_chosen_by_the_id_alone(photos: Path, tmp_path: Pa
         make(photos, tmp_path / name, palette, chosen)
         splits.append(set(Dataset.open(tmp_path / name / "val").ids().tolist()))
     assert splits[0] == splits[1]
-    assert {i for i in splits[0] if _unit_hash("holdout", i.decode()) >= 0.25} == set()
-    shares = [_unit_hash("holdout", f"class/{i}.png") < 0.04 for i in range(50_000)]
+    assert {i for i in splits[0] if unit_hash("holdout", i.decode()) >= 0.25} == set()
+    shares = [unit_hash("holdout", f"class/{i}.png") < 0.04 for i in range(50_000)]
     assert np.mean(shares) == pytest.approx(0.04, abs=0.003)
 
 
@@ -162,9 +169,9 @@ def test_only_damaged_shards_are_built_again(photos: Path, tmp_path: Path, palet
         text = json.loads(mark.read_text())
         mark.write_text(json.dumps({**text, "note": {**text["note"], "plan": "0" * 64}}))
     (train / ".train-00001.tar.1.tmp").write_text("left behind")
-    ticks: list[int] = []
-    make(photos, tmp_path / "d", palette, settings(), tick=lambda: ticks.append(1))
-    assert len(ticks) == 7
+    meter = Meter()
+    build(begin(open_source("image_folder", [str(photos)]), tmp_path / "d", palette, settings()), meter=meter)
+    assert meter.shown[-1] == (7, 0, 7)
     assert digest(tmp_path / "d") == before
 
 
@@ -175,38 +182,6 @@ def test_an_unfinished_build_of_another_plan_is_replaced(photos: Path, tmp_path:
     make(photos, tmp_path / "d", palette, settings(rows_per_shard=20, seed=5))
     make(photos, tmp_path / "fresh", palette, settings(rows_per_shard=20, seed=5))
     assert digest(tmp_path / "d") == digest(tmp_path / "fresh")
-
-
-def test_a_build_that_is_killed_continues_to_the_same_bytes(tmp_path: Path, photos: Path) -> None:
-    """SIGKILL at several moments, then the same command again; no dataset is visible until it is whole."""
-    images = tmp_path / "images"
-    for i in range(8):
-        shutil.copytree(photos, images / str(i))
-    Palette(np.random.default_rng(0).uniform(-1, 1, (32, 3)).astype(np.float32)).save(tmp_path / "p.npy")
-
-    def start(out: str) -> subprocess.Popen[bytes]:
-        where = ["image_folder", str(images), "--palette", str(tmp_path / "p.npy"), "--out", str(tmp_path / out)]
-        options = ["--resolution", "16", "--holdout", "0.1", "--rows-per-shard", "16"]
-        command = [sys.executable, "-m", "data_prep", "shards", *where, *options]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-    assert start("whole").wait(timeout=60) == 0
-    killed = 0
-    for wanted in (1, 5, 12):
-        process = start("killed")
-        deadline = time.monotonic() + 60
-        while len(list((tmp_path / "killed").glob("train/*.tar"))) < wanted and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        killed += process.wait(timeout=60) == -signal.SIGKILL
-        with pytest.raises(UserError, match="half-built"):
-            Dataset.open(tmp_path / "killed" / "train")
-    assert killed == 3
-    process = start("killed")
-    assert process.wait(timeout=60) == 0, process.stderr
-    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
-    verify(tmp_path / "killed" / "train")
 
 
 @pytest.fixture

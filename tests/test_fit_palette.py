@@ -1,5 +1,6 @@
 """The palette fit: exact where it can be, as good as k-means over all pixels, and reproducible."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits, load_sample_images
 
-from data_prep.fit_palette import _coarse, _colours, add_colours, count_colours, distortion, fit
+from data_prep.colours import add_colours, colour_tasks, count_all
+from data_prep.fit_palette import _coarse, _colours, distortion, fit
 from data_prep.sources import open_source
 from data_prep.transforms import evaluation
 from igpt_ds.errors import UserError
+from tests.streams import Folders
 
 
 def counts_of(*images: np.ndarray) -> np.ndarray:
@@ -118,10 +121,20 @@ def test_coarse_bins_stand_at_their_exact_means(photo: np.ndarray) -> None:
 
 
 def test_images_are_counted_after_the_evaluation_transform(photos: Path) -> None:
-    source = open_source("image_folder", str(photos))
-    counts, rejects = count_colours(source, evaluation(16, crop=True))
+    source = open_source("image_folder", [str(photos)])
+    counts, tally = count_all(colour_tasks(source, evaluation(16, crop=True)))
     assert counts.sum() == 48 * 16 * 16
-    assert rejects.found == []
-    whole, _ = count_colours(source, evaluation(None, crop=False))
+    assert (tally.seen, tally.rejected) == (48, 0)
+    whole, _ = count_all(colour_tasks(source, evaluation(None, crop=False)))
     assert whole.sum() == 48 * 80 * 106
-    assert np.array_equal(whole, counts_of(*(np.asarray(Image.open(photos / item.id)) for item in source.items())))
+    images = (np.asarray(Image.open(photos / item.id)) for item in source.items("train"))
+    assert np.array_equal(whole, counts_of(*images))
+
+
+def test_counts_of_tasks_add_up(photos: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        shutil.copytree(photos / "china", tmp_path / name)
+    one, _ = count_all(colour_tasks(open_source("image_folder", [str(tmp_path / "a")]), evaluation(16, crop=True)))
+    three, tally = count_all(colour_tasks(Folders(tmp_path), evaluation(16, crop=True)))
+    assert np.array_equal(three, 3 * one)
+    assert tally.seen == 72

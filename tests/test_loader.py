@@ -220,7 +220,7 @@ def test_a_failed_run_ends_though_its_stream_is_alive(
 
             datasets, order = pickle.loads(Path(sys.argv[1]).read_bytes())
             if sys.argv[2] == "a worker":
-                Dataset.read = fail
+                Dataset.read_many = fail
             stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=2)
             next(stream)
             fail()

@@ -29,6 +29,24 @@ MIXTURES = [
 ]
 
 
+@pytest.mark.parametrize(("sources", "weights", "window"), MIXTURES)
+def test_many_places_at_once_are_the_single_ones(
+    sources: list[SourceRows], weights: list[int] | None, window: int
+) -> None:
+    holes = [SourceRows(s.name, ((0, 0), *s.shards, (0, 0)), s.digest) for s in sources]
+    for given_sources in (sources, holes):
+        order = Order(9, given_sources, weights, window)
+        for first in (0, 1, 30, 61, 10**9):
+            for count in (1, 2, 7, 64, 200):
+                expected = [order(position) for position in range(first, first + count)]
+                places = order.places(first, count)
+                assert places.dtype == np.int64
+                assert [tuple(place) for place in places.tolist()] == expected
+    for first, count in ((-1, 3), (0, 0)):
+        with pytest.raises(ValueError, match="positions from"):
+            order.places(first, count)
+
+
 def rows_of_epoch(source: SourceRows, epoch: int) -> set[tuple[int, int]]:
     views = 1 + max(view for _, view in source.shards)
     return {

@@ -1,7 +1,9 @@
 """The shard format: stock tools read it, our reader finds every row, and each kind of damage is named."""
 
+import errno
 import hashlib
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -19,13 +21,22 @@ from igpt_ds.shards import Dataset, read_mark, write_shard
 N, K, ROWS = 16, 64, 11
 
 
-def make_dataset(path: Path, labelled: bool = True, views: int = 1, **changed: object) -> np.ndarray:
+def make_dataset(
+    path: Path,
+    labelled: bool = True,
+    views: int = 1,
+    *,
+    side: int = 4,
+    k: int = K,
+    storage: str = "uint16",
+    **changed: object,
+) -> np.ndarray:
     """Two shards of 11 rows a view in blocks of 4; returns the tokens [views, 2, rows, n]."""
     rng = np.random.default_rng(0)
     path.mkdir()
-    palette = Palette(rng.uniform(-1, 1, (K, 3)).astype(np.float32))
+    palette = Palette(rng.uniform(-1, 1, (k, 3)).astype(np.float32))
     palette.save(path / "palette.npy")
-    tokens = rng.integers(0, K, (views, 2, ROWS, N)).astype(np.uint16)
+    tokens = rng.integers(0, k, (views, 2, ROWS, side**2)).astype(np.uint16)
     if "tokens" in changed:
         tokens[0, 1, 7, 3] = changed.pop("tokens")
     ids = [f"a/{i}.png" for i in range(2 * ROWS)]
@@ -45,16 +56,17 @@ def make_dataset(path: Path, labelled: bool = True, views: int = 1, **changed: o
                     labels[here] if labelled else None,
                     rows_per_block=4,
                     view=view,
+                    storage=storage,
                     note={"why": "test"},
                 )
             )
     fields = {
         "rows": 2 * ROWS,
-        "sequence_length": N,
-        "resolution": 4,
+        "sequence_length": side**2,
+        "resolution": side,
         "rows_per_block": 4,
-        "storage": "uint16",
-        "palette": {"k": K, "sha256": palette.sha256},
+        "storage": storage,
+        "palette": {"k": k, "sha256": palette.sha256},
         "source": "image_folder",
         "split": "train",
         "views": views,
@@ -113,9 +125,9 @@ def test_dataset_is_picklable_and_bounds_its_open_files(tmp_path: Path, monkeypa
     for _ in range(3):
         for shard in range(6):
             assert np.array_equal(dataset.read(shard, 5), tokens[shard // 2, shard % 2, 5])
-            assert len(dataset._descriptors) <= 2
+            assert len(dataset._files) <= 2
     again = pickle.loads(pickle.dumps(dataset))
-    assert not again._descriptors
+    assert not again._files
     assert np.array_equal(again.read(3, 2), tokens[1, 1, 2])
 
 
@@ -185,6 +197,21 @@ def test_truncated_shard(tmp_path: Path) -> None:
         dataset.read(1, 10)
 
 
+def test_a_shard_that_is_changed_while_in_use(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "d")
+    dataset = pickle.loads(pickle.dumps(Dataset.open(tmp_path / "d")))
+    dataset.read(1, 3)
+    path = tmp_path / "d" / "train-00001.tar"
+    with path.open("rb+") as file:  # in place, and with tokens that the palette has
+        file.seek(dataset.manifest.shards[1].token_offset)
+        file.write(bytes(4))
+    os.utime(path, ns=(0, 0))
+    for read in (lambda: dataset.read(1, 3), lambda: dataset.read_many([(0, 1), (1, 3)]), lambda: dataset.tokens(1)):
+        with pytest.raises(UserError, match=r"train-00001\.tar: damaged shard \(it was changed while it was in use\)"):
+            read()
+    assert dataset.read_many([(0, 1), (0, 2)]).shape == (2, N)
+
+
 def test_missing_shard(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d")
     (tmp_path / "d" / "train-00000.tar").unlink()
@@ -247,7 +274,7 @@ def test_a_tar_that_is_not_ours(tmp_path: Path) -> None:
         ({"rows": "22"}, "rows is '22'"),
         ({"rows": True}, "rows is True"),
         ({"surprise": 1}, "the keys should be"),
-        ({"storage": "packed9"}, "unknown storage"),
+        ({"storage": "zip"}, "unknown storage"),
         ({"resolution": 5}, "do not fit a resolution of 5"),
         ({"shards": []}, "0"),
         ({"shards": 3}, "malformed"),
@@ -262,6 +289,52 @@ def test_malformed_manifest(tmp_path: Path, changes: dict, complaint: str) -> No
         Dataset.open(tmp_path / "d")
     assert "\n" not in str(caught.value)
     assert "igpt-data shards again" in str(caught.value)
+
+
+@pytest.mark.parametrize("figure", ["rows", "token_offset", "block_bytes"])
+def test_figures_beyond_the_shard(tmp_path: Path, figure: str) -> None:
+    make_dataset(tmp_path / "d")
+    rewrite_record(tmp_path / "d", 0, **{figure: 1 << 80})
+    with pytest.raises(UserError, match=r"the record of shard 'train-00000' makes no sense|rows by view"):
+        Dataset.open(tmp_path / "d")
+
+
+def test_a_failing_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_dataset(tmp_path / "d")
+    dataset = Dataset.open(tmp_path / "d")
+    bad = dataset.manifest.shards[1].token_offset + 2 * 2 * N
+    pread = os.pread
+
+    def failing(descriptor: int, size: int, offset: int) -> bytes:
+        if offset == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(descriptor, size, offset)
+
+    dataset.read(1, 0)
+    monkeypatch.setattr(os, "pread", failing)
+    for act in (lambda: dataset.read_many([(1, 0), (1, 2), (1, 3)]), lambda: dataset.span(1, 2, 3)):
+        with pytest.raises(UserError, match=r"train-00001\.tar: .*row 2 cannot be read: Input/output error"):
+            act()
+
+
+@pytest.mark.parametrize("storage", ["uint16", "packed9"])
+def test_spans_and_batches_are_pieces_of_the_whole(tmp_path: Path, storage: str) -> None:
+    tokens = make_dataset(tmp_path / "d", views=2, storage=storage).reshape(4, ROWS, N)
+    dataset = Dataset.open(tmp_path / "d")
+    for first in range(ROWS + 1):
+        for stop in range(first, ROWS + 1):
+            assert np.array_equal(dataset.span(2, first, stop), tokens[2, first:stop])
+    for first, stop in ((-1, 2), (3, 2), (0, ROWS + 1)):
+        with pytest.raises(IndexError):
+            dataset.span(0, first, stop)
+    pairs = np.random.default_rng(1).integers(0, [4, ROWS], (50, 2))
+    found = dataset.read_many(pairs)
+    assert found.dtype == np.uint16
+    assert np.array_equal(found, tokens[pairs[:, 0], pairs[:, 1]])
+    assert dataset.read_many([]).shape == (0, N)
+    for pair in ((0, -1), (0, ROWS), (4, 0)):
+        with pytest.raises(IndexError):
+            dataset.read_many([(0, 0), pair])
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a.b", ""])

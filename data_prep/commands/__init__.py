@@ -4,9 +4,18 @@ Heavy imports stay inside the commands, so that --help answers at once.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from igpt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.cluster import Cluster
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 PATH = click.Path(path_type=Path)
 MAX_REJECT_RATE = click.option(
@@ -16,6 +25,81 @@ MAX_REJECT_RATE = click.option(
     show_default=True,
     help="Share of images that may be skipped because they cannot be read.",
 )
+
+
+def _pairs(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE texts as a dictionary."""
+    pairs = [value.partition("=") for value in values]
+    for name, equals, _value in pairs:
+        if not name or not equals:
+            raise click.BadParameter(f"{name or '='!r} is not NAME=VALUE")
+    return {name: value for name, _equals, value in pairs}
+
+
+SOURCE_OPTION = click.option(
+    "--option",
+    "options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=_pairs,
+    help="An option of the source; may be repeated.",
+)
+
+_WHERE_OPTIONS = (
+    click.option("--workers", type=click.IntRange(1, 4096), default=1, show_default=True, help="Processes."),
+    click.option(
+        "--executor",
+        type=click.Choice(["local", "slurm"]),
+        default="local",
+        show_default=True,
+        help="Where the work is done: on this machine, or in an array of Slurm jobs of --workers processes each.",
+    ),
+    click.option("--slurm-partition", metavar="NAME", help="Partition of the jobs."),
+    click.option("--slurm-account", metavar="NAME", help="Account of the jobs."),
+    click.option("--slurm-time", metavar="TIME", default="12:00:00", show_default=True, help="Time limit of a job."),
+    click.option(
+        "--slurm-option",
+        "slurm_options",
+        metavar="NAME=VALUE",
+        multiple=True,
+        callback=_pairs,
+        help="Any other option of sbatch, such as mem=8G or constraint=cpu; may be repeated.",
+    ),
+    click.option(
+        "--array-parallelism",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="Jobs of the array that may run at a time.",
+    ),
+    click.option("--wait", is_flag=True, help="Wait for the Slurm jobs to end."),
+)
+
+
+def where_options(command: Command) -> Command:
+    """The options that say where the work is done; `cluster_of` reads them."""
+    for option in reversed(_WHERE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def cluster_of(folder: Path, where: dict[str, Any]) -> "Cluster | None":
+    """The cluster that was asked for; None: this machine.
+
+    Raises:
+        UserError: options of Slurm that make no sense.
+    """
+    from data_prep.cluster import Cluster, minutes
+
+    if where["executor"] == "local":
+        for name in ("slurm_partition", "slurm_account", "slurm_options", "wait"):
+            if where[name]:
+                shown = name.replace("_options", "_option").replace("_", "-")
+                raise UserError(f"--{shown}: is for --executor slurm: give that, too, or leave it out")
+        return None
+    named = {"partition": where["slurm_partition"], "account": where["slurm_account"]}
+    options = {**{name: value for name, value in named.items() if value}, **where["slurm_options"]}
+    return Cluster(folder, where["workers"], minutes(where["slurm_time"]), options, where["array_parallelism"])
 
 
 class Progress:
@@ -44,6 +128,13 @@ class Progress:
     def tick(self, count: int = 1) -> None:
         self.done += count
         self.bar.update(count)
+
+    def show(self, read: int, rejected: int, total: int | None) -> None:
+        """As `data_prep.progress.Meter`."""
+        self.bar.total = total
+        if rejected:
+            self.bar.set_postfix(rejected=rejected, refresh=False)
+        self.tick(read - self.done)
 
 
 def table(*rows: tuple[str, str]) -> None:

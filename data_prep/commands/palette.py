@@ -1,74 +1,96 @@
 """`igpt-data palette`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from data_prep.commands import MAX_REJECT_RATE, PATH, Progress, table
+from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, cluster_of, table, where_options
 from igpt_ds.errors import UserError
-
-if TYPE_CHECKING:
-    from data_prep.rejects import Rejects
 
 
 @click.command()
-@click.argument("where", nargs=-1, required=True, metavar="[SOURCE] IMAGES")
+@click.argument("named", nargs=-1, required=True, metavar="[SOURCE] PATH...")
 @click.option("--k", type=int, default=512, show_default=True, help="Number of colours.")
 @click.option("--out", type=PATH, required=True, help="File to write, e.g. palette.npy.")
+@SOURCE_OPTION
 @click.option(
     "--resolution",
     type=click.IntRange(min=1),
     help="Side of the images when they become tokens.  [default: 32, or their own with --no-crop]",
 )
 @click.option("--no-crop", is_flag=True, help="Take whole images: they are small already.")
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of the images to count, chosen by a hash of the image's name.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @MAX_REJECT_RATE
+@where_options
 def palette(
     *,
-    where: tuple[str, ...],
+    named: tuple[str, ...],
     k: int,
     out: Path,
+    options: dict[str, str],
     resolution: int | None,
     no_crop: bool,
+    sample: float,
     seed: int,
     max_reject_rate: float,
+    **where: Any,
 ) -> None:
-    """Fit a palette of k colours to images by k-means.
+    """Fit a palette of k colours to the training images by k-means.
 
     The pixels are those of the images after the evaluation transform (shorter side 224, centre crop, then
     down to the resolution). SOURCE is image_folder unless named.
 
     \b
     Photographs, 512 colours at 32 x 32:
-      igpt-data palette IMAGES --k 512 --out palette.npy
+      igpt-data palette IMAGES --k 512 --out palette.npy --workers 8
     Small images, each pixel as it is:
       igpt-data palette IMAGES --k 16 --no-crop --out palette.npy
+    A tenth of ImageNet's images on a Slurm cluster:
+      igpt-data palette imagenet ILSVRC2012 --resolution 64 --sample 0.1 --out palette.npy \\
+          --executor slurm --slurm-partition cpu --wait
     """
-    from data_prep.fit_palette import run
-    from data_prep.sources import open_source
+    from data_prep.colours import colour_tasks
+    from data_prep.executors import pool
+    from data_prep.fit_palette import check_k
+    from data_prep.palette_job import fit_here, fit_on_cluster
+    from data_prep.sources import names, open_source
     from data_prep.transforms import CROP, evaluation
 
-    if len(where) > 2:
-        raise click.UsageError(f"{where[2]}: unexpected argument: give [SOURCE] IMAGES")
+    check_k(k)
     if not no_crop and resolution is not None and resolution > CROP:
         raise UserError(f"--resolution {resolution}: larger than the crop of {CROP} pixels: choose a smaller one")
-    source = open_source(where[0] if len(where) == 2 else "image_folder", where[-1])
+    cluster = cluster_of(out.with_name(f"{out.name}.work"), where)
+    name, paths = (named[0], named[1:]) if named[0] in names() and len(named) > 1 else ("image_folder", named)
+    source = open_source(name, paths, options)
     transform = evaluation(resolution if no_crop else resolution or 32, not no_crop)
+    tasks = colour_tasks(source, transform, sample=sample, max_reject_rate=max_reject_rate)
     with Progress("palette") as progress:
-        progress.start(len(source.items()))
-        fitted, distortion, unique, rejects = run(
-            source, transform, k=k, seed=seed, out=out, max_reject_rate=max_reject_rate, tick=progress.tick
-        )
+        if cluster:
+            fitted = fit_on_cluster(
+                tasks, cluster, options=options, k=k, seed=seed, out=out, wait=where["wait"], meter=progress
+            )
+        else:
+            with pool(where["workers"]) as executor:
+                fitted = fit_here(tasks, k=k, seed=seed, out=out, executor=executor, meter=progress)
+    if fitted is None:
+        assert cluster is not None
+        click.echo(f"{out}: jobs {', '.join(cluster.jobs())} count colours and fit; logs in {cluster.folder}")
+        click.echo("the same command again shows the palette when they are done; with --wait it waits for them")
+        return
+    rejected = f", {fitted.rejected:,} rejected ({fitted.reasons})" if fitted.rejected else ""
     table(
         ("palette", str(out)),
-        ("colours", f"{fitted.k} of {unique:,} unique"),
-        ("distortion", f"{distortion.mse:.4e} squared distance a pixel, in [-1, 1] units"),
-        ("", f"{distortion.rms_levels:.2f} levels of 255 root mean square a channel"),
-        ("images", f"{rejects.total:,}{_rejected(rejects)}"),
+        ("colours", f"{fitted.k} of {fitted.unique:,} unique"),
+        ("distortion", f"{fitted.mse:.4e} squared distance a pixel, in [-1, 1] units"),
+        ("", f"{fitted.rms_levels:.2f} levels of 255 root mean square a channel"),
+        ("images", f"{fitted.images:,}{rejected}"),
         ("sha256", fitted.sha256),
     )
-
-
-def _rejected(rejects: "Rejects") -> str:
-    return f", {len(rejects.found)} rejected ({rejects.reasons()})" if rejects.found else ""

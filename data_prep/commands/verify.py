@@ -9,20 +9,25 @@ from data_prep.commands import PATH, Progress, table
 
 @click.command()
 @click.argument("directory", type=PATH)
-def verify(directory: Path) -> None:
+@click.option(
+    "--workers", type=click.IntRange(1, 4096), default=1, show_default=True, help="Processes that read shards."
+)
+def verify(directory: Path, workers: int) -> None:
     """Read a dataset again, every byte, and hold it against its manifest.
 
     \b
     Example:
-      igpt-data verify DATA/train
+      igpt-data verify DATA/train --workers 8
     """
+    from data_prep.executors import pool
     from data_prep.verify import verify as read_again
     from igpt_ds.manifest import Manifest
 
     manifest = Manifest.load(directory)
     with Progress("verify", unit="B") as progress:
         progress.start(sum(shard.bytes for shard in manifest.shards))
-        summary = read_again(directory, progress.tick)
+        with pool(workers) as executor:
+            summary = read_again(directory, progress.tick, executor)
     table(
         ("dataset", f"{directory} ({manifest.split} split of {manifest.source})"),
         ("images", f"{manifest.rows:,} in {summary.views} view(s)"),

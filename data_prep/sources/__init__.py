@@ -1,27 +1,58 @@
 """Where images come from: one module a source, found by its name.
 
-A source module has a docstring that says which layout it reads, and `open_source(path) -> Source`. To add one
+A source module has a docstring that says which layout it reads, and `open_source(paths, **options) -> Source`,
+whose keyword arguments (all `str | None = None`) are the options that `--option name=value` sets. To add a source
 is to add a file here; nothing else changes.
+
+A source holds up to two pools of images, as they were published: "train", of which a share can be held out as the
+validation split, and "test". There are two kinds of sources:
+
+- `ListedSource`: few enough images to list (a few million), each read at will. Their rows are shuffled as a whole,
+  so that every shard holds all classes.
+- `StreamedSource`: files of thousands of images each (tars, Parquet), each read once from begin to end. One input
+  file makes its own output shards, so nothing is ever as large as the collection.
 """
 
 import importlib
+import inspect
 import pkgutil
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 from igpt_ds.errors import UserError
 
 MAX_BYTES = 64 << 20  # no photograph's file is larger; a source reads no more of one than a byte beyond this
 
+Pool = Literal["train", "test"]
+
 
 class Item(NamedTuple):
-    """One image: its id (a POSIX path below the source's root, unique) and its class, where there is one."""
+    """One image: its id (unique in the source, never changing) and its class, where there is one."""
 
     id: str
     label: int | None
 
 
-class Source(Protocol):
-    """A set of images. Small and picklable: it travels to the workers that read the images.
+class Encoded(NamedTuple):
+    """One streamed image: what it is, and its file's bytes, or why they are not there."""
+
+    item: Item
+    data: bytes | OSError
+
+
+class UnusableError(OSError):
+    """An image that is there and must not or cannot be used: the `reason` to count it by, and what is the matter."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+class ListedSource(Protocol):
+    """Images that are listed at once and read at will. Small and picklable: it travels to the workers.
 
     Attributes:
         name: the source's name, for the manifest.
@@ -31,8 +62,8 @@ class Source(Protocol):
     name: str
     classes: list[str] | None
 
-    def items(self) -> list[Item]:
-        """All images, either all with labels or all without.
+    def items(self, pool: Pool) -> list[Item]:
+        """All images of a pool, either all with labels or all without; empty where the source has no such pool.
 
         Raises:
             UserError: the path does not hold what the source expects.
@@ -42,18 +73,53 @@ class Source(Protocol):
         """An image's encoded bytes, the first MAX_BYTES + 1 at most. An OSError rejects the image."""
 
 
+class StreamedSource(Protocol):
+    """Images in large files, each file read from begin to end. Small and picklable: it travels to the workers.
+
+    Attributes:
+        name: the source's name, for the manifest.
+        classes: the classes' names by label, or None for unlabelled images.
+    """
+
+    name: str
+    classes: list[str] | None
+
+    def parts(self, pool: Pool) -> list[str]:
+        """The pool's files, sorted, each a name that stays the same when the collection is moved or grows.
+
+        Raises:
+            UserError: the path does not hold what the source expects.
+        """
+
+    def stream(self, part: str) -> Iterator[Encoded]:
+        """The images of one file, always in the same order. An OSError in place of bytes rejects that image only.
+
+        Raises:
+            UserError: the file cannot be read to its end; the shard is not built.
+        """
+
+
+Source = ListedSource | StreamedSource
+
+
 def names() -> list[str]:
     """The sources that there are."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def open_source(name: str, path: str) -> Source:
-    """Open the source called `name` on `path`.
+def open_source(name: str, paths: Sequence[str], options: Mapping[str, str] | None = None) -> Source:
+    """Open the source called `name` on `paths`.
 
     Raises:
-        UserError: there is no such source, or it refuses the path.
+        UserError: there is no such source or option, or the source refuses the paths.
     """
     if name not in names():
         raise UserError(f"{name}: no such source: choose from {', '.join(names())}")
-    source: Source = importlib.import_module(f"{__name__}.{name}").open_source(path)
+    opener = importlib.import_module(f"{__name__}.{name}").open_source
+    known = [p.name for p in inspect.signature(opener).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for option in options or {}:
+        if option not in known:
+            choice = f"choose from {', '.join(known)}" if known else "it has none"
+            raise UserError(f"--option {option}: {name} has no such option: {choice}")
+    source: Source = opener(list(paths), **(options or {}))
     return source

@@ -6,7 +6,8 @@
     labelled: cat 0, dog 1          unlabelled
 
 The classes are the sorted names of the folders. Files are images by their suffix; other files and whatever
-starts with a dot are passed over.
+starts with a dot are passed over. A folder does not say whether its images are for training or for testing: both
+pools are all of them, so that a folder of test images is built with --split test.
 """
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.sources import MAX_BYTES, Item
+from data_prep.sources import MAX_BYTES, Item, Pool
 from igpt_ds.errors import UserError
 
 _JPEG, _PNM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")
@@ -23,14 +24,14 @@ SUFFIXES = (*_JPEG, *_PNM, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images below `root`; see `data_prep.sources.Source`."""
+    """Images below `root`; see `data_prep.sources.ListedSource`."""
 
     root: Path
     classes: list[str] | None
     name: str = "image_folder"
 
-    def items(self) -> list[Item]:
-        """All images, sorted by id within a class."""
+    def items(self, pool: Pool) -> list[Item]:
+        """All images, whatever the pool, sorted by id within a class."""
         if self.classes is None:
             items = [Item(i, None) for i in sorted(_images(self.root, ""))]
         else:
@@ -46,12 +47,15 @@ class ImageFolder:
             return file.read(MAX_BYTES + 1)
 
 
-def open_source(path: str) -> ImageFolder:
+def open_source(paths: list[str]) -> ImageFolder:
     """Look at the top of the folder: are there classes?
 
     Raises:
-        UserError: it is no readable folder, or holds images beside class folders.
+        UserError: it is not one readable folder, or holds images beside class folders.
     """
+    if len(paths) != 1:
+        raise UserError(f"{' '.join(paths[1:])}: image_folder reads one folder: give one")
+    path = paths[0]
     root = Path(path)
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"

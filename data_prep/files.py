@@ -1,0 +1,189 @@
+"""Read a file wherever it lies: a local path, or an http, https, s3 or gs URL through fsspec.
+
+A remote file is fetched into an anonymous temporary file (in TMPDIR) before it is read: only then is it known to
+be whole, its members can be read in any order, and a connection that broke can be taken up by beginning again.
+"""
+
+import os
+import re
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from igpt_ds.errors import UserError
+
+PROTOCOLS = ("http", "https", "s3", "gs")
+_ATTEMPTS = 3
+_CHUNK = 8 << 20
+
+
+def existing(urls: Iterable[str]) -> list[str]:
+    """Those of the local paths and URLs that are there, in their order.
+
+    Raises:
+        UserError: the server cannot be asked.
+    """
+    urls = list(urls)
+    if not any(scheme(url) for url in urls):
+        return [url for url in urls if is_there(url)]
+    with ThreadPoolExecutor(32) as pool:
+        return [url for url, there in zip(urls, pool.map(is_there, urls), strict=True) if there]
+
+
+def opened(url: str) -> BinaryIO:
+    """Open a file for reading at will; a remote one is read piece by piece, as it is asked for.
+
+    Raises:
+        UserError: it is not there or cannot be read.
+    """
+    if scheme(url):
+        remote, path = filesystem(url)
+        try:
+            file: BinaryIO = remote.open(path, "rb")
+        except Exception as error:
+            raise unreadable(url, error) from error
+        return file
+    with reading(url):
+        # Opening a named pipe would wait for ever.
+        if not stat.S_ISREG(Path(url).stat().st_mode):
+            raise UserError(f"{url}: not a regular file: mend the path")
+        return open(url, "rb")
+
+
+def fetched(url: str) -> BinaryIO:
+    """Open a file of this machine that holds all of `url`; a remote one is copied first.
+
+    Raises:
+        UserError: it is not there, or could not be read whole in three attempts.
+    """
+    if url.startswith("pipe:"):
+        return _output(url)
+    if not scheme(url):
+        return opened(url)
+    for attempt in range(1, _ATTEMPTS + 1):
+        file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+        try:
+            with opened(url) as remote:
+                size = getattr(remote, "size", None)
+                while chunk := remote.read(_CHUNK):
+                    file.write(chunk)
+            if size is not None and file.tell() != size:
+                raise OSError(f"{file.tell()} of {size} bytes came")
+            file.seek(0)
+            return file
+        except Exception as error:
+            file.close()
+            cause = error.__cause__ if isinstance(error, UserError) else error
+            hopeless = isinstance(cause, PermissionError | ImportError) or _is_missing(cause)
+            if hopeless or attempt == _ATTEMPTS:
+                raise unreadable(url, error) from error
+            time.sleep(4.0 ** (attempt - 1))
+    raise AssertionError
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn the operating system's complaint about reading `path` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+
+
+def read_text(path: str, what: str) -> str:
+    """A small text file that the user gave, UTF-8.
+
+    Raises:
+        UserError: it is not there, is no text, or is larger than 64 MiB.
+    """
+    limit = 64 << 20
+    with opened(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{path}: too large for {what}: mend the path")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not the text of {what}: mend the path") from None
+
+
+def scheme(path: str) -> str | None:
+    """A URL's protocol; None for a local path."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)(?:://|::)", path)
+    return match[1].lower() if match else None
+
+
+def is_there(url: str) -> bool:
+    """Is there a file or folder?
+
+    Raises:
+        UserError: the server cannot be asked.
+    """
+    if not scheme(url):
+        return os.path.lexists(url)
+    remote, path = filesystem(url)
+    try:
+        remote.info(path)  # `exists` takes a failing server for a missing file
+    except Exception as error:
+        if _is_missing(error):
+            return False
+        raise unreadable(url, error) from error
+    return True
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Raises:
+        UserError: the protocol's library is missing, or the server cannot be reached.
+    """
+    try:
+        import fsspec
+
+        remote, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise UserError(
+            f'{url}: remote files need fsspec and the library of their protocol: pip install "igpt-ds[remote]"'
+        ) from error
+    except Exception as error:
+        raise unreadable(url, error) from error
+    return remote, path
+
+
+def _output(command: str) -> BinaryIO:
+    file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    status = subprocess.run(
+        ["/bin/sh", "-c", command.removeprefix("pipe:")], stdin=subprocess.DEVNULL, stdout=file, check=False
+    ).returncode
+    if status != 0:
+        file.close()
+        raise UserError(f"{command}: ended with status {status}: mend the command")
+    file.seek(0)
+    return file
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    """Is the file not there? fsspec tells so of any failure over http, and why only in the error's cause."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    answered = getattr(cause, "status", None) in {404, 410}
+    return answered or cause is None or isinstance(cause, FileNotFoundError) or "botocore" in type(cause).__module__
+
+
+def unreadable(url: str, error: BaseException) -> UserError:
+    """What to tell the user of an error in reading `url`."""
+    if isinstance(error, UserError):
+        return error
+    if _is_missing(error):
+        return UserError(f"{url}: no such file: mend the path")
+    if isinstance(error, FileNotFoundError) and error.__cause__:
+        error = error.__cause__
+    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{url}: cannot be read ({text}): mend the path, the rights or the connection")

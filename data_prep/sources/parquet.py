@@ -1,0 +1,205 @@
+"""parquet: tables of images as today's hubs keep them, with Hugging Face's layout understood.
+
+    HUB/data/train-00000-of-00294.parquet         image: struct<bytes: binary, path: string>
+    HUB/data/validation-00000-of-00014.parquet    label: int64, a ClassLabel with its names in the schema
+
+The path is the folder, a file, or a pattern; local, http(s), s3 or gs. Which pool a file is in is told by its name, or
+else by the nearest folder of such a name: `train` is the pool "train"; `test` is the pool "test", or `validation`
+(`valid`, `val`, `dev`) where there are no `test` files or `--option test=validation` says so; a file of no such name is
+in "train". ImageNet on the hub needs `--option test=validation`, since its `test` files have no labels.
+
+The image column is the only one that holds images, or `--option image=COLUMN`: a struct with `bytes`, or plain binary.
+The label column is the only ClassLabel, or `--option label=COLUMN`; with `--option classes=FILE` (one name a line) it
+can be any column of integers. Without a ClassLabel or these options the images are unlabelled, and so they are with
+`--option label=none`. All files must agree.
+
+An image's id is the file's name, a slash and its row. Rejected: a row without bytes (a path alone is not followed) or,
+with labels, without a class. Read row group by row group, 64 rows at a time. Needs pyarrow.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from data_prep.class_names import read_classes
+from data_prep.file_set import FileSet
+from data_prep.files import existing, fetched, opened
+from data_prep.sources import MAX_BYTES, Encoded, Item, Pool, UnusableError
+from igpt_ds.errors import UserError
+
+_SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
+_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?=[-_.]|$)")
+_ROWS = 64  # read at a time
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a table has its images and labels.
+
+    Attributes:
+        image: the column.
+        nested: is it a struct whose field "bytes" holds the image?
+        label: the column of class numbers; None for unlabelled images.
+        names: the classes' names that the schema states for it.
+    """
+
+    image: str
+    nested: bool
+    label: str | None
+    names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Parquet:
+    """Tables of images; see `data_prep.sources.StreamedSource`."""
+
+    files: FileSet
+    columns: Columns
+    classes: list[str] | None
+    chosen: tuple[str | None, str | None, str | None]  # the options image, label and classes
+    test: str | None
+    name: str = "parquet"
+
+    def parts(self, pool: Pool) -> list[str]:
+        """The names of the pool's files."""
+        split = {name: split_of(name) for name in self.files.names()}
+        wanted = "train"
+        if pool == "test":
+            wanted = self.test or ("test" if "test" in split.values() else "validation")
+        return [name for name, found in split.items() if found == wanted]
+
+    def stream(self, part: str) -> Iterator[Encoded]:
+        """The images of one file, by row."""
+        url = self.files.url(part)
+        with fetched(url) as file:
+            table = _table(file, url)
+            columns = _columns(table.schema_arrow, url, *self.chosen)
+            if columns != self.columns:
+                raise UserError(f"{url}: other columns or classes than the first file: read them one by one")
+            for row, (image, label) in enumerate(_rows(table, columns, url)):
+                found = Item(f"{part}/{row:08d}", label)
+                data: bytes | OSError = UnusableError("no image", "the row has no bytes")
+                if isinstance(image, bytes):
+                    data = image[: MAX_BYTES + 1]
+                if self.classes is not None and (label is None or not 0 <= label < len(self.classes)):
+                    found, data = Item(found.id, None), UnusableError("no valid class", str(label))
+                yield Encoded(found, data)
+
+
+def open_source(
+    paths: list[str],
+    *,
+    image: str | None = None,
+    label: str | None = None,
+    classes: str | None = None,
+    test: str | None = None,
+) -> Parquet:
+    """Look at the columns of the first file.
+
+    Args:
+        image: the column of images.
+        label: the column of class numbers, or "none".
+        classes: a file of class names, one a line.
+        test: which files are the pool "test": "test" or "validation".
+
+    Raises:
+        UserError: no files, no such columns, or more than one that could be meant.
+    """
+    if test not in {None, "test", "validation"}:
+        raise UserError(f"--option test={test}: no such files: choose test or validation")
+    files = FileSet(tuple(paths), ".parquet")
+    first = files.url(files.names()[0])
+    if not existing([first]):
+        raise UserError(f"{first}: no such file: mend the path or the pattern")
+    with opened(first) as file:
+        columns = _columns(_table(file, first).schema_arrow, first, image, label, classes)
+    names = read_classes(classes) if classes else columns.names
+    if columns.label is None or names is None:
+        return Parquet(files, columns, None, (image, label, classes), test)
+    return Parquet(files, columns, list(names), (image, label, classes), test)
+
+
+def split_of(name: str) -> str:
+    """ "train", "test" or "validation": of the file's name, else of the nearest folder that says so."""
+    for part in reversed(name.split("/")):
+        if match := _SPLIT_NAME.match(part):
+            return _SPLITS[match[1]]
+    return "train"
+
+
+def _table(file: BinaryIO, url: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f'{url}: Parquet needs pyarrow: pip install "igpt-ds[parquet]"') from None
+    try:
+        return pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
+    except Exception as error:
+        raise _damaged(url, error) from error
+
+
+def _columns(schema: Any, url: str, image: str | None, label: str | None, classes: str | None) -> Columns:
+    import pyarrow
+    from pyarrow import types
+
+    def holds_bytes(kind: Any) -> bool:
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    def is_nested(kind: Any) -> bool:
+        at = kind.get_field_index("bytes") if types.is_struct(kind) else -1
+        return at >= 0 and holds_bytes(kind.field(at).type)
+
+    kinds = {field.name: field.type for field in schema}
+    nested = [name for name, kind in kinds.items() if is_nested(kind)]
+    images = [image] if image else nested or [name for name, kind in kinds.items() if holds_bytes(kind)]
+    fitting = [name for name in images if name in kinds and (is_nested(kinds[name]) or holds_bytes(kinds[name]))]
+    if len(fitting) != 1 or len(images) != 1:
+        what = f"column {image} holds no images" if image else f"{len(fitting)} columns hold bytes, not one"
+        raise UserError(f"{url}: {what}: choose one with --option image=COLUMN from {', '.join(kinds)}")
+    names = _class_labels(schema)
+    if label is None and not classes and len(names) > 1:
+        raise UserError(f"{url}: {len(names)} columns of classes: choose one with --option label={' or '.join(names)}")
+    chosen = label or (next(iter(names)) if len(names) == 1 else None)
+    if chosen == "none" or (chosen is None and not classes):
+        return Columns(fitting[0], fitting[0] in nested, None, None)
+    if chosen is None or not types.is_integer(kinds.get(chosen, pyarrow.null())):
+        what = "--option classes needs --option label" if chosen is None else f"column {chosen} holds no class numbers"
+        raise UserError(f"{url}: {what}: choose --option label=COLUMN from {', '.join(kinds)}")
+    if not classes and chosen not in names:
+        raise UserError(f"{url}: column {chosen} has no class names: give them with --option classes=FILE")
+    return Columns(fitting[0], fitting[0] in nested, chosen, names.get(chosen))
+
+
+def _class_labels(schema: Any) -> dict[str, tuple[str, ...]]:
+    """The names of each column that the schema's own description calls a ClassLabel."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: tuple(str(name) for name in feature["names"])
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _rows(table: Any, columns: Columns, url: str) -> Iterator[tuple[object, int | None]]:
+    wanted = [columns.image, *([columns.label] if columns.label else [])]
+    try:
+        for batch in table.iter_batches(batch_size=_ROWS, columns=wanted, use_threads=False):
+            images = batch.column(columns.image)
+            if columns.nested:
+                images = images.flatten()[images.type.get_field_index("bytes")]
+            labels = batch.column(columns.label) if columns.label else None
+            for row in range(batch.num_rows):
+                yield images[row].as_py(), None if labels is None else labels[row].as_py()
+    except UserError:
+        raise
+    except Exception as error:
+        raise _damaged(url, error) from error
+
+
+def _damaged(url: str, error: Exception) -> UserError:
+    return UserError(f"{url}: not a whole Parquet file ({' '.join(str(error).split())[:200]}): fetch it again")
