@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00001000/
         checkpoint.json             step, identity, versions; per tensor its shape and where each slice lies;
-                                    per file its bytes and sha256
+                                    per file its bytes and sha256; and the sha256 of all this
         rank-00000.safetensors      the slices of rank 0: NAME:weight, NAME:exp_avg, NAME:exp_avg_sq, flat float32
         rank-00001.safetensors      ...
 
@@ -10,29 +10,27 @@ DeepSpeed's own files are bound to the world size and ZeRO stage that wrote them
 checkpoint before all ranks have finished. Ours are plain slices, so a reader at another world size or stage picks
 what it needs, and an evaluation reads the weights alone, without DeepSpeed.
 
-All ranks write into a hidden directory; rank 0 adds checkpoint.json and renames it. A directory named step-N is
-therefore whole. Nothing in here knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
+All ranks write into a hidden directory; rank 0 adds checkpoint.json and renames it (saver.py). A directory named
+step-N is therefore whole. Nothing in here knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
 """
 
 import bisect
-import errno
+import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from igpt_ds.atomic import publish_directory, publish_text, sha256_file, writing
+from igpt_ds.atomic import sha256_file
 from igpt_ds.errors import UserError
 
 FORMAT = "igpt-checkpoint"
@@ -68,6 +66,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Any]]
+    progress: dict[str, Any]  # what going on needs beside the tensors: see train.py
     _handles: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -79,8 +78,11 @@ class Checkpoint:
         """
         try:
             content = json.loads((path / "checkpoint.json").read_text())
+            recorded = content.pop("sha256", None)
             if content["format"] != FORMAT or content["version"] != VERSION:
                 raise UserError(f"{path}: format {content['format']} {content['version']} is not known: update igpt-ds")
+            if recorded != content_sha256(content):
+                raise ValueError("checkpoint.json is not as it was written")
             checkpoint = cls(
                 path,
                 content["step"],
@@ -89,6 +91,7 @@ class Checkpoint:
                 content["config"],
                 content["tensors"],
                 content["files"],
+                content.get("progress", {}),
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not a whole checkpoint ({error}): remove it or take another") from error
@@ -145,47 +148,14 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
+def content_sha256(content: Mapping[str, Any]) -> str:
+    """What checkpoint.json records of itself: hex sha256 of its other entries, written in one fixed way."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def step_directory(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is published."""
     return folder / f"step-{step:08d}"
-
-
-def save(
-    folder: Path,
-    step: int,
-    shards: Iterable[Shard],
-    facts: Mapping[str, Any],
-    rank: int,
-    world: int,
-    any_rank: AnyRank,
-) -> Path:
-    """Write and publish a checkpoint; every rank calls this.
-
-    Args:
-        shards: this rank's; over all ranks they must cover every parameter once.
-        facts: what checkpoint.json holds besides: "identity" and "config" at least.
-        any_rank: tells all ranks whether one of them has a fault; also the barrier.
-
-    Raises:
-        UserError: a rank could not write; nothing is published then, and older checkpoints are as they were.
-    """
-    final = step_directory(folder, step)
-    temporary = folder / f".{final.name}.tmp"
-
-    def agree(fault: Exception | None) -> None:
-        """Raise on every rank if one has a fault, so that none waits for the others."""
-        if not any_rank(fault is not None):
-            return
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise fault or UserError(f"{final}: another rank could not write its part: see its message")
-
-    agree(_attempt(lambda: _clear(folder, temporary)) if rank == 0 else None)
-    # Gathering the shards may be a collective, so it happens even where writing would fail.
-    held = list(shards)
-    agree(_attempt(lambda: _write_rank(temporary, rank, held)))
-    agree(_attempt(lambda: _publish(temporary, final, step, world, facts)) if rank == 0 else None)
-    return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -225,88 +195,23 @@ def newest_valid(
     return None
 
 
-def set_aside_newer(folder: Path, step: int) -> None:
-    """Rename the checkpoints beyond `step`, which were found damaged: kept for a person, out of the way of `prune`."""
+def set_aside_newer(folder: Path, step: int, why: str = "damaged") -> None:
+    """Rename the checkpoints beyond `step`: kept for a person, out of the way of `prune`.
+
+    Args:
+        why: "damaged", or "abandoned" by a run that rolled back.
+    """
     for path in list_checkpoints(folder):
         if path > step_directory(folder, step):
-            aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
-            path.rename(aside)
+            path.rename(path.with_name(f"{why}-{path.name}-{time.time_ns()}"))
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
+def prune(folder: Path, keep: int, milestones: Collection[int] = ()) -> None:
+    """Delete all but the `keep` newest checkpoints and the milestones (steps)."""
+    kept = {step_directory(folder, step) for step in milestones}
     for path in list_checkpoints(folder)[:-keep]:
-        # Out of sight first: what is half deleted must not look like a checkpoint.
-        doomed = path.with_name(f".{path.name}.old")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _attempt(action: Callable[[], None]) -> Exception | None:
-    try:
-        action()
-    except (OSError, UserError) as error:
-        return error
-    return None
-
-
-def _clear(folder: Path, temporary: Path) -> None:
-    with writing(folder):
-        for left in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
-            shutil.rmtree(left)
-        temporary.mkdir(parents=True)
-
-
-def _write_rank(temporary: Path, rank: int, shards: list[Shard]) -> None:
-    path = temporary / rank_file(rank)
-    tensors = {f"{s.name}:{kind}": v.cpu().contiguous() for s in shards for kind, v in s.values.items()}
-    tensors["random_state"] = torch.get_rng_state()
-    with writing(path):
-        try:
-            save_file(tensors, path)
-        except Exception as error:  # safetensors tells a full disk through an error class of its own
-            raise OSError(*_os_error(error), str(path)) from error
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-        sidecar = {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-            "slices": {s.name: [list(s.shape), s.start, s.stop] for s in shards},
-        }
-        publish_text(path.with_suffix(".json"), json.dumps(sidecar))
-
-
-def _os_error(error: Exception) -> tuple[int, str]:
-    """The operating system's error number inside safetensors' text ("... (os error 28)"), or EIO."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found.group(1)) if found else errno.EIO
-    return number, os.strerror(number)
-
-
-def _publish(temporary: Path, final: Path, step: int, world: int, facts: Mapping[str, Any]) -> None:
-    tensors: dict[str, dict[str, Any]] = {}
-    files = {}
-    for rank in range(world):
-        sidecar_path = (temporary / rank_file(rank)).with_suffix(".json")
-        sidecar = json.loads(sidecar_path.read_text())
-        sidecar_path.unlink()
-        files[rank_file(rank)] = {"bytes": sidecar["bytes"], "sha256": sidecar["sha256"]}
-        for name, (shape, start, stop) in sidecar["slices"].items():
-            entry = tensors.setdefault(name, {"shape": shape, "slices": []})
-            if start < stop:
-                entry["slices"].append([rank, start, stop])
-    for name, entry in tensors.items():
-        entry["slices"].sort(key=lambda s: s[1])
-        covered = 0
-        for _, start, stop in entry["slices"]:
-            assert start == covered, f"{name}: the ranks' slices overlap or leave a gap at element {covered}"
-            covered = stop
-        assert covered == math.prod(entry["shape"]), f"{name}: the ranks' slices end at element {covered}"
-    content = {**facts, "format": FORMAT, "version": VERSION, "step": step, "world": world}
-    publish_text(temporary / "checkpoint.json", json.dumps({**content, "files": files, "tensors": tensors}))
-    replaced = final.with_name(f".{final.name}.old")
-    if final.exists():  # saved twice at the same step: the new one stands
-        with writing(final):
-            os.rename(final, replaced)
-    publish_directory(temporary, final)
-    shutil.rmtree(replaced, ignore_errors=True)
+        if path not in kept:
+            # Out of sight first: what is half deleted must not look like a checkpoint.
+            doomed = path.with_name(f".{path.name}.old")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)

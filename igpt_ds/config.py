@@ -80,6 +80,19 @@ class CheckpointConfig:
 
     every: int = 1000
     keep: int = 3  # newest ones
+    milestones: tuple[int, ...] = (65_536, 131_072, 262_144, 524_288, 1_000_000)  # kept for ever (paper figure 3)
+    max_failures: int = 3  # saves that may fail in a row, on a full disk say, before the run ends
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthConfig:
+    """What a run does about trouble; see stability.py and watchdog.py."""
+
+    hang_timeout: float = 900.0  # seconds without progress, after which a run is ended; 0 never ends it
+    spike_sigma: float = 6.0  # standard deviations above the window's mean loss; 0 lets spikes pass
+    window: int = 128  # losses that a spike is held against
+    patience: int = 3  # bad steps in a row before the run rolls back
+    max_rollbacks: int = 3  # to the same place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +105,7 @@ class Config:
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     seed: int = 0
 
     @property
@@ -283,6 +297,8 @@ def _contradictions(config: Config) -> list[str]:
         "training.epsilon": training.epsilon,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.max_failures": config.checkpoint.max_failures,
+        "health.patience": config.health.patience,
     }
     for name, value in positive.items():
         require(value is None or value > 0, f"{name} must be above 0, not {value}")
@@ -293,9 +309,14 @@ def _contradictions(config: Config) -> list[str]:
         "training.warmup_steps": training.warmup_steps,
         "training.gradient_clip": training.gradient_clip,
         "training.validate_every": training.validate_every,
+        "health.hang_timeout": config.health.hang_timeout,
+        "health.spike_sigma": config.health.spike_sigma,
+        "health.max_rollbacks": config.health.max_rollbacks,
     }
     for name, value in natural.items():
         require(value >= 0, f"{name} must not be negative, but is {value}")
+    require(config.health.window > 1, f"health.window must be above 1, not {config.health.window}")
+    require(min(config.checkpoint.milestones, default=1) > 0, "checkpoint.milestones must be above 0")
     require(config.seed < 2**64, f"seed {config.seed} exceeds 64 bits")
     if model.heads > 0:
         require(model.width % model.heads == 0, f"model.width {model.width} is no multiple of {model.heads} heads")

@@ -3,6 +3,7 @@
 Nothing else in the package imports deepspeed. A process that no launcher started trains too, as the only rank.
 """
 
+import math
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from igpt_ds.checkpoint import MOMENTS, Checkpoint, Shard
 from igpt_ds.config import Config
@@ -52,13 +54,18 @@ def join(where: Place) -> torch.device:
         from deepspeed.ops import __compatible_ops__
 
         __compatible_ops__["deepspeed_shm_comm"] = False
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or where.world)
         # DeepSpeed asks for the number of "devices" at every gradient bucket, and without this asks numactl.
-        os.environ.setdefault("LOCAL_SIZE", str(neighbours))
+        os.environ.setdefault("LOCAL_SIZE", str(where.neighbours))
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks that each use all cores wait for one another many times longer than they compute.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // where.neighbours))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        # torchrun's store outlives its ranks: restarted ones would meet the addresses of the dead.
+        agent, _, _ = next(rendezvous("env://", where.rank, where.world))
+        store = dist.distributed_c10d.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
+        dist.init_process_group(backend, store=store, rank=where.rank, world_size=where.world)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return torch.device("cuda", where.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -137,7 +144,7 @@ class Engine:
         return self.deepspeed(tokens_BT, mask_BT), tokens_BT, mask_BT
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> tuple[Tensor, float]:
-        """One update from this rank's micro-batches.
+        """One update from this rank's micro-batches; none, on any rank, where the gradient is not finite.
 
         Returns:
             This rank's mean loss in nats a token (a scalar tensor on the device), and the global norm of the
@@ -156,6 +163,9 @@ class Engine:
             total += loss.detach() / self.division.accumulation
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._full_gradient_norm()
+                if not math.isfinite(norm):
+                    # The other stages skip such an update themselves.
+                    self.module.zero_grad(set_to_none=True)
             self.deepspeed.step()
         if self.stage > 0:
             norm = float(self.deepspeed.get_global_grad_norm())
@@ -242,7 +252,8 @@ class Engine:
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
         """Take weights, moments and step from a checkpoint made on any number of ranks at any ZeRO stage."""
-        self._create_moments(checkpoint.step)
+        # Adam counts updates, and skipped steps made none.
+        self._create_moments(checkpoint.progress.get("updates", checkpoint.step))
         for name, p in self.module.named_parameters():
             if self.stage == 3:
                 self._load_slice(checkpoint, name, p)
@@ -288,7 +299,7 @@ class Engine:
             for kind in MOMENTS:
                 safe_set_full_optimizer_state(p, whole[kind], kind)
 
-    def _create_moments(self, step: int) -> None:
+    def _create_moments(self, updates: int) -> None:
         """Give torch's Adam the state that it would otherwise create at its first step."""
         owner = self.deepspeed.optimizer
         if self.stage == 3:
@@ -306,7 +317,7 @@ class Engine:
                     state[kind] = torch.zeros_like(tensor)
             # The fused Adam keeps its counter on the GPU, the plain one on the CPU.
             on = tensor.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
-            state["step"] = torch.tensor(float(step), device=on)
+            state["step"] = torch.tensor(float(updates), device=on)
         if self.stage in (1, 2):
             # Otherwise linked to the parameters only after the first step.
             owner._lazy_init_hp_params_optimizer_state()

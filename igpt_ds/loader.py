@@ -16,20 +16,20 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, count
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from igpt_ds.errors import UserError
-from igpt_ds.order import Order, SourceRows
+from igpt_ds.order import NOTHING_LEFT_OUT, LeftOut, Order, SourceRows
 from igpt_ds.shards import Dataset
 
 Arrays = dict[str, np.ndarray]
@@ -117,9 +117,10 @@ def train_batches(
     rank: int,
     world: int,
     start_step: int = 0,
+    left_out: LeftOut = NOTHING_LEFT_OUT,
     workers: int = 0,
 ) -> Generator[Batch, None, None]:
-    """The micro-batches of one rank from a step on, without end; see `MicroBatches`.
+    """The micro-batches of one rank from a step on, without end; see `MicroBatches`. Some batches can be left out.
 
     With workers > 0 so many processes read ahead; they end when the generator is closed or dropped. Where
     CUDA is available the tensors lie in pinned memory.
@@ -128,7 +129,7 @@ def train_batches(
         UserError: as `MicroBatches` at once; while iterating, a damaged shard.
     """
     micro_batches = MicroBatches(datasets, order, batch=batch, micro_batch=micro_batch, rank=rank, world=world)
-    indices = range(start_step * micro_batches.accumulation, sys.maxsize)
+    indices = _Indices(start_step, left_out, micro_batches.accumulation)
     return _stream(micro_batches.arrays, indices, workers)
 
 
@@ -180,7 +181,21 @@ class _Worker(TorchDataset[Arrays | UserError]):
             return error
 
 
-def _stream(read: Callable[[int], Arrays], indices: range, workers: int) -> Generator[Batch, None, None]:
+@dataclass(frozen=True)
+class _Indices(Sampler[int]):
+    """The indices of the micro-batches from a step on, without end."""
+
+    start_step: int
+    left_out: LeftOut
+    accumulation: int
+
+    def __iter__(self) -> Iterator[int]:
+        for step in count(self.start_step):
+            first = self.left_out.batch(step) * self.accumulation
+            yield from range(first, first + self.accumulation)
+
+
+def _stream(read: Callable[[int], Arrays], indices: _Indices, workers: int) -> Generator[Batch, None, None]:
     pin = torch.cuda.is_available()
     if workers == 0:  # A DataLoader without workers takes half as long again.
         for index in indices:

@@ -1,12 +1,18 @@
 """What a run tells of itself: metrics.jsonl, TensorBoard events, and Weights & Biases where asked for.
 
 Rank 0 writes. A line of metrics.jsonl is one JSON object: training lines have "step", "loss" (nats a token) and
-"lr", validation lines "step" and "val_loss". After a resume the lines beyond the checkpoint are dropped, so that
-no step stands there twice.
+"lr", validation lines "step" and "val_loss", decisions "step", "event" and "reason". After a resume and after a
+rollback the lines beyond the checkpoint are dropped, so that no step stands there twice; decisions stay.
+
+A full disk does not end a run: lines wait in memory until there is room again.
 """
 
+import errno
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +36,7 @@ class Metrics:
 
     Args:
         run: the run directory.
-        step: the step that the run goes on from; what is recorded beyond it is dropped.
+        step: the step that the run goes on from; see `rewind`.
         wandb_project: a Weights & Biases project, or None.
 
     Raises:
@@ -38,36 +44,74 @@ class Metrics:
     """
 
     def __init__(self, run: Path, step: int, config: dict[str, Any], wandb_project: str | None = None):
+        self._run, self._path = run, run / "metrics.jsonl"
+        self._waiting: list[str] = []
+        self._descriptor: int | None = None
+        self._events: Any = None
+        self.rewind(step)
+        self._wandb = _start_wandb(run, config, wandb_project) if wandb_project else None
+
+    def rewind(self, step: int) -> None:
+        """Drop what is recorded beyond `step`, but for decisions, which are needed to decide alike again."""
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run / "metrics.jsonl"
-        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-        publish_text(path, "".join(kept))
-        with writing(path):
-            self._file = path.open("a")
+        self._shut()
+        kept = [line for line in read_metrics(self._path) if line["step"] <= step or "event" in line]
+        publish_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        with writing(self._path):
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             # Events beyond the checkpoint are hidden from view by `purge_step`.
-            self._events = SummaryWriter(str(run / "events"), purge_step=step + 1)
-        self._path = path
-        self._wandb = _start_wandb(run, config, wandb_project) if wandb_project else None
+            self._events = SummaryWriter(str(self._run / "events"), purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """Record one line; it must have "step"."""
-        with writing(self._path):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        self._waiting.append(json.dumps(line) + "\n")
+        with writing(self._path), _full_disk_allowed():
+            self._append()
             for key, value in line.items():
-                if key != "step" and value is not None:
+                if key != "step" and isinstance(value, (int, float)):
                     self._events.add_scalar(key, value, line["step"])
             self._events.flush()
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
 
+    def _append(self) -> None:
+        assert self._descriptor is not None
+        before = os.fstat(self._descriptor).st_size
+        data = "".join(self._waiting).encode()
+        try:
+            while data:
+                data = data[os.write(self._descriptor, data) :]
+        except OSError:
+            os.ftruncate(self._descriptor, before)  # no half line
+            raise
+        self._waiting.clear()
+
     def close(self) -> None:
         """Flush and close every destination."""
-        self._file.close()
-        self._events.close()
+        if self._waiting:
+            with writing(self._path):
+                self._append()
+        self._shut()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _shut(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        if self._events is not None:
+            with _full_disk_allowed():
+                self._events.close()
+
+
+@contextmanager
+def _full_disk_allowed() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def require_wandb() -> Any:

@@ -20,7 +20,7 @@ import json
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -129,6 +129,35 @@ class _SourceOrder:
             if len(self._epochs) > _WINDOWS_KEPT:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Batches that are never trained on: sorted, disjoint (first, last + 1) in the numbering of the data order."""
+
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, spans: Iterable[Sequence[int]]) -> "LeftOut":
+        """The union of any spans."""
+        merged: list[tuple[int, int]] = []
+        for first, last in sorted((int(first), int(last)) for first, last in spans):
+            if merged and first <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+            elif first < last:
+                merged.append((first, last))
+        return cls(tuple(merged))
+
+    def batch(self, step: int) -> int:
+        """The batch that the update after `step` updates is made from: the step-th that is not left out."""
+        for first, last in self.spans:
+            if step < first:
+                break
+            step += last - first
+        return step
+
+
+NOTHING_LEFT_OUT = LeftOut()
 
 
 class Order:

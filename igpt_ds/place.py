@@ -13,6 +13,7 @@ class Place:
     rank: int
     world: int
     local_rank: int
+    neighbours: int = 1  # ranks on this machine, this one among them
 
 
 def place() -> Place:
@@ -25,7 +26,9 @@ def place() -> Place:
         if _whole("WORLD_SIZE", "1") > 1:
             raise UserError("WORLD_SIZE is set but RANK is not: start one process a rank through a launcher")
         return Place(0, 1, 0)
-    return Place(_whole("RANK", "0"), _whole("WORLD_SIZE", "1"), _whole("LOCAL_RANK", "0"))
+    world = _whole("WORLD_SIZE", "1")
+    neighbours = next((_whole(name, "1") for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), world)
+    return Place(_whole("RANK", "0"), world, _whole("LOCAL_RANK", "0"), neighbours)
 
 
 def _whole(name: str, default: str) -> int:

@@ -6,7 +6,9 @@ RUN/config.toml             the configuration, data facts resolved
     metrics.jsonl           see metrics.py
     events/                 for TensorBoard
     log.rank00000.txt       one log a rank
+    heartbeats/             see watchdog.py
     checkpoints/            see checkpoint.py
+    STOP, SAVE              put there by a person: finish the step, save, and end or go on
     probe.json, probe.png   evaluations
 """
 
@@ -17,6 +19,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from igpt_ds.atomic import writing
 from igpt_ds.checkpoint import Checkpoint, list_checkpoints, newest_valid
@@ -112,8 +115,9 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
     return from_tree(checkpoint.config, str(checkpoint.path))
 
 
-def log_to(run: Run | None, rank: int) -> None:
-    """Send the log to RUN/log.rankNNNNN.txt and, from rank 0, to stdout."""
+def log_to(run: Run | None, rank: int) -> TextIO:
+    """Send the log to RUN/log.rankNNNNN.txt and, from rank 0, to stdout; return the open file, or stderr."""
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk say, is no reason to stop
     LOGGER.setLevel(logging.INFO)
     LOGGER.handlers.clear()
     LOGGER.propagate = False
@@ -123,10 +127,13 @@ def log_to(run: Run | None, rank: int) -> None:
         LOGGER.addHandler(console)
     if run is not None:
         with writing(run.path):
-            file = logging.FileHandler(run.path / f"log.rank{rank:05d}.txt")
+            stream = (run.path / f"log.rank{rank:05d}.txt").open("a")
+        file = logging.StreamHandler(stream)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(file)
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").handlers = [file]
         logging.getLogger("py.warnings").propagate = False
         warnings.simplefilter("default")
+        return stream
+    return sys.stderr

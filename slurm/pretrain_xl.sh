@@ -2,8 +2,9 @@
 # Pre-train iGPT-XL: 8 nodes of 8 GPUs. Every number can be overridden from the sbatch line:
 #   DATA=/data/imagenet64 RUN=runs/xl sbatch slurm/pretrain_xl.sh
 #   DATA=... RUN=... PRESET=l sbatch --nodes=2 slurm/pretrain_xl.sh --set training.micro_batch=4
-# Variables: DATA (one folder, or several divided by colons), RUN, PRESET [xl], DS_CONFIG [zero3], VENV [.venv].
-# Arguments go to `igpt-ds pretrain`. The job saves and requeues itself ten minutes before its time is up.
+# Variables: DATA (one folder, or several divided by colons), RUN, PRESET [xl], DS_CONFIG [zero3], and those of env.sh:
+# VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds pretrain`. The job saves and requeues itself ten minutes
+# before its time is up, when it is preempted, and after a crash; see docs/reliability.md.
 #SBATCH --job-name=igpt-xl
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -21,9 +22,5 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
 
-data_options=()
-IFS=: read -r -a folders <<<"$DATA"
-for folder in "${folders[@]}"; do data_options+=(--data "$folder"); done
-
-run_ranks python -m igpt_ds pretrain --preset "${PRESET:-xl}" --ds "${DS_CONFIG:-zero3}" \
-  "${data_options[@]}" --run "$RUN" "$@"
+mapfile -t data < <(data_options)
+run_ranks python -m igpt_ds pretrain --preset "${PRESET:-xl}" --ds "${DS_CONFIG:-zero3}" "${data[@]}" --run "$RUN" "$@"

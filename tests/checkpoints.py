@@ -1,15 +1,16 @@
 """Checkpoints written by ranks that are threads, for the tests of checkpoint.py."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from igpt_ds import checkpoint
-from igpt_ds.checkpoint import Shard, save, step_directory
+from igpt_ds.checkpoint import Shard, step_directory
+from igpt_ds.saver import Saver
 
 T = TypeVar("T")
 AnyRank = Callable[[bool], bool]
@@ -63,6 +64,21 @@ def on_ranks(world: int, action: Callable[[int, AnyRank], T]) -> list[T | BaseEx
         thread.join(timeout=60)
         assert not thread.is_alive()
     return outcomes
+
+
+def save(
+    folder: Path,
+    step: int,
+    shards: Iterable[Shard],
+    facts: Mapping[str, Any],
+    rank: int,
+    world: int,
+    any_rank: AnyRank,
+) -> Path:
+    """Write a checkpoint and wait for it."""
+    saver = Saver(folder, rank, world, any_rank)
+    saver.begin(step, shards, facts)
+    return saver.conclude()
 
 
 def save_all(folder: Path, step: int, world: int = 1, seed: int = 0) -> Path:

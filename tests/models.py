@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from igpt_ds import checkpoint
 from igpt_ds.checkpoint import MOMENTS, Shard
 from igpt_ds.config import Config, load_config, to_tree
 from igpt_ds.model import ImageGPT, initialise
+from tests.checkpoints import save
 
 
 def small_config(*overrides: str, resolution: int = 4, palette_size: int = 8) -> Config:
@@ -37,4 +37,4 @@ def save_model(
     tree = to_tree(config)
     tree["data"]["sources"] = list(sources)
     facts = {"identity": {"palette_sha256": palette_sha256}, "config": tree}
-    return checkpoint.save(run / "checkpoints", step, shards, facts, 0, 1, lambda fault: fault)
+    return save(run / "checkpoints", step, shards, facts, 0, 1, lambda fault: fault)

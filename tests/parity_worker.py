@@ -169,13 +169,13 @@ class Rank:
 
     def resumed(self, case: Case) -> None:
         """10 steps, a checkpoint, a new engine that loads it, 10 steps."""
-        from igpt_ds import checkpoint
+        from tests.checkpoints import save
 
         engine = self.build(case)
         before = self.train(engine, 0, 10)
         path = saved(self.folder, case, self.place.world)
         facts = {"identity": {}, "config": {}}
-        checkpoint.save(path.parent, 10, engine.shards(), facts, self.place.rank, self.place.world, engine.any_rank)
+        save(path.parent, 10, engine.shards(), facts, self.place.rank, self.place.world, engine.any_rank)
         engine.close()
         after = self.load(path, case)
         self.results["resumed"][case.name] = {key: before[key] + after[key] for key in before}

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,25 @@ def test_a_damaged_checkpoint_does_not_open(tmp_path: Path, damage: Callable[[Pa
         Checkpoint.open(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = save_all(tmp_path, 1, world=2)
+    rng = random.Random(0)
+    for name, content in contents(path).items():
+        places = range(len(content)) if name == "checkpoint.json" else rng.sample(range(len(content)), 60)
+        for place in places:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << rng.randrange(8)
+            (path / name).write_bytes(damaged)
+            with pytest.raises(UserError):
+                Checkpoint.open(path).verify()
+        (path / name).write_bytes(content)
+    Checkpoint.open(path).verify()
 
 
 def test_a_flipped_byte_is_found_by_the_rank_that_looks(tmp_path: Path) -> None:

@@ -10,23 +10,28 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from igpt_ds import atomic, checkpoint
+from igpt_ds import atomic, saver
 from igpt_ds.checkpoint import (
     Checkpoint,
     Shard,
     list_checkpoints,
     newest_valid,
     prune,
-    save,
+    rank_file,
     set_aside_newer,
     step_directory,
 )
 from igpt_ds.errors import UserError
-from tests.checkpoints import FACTS, KINDS, on_ranks, one_rank, originals, save_all, shards_of
+from tests.checkpoints import FACTS, KINDS, on_ranks, one_rank, originals, save, save_all, shards_of
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def visible(folder: Path) -> list[str]:
+    """What lies in a folder beside the pointer."""
+    return sorted(p.name for p in folder.iterdir() if p.name != "latest")
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 39), (1, 40), (0, 10)], ids=["end", "beginning", "most"])
@@ -42,10 +47,9 @@ def test_slices_of_two_ranks_must_meet(tmp_path: Path, cuts: tuple[tuple[int, in
     temporary = tmp_path / ".step-00000001.tmp"
     temporary.mkdir()
     for rank, (start, stop) in enumerate(cuts):
-        shard = Shard("x", (8, 5), start, stop, {"weight": torch.zeros(stop - start)})
-        checkpoint._write_rank(temporary, rank, [shard])
+        saver._write(temporary / rank_file(rank), {"x:weight": torch.zeros(stop - start)}, {"x": [[8, 5], start, stop]})
     with pytest.raises(AssertionError, match="overlap or leave a gap"):
-        checkpoint._publish(temporary, step_directory(tmp_path, 1), 1, 2, FACTS)
+        saver._publish(temporary, step_directory(tmp_path, 1), 1, 2, FACTS)
     assert list_checkpoints(tmp_path) == []
 
 
@@ -55,7 +59,7 @@ def test_the_newest_ones_are_kept(tmp_path: Path) -> None:
     prune(tmp_path, 5)
     assert len(list_checkpoints(tmp_path)) == 4
     prune(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000100", "step-00000900"]
+    assert visible(tmp_path) == ["step-00000100", "step-00000900"]
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -69,10 +73,10 @@ def full_disk_of_safetensors(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "failure"),
     [
-        (checkpoint, "save_file", full_disk_of_safetensors),
+        (saver, "save_file", full_disk_of_safetensors),
         (atomic.os, "replace", full_disk),
         (atomic.os, "rename", full_disk),
-        (checkpoint.os, "fsync", full_disk),
+        (saver.os, "fsync", full_disk),
     ],
     ids=["save_file", "replace", "rename", "fsync"],
 )
@@ -88,22 +92,22 @@ def test_a_full_disk_publishes_nothing(
     for error in errors:
         assert isinstance(error, UserError)
     assert "the disk is full" in str(errors[0])
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"], "nothing half-written stays on the full disk"
+    assert visible(tmp_path) == ["step-00000005"], "nothing half-written stays on the full disk"
     assert contents(step_directory(tmp_path, 5)) == before
     # With space again the next one is published and clears what was left.
     save_all(tmp_path, 10, world)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000005", "step-00000010"]
+    assert visible(tmp_path) == ["step-00000005", "step-00000010"]
 
 
 def test_a_rank_that_cannot_write_stops_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = checkpoint.save_file
+    real = saver.save_file
 
     def fail_on_one(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if path.name == "rank-00001.safetensors":
             full_disk_of_safetensors()
         real(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", fail_on_one)
+    monkeypatch.setattr(saver, "save_file", fail_on_one)
     errors = on_ranks(3, lambda r, any_rank: save(tmp_path, 9, shards_of(r, 3), FACTS, r, 3, any_rank))
     assert all(isinstance(error, UserError) for error in errors)
     assert "the disk is full" in str(errors[1])
@@ -134,7 +138,7 @@ def test_what_killed_runs_left_is_cleared(tmp_path: Path) -> None:
         (tmp_path / name / "rank-00000.safetensors").write_bytes(b"half")
     assert newest_valid(list_checkpoints(tmp_path), one_rank, pytest.fail) is None
     save_all(tmp_path, 11)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000011"]
+    assert visible(tmp_path) == ["step-00000011"]
 
 
 def test_damaged_ones_are_set_aside_so_that_prune_keeps_whole_ones(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from igpt_ds import cli
-from igpt_ds.checkpoint import rank_file, save, set_aside_newer, step_directory
+from igpt_ds.checkpoint import rank_file, set_aside_newer, step_directory
 from igpt_ds.commands import checkpoints as command
-from tests.checkpoints import FACTS, on_ranks, shards_of
+from tests.checkpoints import FACTS, on_ranks, save, shards_of
 
 STAGE_2 = {"ds_config": {"zero_optimization": {"stage": 2}}, "code_version": "1.2.3"}
 

@@ -75,7 +75,7 @@ def call(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_run_directory_is_complete(on_two: Path, digits: Path) -> None:
-    names = {"config.toml", "ds.json", "palette.npy", "metrics.jsonl", "events", "checkpoints"}
+    names = {"config.toml", "ds.json", "palette.npy", "metrics.jsonl", "events", "checkpoints", "heartbeats"}
     assert {path.name for path in on_two.iterdir()} == names | {"log.rank00000.txt", "log.rank00001.txt"}
     config = load_config(on_two / "config.toml")
     assert (config.training.steps, config.seed) == (STEPS, 1)

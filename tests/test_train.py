@@ -1,8 +1,10 @@
 """The loop itself, with an engine that is played: what it logs, saves and refuses, and when it stops."""
 
+import itertools
 import json
 import math
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +19,14 @@ from igpt_ds.errors import RunError
 from igpt_ds.health import StopRequest
 from igpt_ds.job import choose_config, prepare, summary
 from igpt_ds.metrics import Metrics, read_metrics
+from igpt_ds.order import LeftOut
+from igpt_ds.place import Place
+from igpt_ds.progress import Progress
 from igpt_ds.run import Run
 from igpt_ds.schedule import learning_rate
+from igpt_ds.stability import Stability
 from igpt_ds.throughput import duration
+from igpt_ds.watchdog import Watchdog
 
 
 class PlayedEngine:
@@ -27,7 +34,7 @@ class PlayedEngine:
 
     device = torch.device("cpu")
     division = SimpleNamespace(world=1, micro_batch=16, accumulation=1)
-    place = SimpleNamespace(rank=0, world=1)
+    place = Place(0, 1, 0)
 
     def __init__(self, norm: Callable[[int], float], loss: Callable[[int], float]):
         self.norm, self.loss = norm, loss
@@ -47,6 +54,9 @@ class PlayedEngine:
     def any_rank(self, flag: bool) -> bool:
         return flag
 
+    def from_rank_0(self, value: Any) -> Any:
+        return value
+
 
 @pytest.fixture
 def play(
@@ -63,10 +73,21 @@ def play(
         config = choose_config("tiny", None, [str(digits)], ["training.steps=10", "training.validate_every=0", *sets])
         job, run, engine = prepare(config, "zero3", 1), Run(tmp_path), PlayedEngine(norm, loss)
         saved: list[int] = []
-        monkeypatch.setattr(train_module, "save", lambda engine, job, run, step: saved.append(step))
+        monkeypatch.setattr(
+            train_module, "begin_save", lambda engine, saver, job, run, progress, last: saved.append(progress.step)
+        )
         metrics = Metrics(tmp_path, 0, {})
         try:
-            train_module.train(engine, iter(lambda: {}, None), job, run, 0, metrics, stop or StopRequest())
+            train_module.train(
+                engine,
+                lambda progress: ({} for _ in itertools.count()),
+                job,
+                run,
+                Progress(0, LeftOut(), Stability(job.config.health, {})),
+                metrics,
+                stop or StopRequest(),
+                Watchdog(tmp_path, 0, 1, 0, sys.stderr),
+            )
         finally:
             metrics.close()
         return saved, read_metrics(run.metrics), engine
@@ -101,17 +122,22 @@ def test_stop_at_ends_with_a_checkpoint(play: Any) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan, -1.0])
-def test_a_gradient_that_is_not_finite_ends_the_run_unsaved(play: Any, bad: float) -> None:
-    saved: list[int] = []
-    with pytest.raises(RunError, match="step 3: the gradient is not finite"):
-        saved, _, _ = play("training.log_every=10", norm=lambda step: bad if step == 3 else 1.0)
-    assert saved == []
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(play: Any, bad: float) -> None:
+    saved, lines, _ = play("training.log_every=1", norm=lambda step: bad if step in (3, 5, 6) else 1.0)
+    assert saved == [10]
+    events = [line for line in lines if "event" in line]
+    assert [(line["step"], line["event"]) for line in events] == [(3, "skipped"), (5, "skipped"), (6, "skipped")]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 7, 8, 9, 10]
 
 
-def test_a_loss_that_is_not_finite_is_never_saved(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Step 5 is saved but not logged at its interval: it must be looked at all the same.
-    with pytest.raises(RunError, match="step 5: the loss is nan"):
-        play("training.log_every=10", "checkpoint.every=5", loss=lambda step: math.nan if step == 5 else 2.0)
+def test_bad_steps_in_a_row_without_a_checkpoint_end_the_run_unsaved(play: Any) -> None:
+    with pytest.raises(RunError, match=r"step 5: 3 bad steps in a row .* no checkpoint from before them"):
+        play("training.log_every=10", "checkpoint.every=5", norm=lambda step: math.nan if step > 2 else 1.0)
+
+
+def test_what_may_be_a_divergence_is_not_saved_before_it_is_over(play: Any) -> None:
+    saved, _, _ = play("checkpoint.every=5", loss=lambda step: math.nan if step in (5, 6) else 2.0)
+    assert saved == [7, 10]
 
 
 def test_a_signal_finishes_the_step_and_saves(play: Any) -> None:

@@ -1,0 +1,76 @@
+"""`igpt-ds pretrain`."""
+
+from pathlib import Path
+
+import click
+
+from igpt_ds.commands import CONTEXT
+from igpt_ds.errors import UserError
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--preset", metavar="NAME", help="tiny, demo, s, m, l, l48, xl, s-bert, ... or a file.toml.")
+@click.option("--data", metavar="DIR", multiple=True, help="Folder with train/ and val/; give several to mix them.")
+@click.option("--run", "run_path", metavar="RUN", type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
+@click.option(
+    "--ds",
+    "ds_source",
+    default="zero3",
+    show_default=True,
+    metavar="NAME",
+    help="ds_configs/NAME.json or a file.json.",
+)
+@click.option("--fresh", is_flag=True, help="Start anew instead of going on from the newest checkpoint.")
+@click.option("--force", is_flag=True, help="With --fresh: delete the run that is there.")
+@click.option("--allow-change", metavar="FACT", multiple=True, help="Go on though it differs: batch, data_order, ...")
+@click.option("--wandb", "wandb_project", metavar="PROJECT", help="Also log to Weights & Biases.")
+@click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, and end.")
+@click.option("--ranks", type=click.IntRange(min=1), help="With --dry-run: the number of GPUs to plan for.")
+def pretrain(
+    preset: str | None,
+    data: tuple[str, ...],
+    run_path: Path | None,
+    overrides: tuple[str, ...],
+    ds_source: str,
+    fresh: bool,
+    force: bool,
+    allow_change: tuple[str, ...],
+    wandb_project: str | None,
+    print_config: bool,
+    dry_run: bool,
+    ranks: int | None,
+) -> None:
+    """Pre-train a model; a run that holds a checkpoint goes on by itself.
+
+    \b
+    On one machine with 8 GPUs:
+        deepspeed --num_accelerators 8 --module igpt_ds pretrain --preset l --data DATA --run RUN
+    On a CPU, in one process, 20 steps:
+        igpt-ds pretrain --preset tiny --data DATA --run RUN --set training.steps=20 --set seed=1
+    What a GPU would have to hold, without one:
+        igpt-ds pretrain --preset l --data DATA --dry-run --ranks 8
+    Go on with a run, its --preset, --data and --set taken from RUN/config.toml:
+        igpt-ds pretrain --run RUN
+    """
+    from igpt_ds import job as jobs
+    from igpt_ds.config import to_toml
+    from igpt_ds.place import place
+    from igpt_ds.run import Run
+
+    run = Run(run_path) if run_path else None
+    config = jobs.choose_config(preset, run, data, overrides)
+    if print_config:
+        click.echo(to_toml(config), nl=False)
+        return
+    if run is None and not dry_run:
+        raise UserError("pretrain: no --run: name the directory that the run is to write")
+    where = place()
+    job = jobs.prepare(config, ds_source, ranks if dry_run and ranks else where.world)
+    if run is None or dry_run:
+        click.echo(jobs.summary(job))
+        return
+    from igpt_ds.train import pretrain as run_pretrain
+
+    run_pretrain(job, run, where, fresh=fresh, force=force, allow_change=allow_change, wandb_project=wandb_project)

@@ -1,0 +1,149 @@
+"""Where a run stands, and how it comes to stand there: resumed from a checkpoint, or rolled back to one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igpt_ds import checkpoint
+from igpt_ds.checkpoint import Checkpoint
+from igpt_ds.errors import RunError, UserError
+from igpt_ds.job import Job
+from igpt_ds.metrics import Metrics, read_metrics
+from igpt_ds.order import LeftOut
+from igpt_ds.run import LOGGER, Run
+from igpt_ds.stability import Stability
+
+if TYPE_CHECKING:
+    from igpt_ds.engine import Engine
+
+LOWER_RATE = "lower training.learning_rate"
+# What the weights do not fit, whatever a person allows.
+FIXED = ("model", "resolution", "palette_size")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; the same on every rank.
+
+    Attributes:
+        step: completed steps, skipped ones among them.
+        left_out: batches that are not trained on, because the run rolled back over them.
+        stability: the judge of its steps.
+        rollbacks: the steps that it went back to so far.
+        failed_saves: saves that failed in a row.
+    """
+
+    step: int
+    left_out: LeftOut
+    stability: Stability
+    rollbacks: list[int] = field(default_factory=list)
+    failed_saves: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {
+            "updates": self.step - self.stability.skipped,
+            "left_out": [list(span) for span in self.left_out.spans],
+            "stability": self.stability.state(),
+        }
+
+
+def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
+    """Refuse to go on with the run of another job; all checkpoints of a run are alike in this.
+
+    Args:
+        allowed: facts that may differ.
+
+    Raises:
+        UserError: model, objective, palette, seed, batch or data order differ.
+    """
+    mine = job.identity()
+    for name in allowed:
+        if name in FIXED or name not in mine:
+            choice = ", ".join(key for key in mine if key not in FIXED)
+            raise UserError(f"--allow-change {name}: not possible: choose from {choice}")
+    for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
+        try:
+            theirs = Checkpoint.open(path).identity
+        except UserError:
+            continue  # `resume` tells of damaged ones
+        for key, value in mine.items():
+            if theirs.get(key) != value and key not in allowed:
+                remedy = "" if key in FIXED else f", add --allow-change {key}"
+                raise UserError(
+                    f"{path}: {key} was {theirs.get(key)}, but now is {value}: restore it{remedy}, "
+                    "or choose another --run"
+                )
+        return
+
+
+def resume(engine: "Engine", job: Job, run: Run) -> Progress:
+    """Load the newest whole checkpoint, if there is one, and remember what was decided after it."""
+    # One listing and one reading for all: a network file system may show the ranks different ones.
+    candidates = engine.from_rank_0(checkpoint.list_checkpoints(run.checkpoints))
+    decisions = engine.from_rank_0([line for line in read_metrics(run.metrics) if line.get("event") == "rollback"])
+    where = engine.place
+    found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
+    if found is None:
+        return Progress(0, LeftOut(), Stability(job.config.health, {}))
+    if where.rank == 0:
+        checkpoint.set_aside_newer(run.checkpoints, found.step)
+    progress = _load(engine, job, found)
+    progress.rollbacks = [line["step"] for line in decisions]
+    spans = [*progress.left_out.spans, *(line["left_out"] for line in decisions)]
+    progress.left_out = LeftOut.of(spans)
+    LOGGER.info(f"resumed from {found.path} at step {found.step}")
+    return progress
+
+
+def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics: Metrics | None) -> Progress:
+    """Go back to the newest whole checkpoint from before the bad steps, and leave their batches out from now on.
+
+    Raises:
+        RunError: there is no such checkpoint, or the run has been there too often.
+    """
+    patience = job.config.health.patience
+    good = progress.step - progress.stability.bad  # the last step before the first bad one
+    what = f"step {progress.step}: {progress.stability.bad} bad steps in a row (loss spikes or non-finite gradients)"
+    candidates = [p for p in checkpoint.list_checkpoints(run.checkpoints) if p <= _directory(run, good)]
+    candidates = engine.from_rank_0(candidates)
+    where = engine.place
+    found = None
+    if candidates:
+        found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
+    if found is None:
+        raise RunError(f"{what} and no checkpoint from before them to go back to: {LOWER_RATE}")
+    before = sum(step >= found.step for step in progress.rollbacks)
+    if before >= job.config.health.max_rollbacks:
+        raise RunError(f"{what} after {before} rollbacks to step {found.step}: {LOWER_RATE} (the checkpoint stands)")
+    # The update that did the harm may have been made some steps before it showed.
+    first = progress.left_out.batch(max(found.step, good - patience))
+    last = progress.left_out.batch(progress.step - 1)
+    decision = {"step": found.step, "event": "rollback", "reason": what, "left_out": [first, last + 1]}
+    rollbacks = [*progress.rollbacks, found.step]
+    spans = [*progress.left_out.spans, (first, last + 1)]
+    if metrics is not None:
+        # In this order: killed in between, the run finds the spike again and decides the same.
+        metrics.rewind(found.step)
+        metrics.write(decision)
+        checkpoint.set_aside_newer(run.checkpoints, found.step, "abandoned")
+    LOGGER.warning(f"{what}: back to step {found.step}, leaving out batches {first} to {last}")
+    progress = _load(engine, job, found)
+    progress.left_out, progress.rollbacks = LeftOut.of([*progress.left_out.spans, *spans]), rollbacks
+    return progress
+
+
+def _directory(run: Run, step: int) -> Path:
+    return checkpoint.step_directory(run.checkpoints, step)
+
+
+def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
+    import torch
+
+    engine.load(found)
+    random_state = found.random_state(engine.place.rank)
+    if random_state is not None:
+        torch.set_rng_state(random_state)
+    kept = found.progress
+    stability = Stability(job.config.health, kept.get("stability", {}))
+    return Progress(found.step, LeftOut.of(kept.get("left_out", ())), stability)
