@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +56,8 @@ def publish_file(path: Path) -> Iterator[BinaryIO]:
         UserError: the disk is full, the directory cannot be written, and the like.
     """
     path = Path(path)
-    # The process id keeps two writers of the same file apart; the last rename wins, whole.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Host and process id keep two writers of the same file apart; the last rename wins, whole.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
