@@ -72,12 +72,11 @@ def one_life(running: Ranks, run: Path, rng: random.Random) -> str:
         phase = "killed while saving" if saving else "killed while training"
     if rng.random() < 0.5:
         kill(rng.choice(running.processes), signal.SIGKILL)
-        # The others lose their connection: they must end by themselves, and soon.
-        running.wait(limit=30)
-    else:
-        for process in running.processes:
-            kill(process, signal.SIGKILL)
-        running.wait(limit=30)
+        # The others lose their connection: they must end by themselves, and soon. Before they have met, the launcher
+        # would end them.
+        if phase != "killed while starting":
+            running.wait(limit=30)
+    running.kill()
     return phase
 
 
