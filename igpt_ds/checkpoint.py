@@ -136,6 +136,12 @@ class Checkpoint:
         """The state of torch's CPU generator on one rank: uint8, or None for a rank that was not there."""
         return self._open(rank).get_tensor("random_state") if rank < self.world else None
 
+    def device_random_state(self, rank: int) -> Tensor | None:
+        """The state of one rank's CUDA generator: uint8, or None for a rank that was not there or had no GPU."""
+        if rank >= self.world or "device_random_state" not in self._open(rank).keys():  # noqa: SIM118 - no dict
+            return None
+        return self._open(rank).get_tensor("device_random_state")
+
     def _open(self, rank: int) -> Any:
         name = rank_file(rank)
         if name not in self._handles:

@@ -11,9 +11,15 @@ from igpt_ds import __version__
 from igpt_ds.commands import CONTEXT
 from igpt_ds.commands.checkpoints import checkpoints
 from igpt_ds.commands.doctor import doctor
+from igpt_ds.commands.evaluate import evaluate
+from igpt_ds.commands.figures import figures
+from igpt_ds.commands.finetune import finetune
+from igpt_ds.commands.low_data import low_data
 from igpt_ds.commands.pretrain import pretrain
 from igpt_ds.commands.probe import probe
+from igpt_ds.commands.report import report
 from igpt_ds.commands.sample import sample
+from igpt_ds.commands.sweep import sweep
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.health import tell_job_script
 
@@ -22,7 +28,7 @@ from igpt_ds.health import tell_job_script
 @click.version_option(__version__)
 @click.option("--local_rank", hidden=True, type=int, help="Given by the deepspeed launcher; LOCAL_RANK says the same.")
 def cli(local_rank: int | None) -> None:
-    """Image GPT: pre-train, probe and sample.
+    """Image GPT: pre-train, fine-tune, evaluate and sample.
 
     \b
     A first run on a laptop:
@@ -34,7 +40,7 @@ def cli(local_rank: int | None) -> None:
     """
 
 
-for command in (pretrain, probe, sample, checkpoints, doctor):
+for command in (pretrain, finetune, sweep, probe, low_data, evaluate, sample, figures, report, checkpoints, doctor):
     cli.add_command(command)
 
 

@@ -62,6 +62,7 @@ class TrainingConfig:
     batch: int  # images a step over all ranks
     learning_rate: float  # at the end of the warm-up
     warmup_steps: int
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up; constant when fine-tuning (section 3.4)
     beta1: float = 0.9
     beta2: float = 0.95  # 0.999 causes loss spikes (paper appendix A.1)
     epsilon: float = 1e-8
@@ -72,6 +73,23 @@ class TrainingConfig:
     log_every: int = 10
     validate_every: int = 1000  # 0: never
     stop_at: int | None = None  # end cleanly after this step, with a checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Classification beside the generative objective (paper sections 2.3 and 4.5); without this section: pre-training.
+
+    The loss is generative_weight * L_GEN + L_CLF, both means over the images; L_GEN in nats a token.
+    """
+
+    start: str = ""  # the checkpoint whose weights it begins with; empty: random ones
+    classes: int | None = None  # not set: the data's
+    layer: int | None = None  # whose pooled features the class head reads, 0 to L; not set: the final norm, L
+    generative_weight: float = 1.0
+    augmentation: Literal["none", "crop_flip"] = "none"  # crop_flip: the paper's for CIFAR, see augment.py
+    dropout: float = 0.0  # of embeddings, attention and both branches of a block, as in GPT-2
+    patience: int = 5  # validations without a better accuracy that end the run; 0: none do
+    fold_validation: bool = False  # train on train/ and val/ together, for the final run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +124,7 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     health: HealthConfig = HealthConfig()
+    finetune: FinetuneConfig | None = None
     seed: int = 0
 
     @property
@@ -122,6 +141,18 @@ class Config:
     def palette_size(self) -> int:
         """Colours of the palette, k. It must have been resolved."""
         return _resolved(self.data.palette_size)
+
+    @property
+    def classes(self) -> int:
+        """Classes to tell apart; 0 in a pre-training. They must have been resolved."""
+        return _resolved(self.finetune.classes) if self.finetune else 0
+
+    @property
+    def class_layer(self) -> int | None:
+        """The layer whose pooled features the class head reads; None in a pre-training."""
+        if self.finetune is None:
+            return None
+        return self.model.layers if self.finetune.layer is None else self.finetune.layer
 
 
 def _resolved(value: int | None) -> int:
@@ -148,17 +179,17 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from error
-    for override in overrides:
-        _apply(tree, override)
-    return from_tree(tree, str(source))
+    return from_tree(tree, str(source), overrides)
 
 
-def from_tree(tree: Mapping[str, Any], origin: str) -> Config:
-    """Build a `Config` from nested dictionaries; `origin` names them in errors.
+def from_tree(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Build a `Config` from nested dictionaries, with overrides applied; `origin` names them in errors.
 
     Raises:
         UserError: every fault found, joined in one line.
     """
+    for override in overrides:
+        _apply(tree, override)
     faults: list[str] = []
     config = _build(Config, tree, "", faults)
     if config is not None:
@@ -200,6 +231,7 @@ def identity(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "model": dataclasses.asdict(config.model),
         "objective": dataclasses.asdict(config.objective),
+        "finetune": config.finetune and {**dataclasses.asdict(config.finetune), "patience": None},
         "resolution": config.data.resolution,
         "palette_size": config.data.palette_size,
         "batch": config.training.batch,
@@ -329,6 +361,8 @@ def _contradictions(config: Config) -> list[str]:
         require(0 <= getattr(training, name) < 1, f"training.{name} {getattr(training, name)} is not in [0, 1)")
     if training.stop_at is not None:
         require(0 < training.stop_at <= training.steps, f"training.stop_at {training.stop_at} is not in 1..steps")
+    if config.finetune is not None:
+        faults += _finetune_contradictions(config, config.finetune)
     if data.weights:
         require(
             len(data.weights) == len(data.sources) and min(data.weights) > 0,
@@ -336,3 +370,23 @@ def _contradictions(config: Config) -> list[str]:
             f"{len(data.sources)} sources",
         )
     return faults
+
+
+def _finetune_contradictions(config: Config, finetune: FinetuneConfig) -> list[str]:
+    layers, every = config.model.layers, config.training.validate_every
+    rules = {
+        f"finetune.classes must be above 1, not {finetune.classes}": finetune.classes is None or finetune.classes > 1,
+        f"finetune.layer {finetune.layer} is not in 0..{layers}": 0 <= (finetune.layer or 0) <= layers,
+        f"finetune.generative_weight must be finite and not negative, but is {finetune.generative_weight}": (
+            0 <= finetune.generative_weight < math.inf
+        ),
+        f"finetune.dropout {finetune.dropout} is not in [0, 1)": 0 <= finetune.dropout < 1,
+        f"finetune.patience must not be negative, but is {finetune.patience}": finetune.patience >= 0,
+        "finetune.fold_validation leaves nothing to validate on: set training.validate_every=0": (
+            not (finetune.fold_validation and every)
+        ),
+        "training.validate_every=0 leaves no best checkpoint: set an interval, or finetune.fold_validation=true": (
+            bool(every) or finetune.fold_validation
+        ),
+    }
+    return [text for text, holds in rules.items() if not holds]

@@ -3,10 +3,11 @@
 Nothing else in the package imports deepspeed. A process that no launcher started trains too, as the only rank.
 """
 
+import dataclasses
 import math
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 # No GPU: say so before DeepSpeed looks for an accelerator of its own choice.
@@ -35,7 +36,7 @@ from igpt_ds.config import Config
 from igpt_ds.ds_config import Division
 from igpt_ds.errors import UserError
 from igpt_ds.model import ImageGPT, Output, initialise
-from igpt_ds.objectives import load_objective
+from igpt_ds.objectives import classify, load_objective
 from igpt_ds.place import Place
 
 Batch = dict[str, Tensor]
@@ -103,6 +104,9 @@ class Engine:
     Args:
         config: data facts resolved.
         ds: resolved DeepSpeed dictionary (see `ds_config.resolve`).
+
+    Attributes:
+        measures: the names of what a step and an evaluation measure; the first is the loss.
     """
 
     def __init__(self, config: Config, ds: dict[str, Any], division: Division, where: Place):
@@ -112,6 +116,7 @@ class Engine:
         # Small messages between the ranks' processors (stop flags, barriers), which must not wait for the GPU.
         self._control = dist.new_group(backend="gloo")
         self.objective = load_objective(config)
+        self.measures = classify.names(config.finetune) if config.finetune else ("loss",)
         # Under ZeRO-3 each module is divided over the ranks as soon as it is built, and then each parameter is
         # gathered alone to be drawn: no rank ever holds the model. The type comes from `ds`: Init's own dtype
         # argument is overruled by bfloat16 on a device without float16.
@@ -127,6 +132,9 @@ class Engine:
         self.module: ImageGPT = self.deepspeed.module
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         assert self.device.type == "cpu" or fused, "DeepSpeed dropped the fused Adam"
+        if config.finetune is not None:
+            # Without L_GEN some parameters have no gradient, and get no moments from a step.
+            self._create_moments(0)
 
     # --- one step, one evaluation ------------------------------------------------------------------------------
 
@@ -141,26 +149,35 @@ class Engine:
         """
         tokens_BT = batch["tokens"].to(self.device, non_blocking=True)
         mask_BT = self.objective.mask(tokens_BT, batch["positions"], self.config)
-        return self.deepspeed(tokens_BT, mask_BT), tokens_BT, mask_BT
+        generative = self.config.finetune is None or self.config.finetune.generative_weight > 0
+        return self.deepspeed(tokens_BT, mask_BT, logits=generative), tokens_BT, mask_BT
+
+    def _measure(self, batch: Batch) -> list[Tensor]:
+        """Each of `measures` for each image, float32 [B]. A batch to be classified has "labels" int64 [B]."""
+        output, tokens_BT, mask_BT = self.forward(batch)
+        finetune = self.config.finetune
+        if finetune is None:
+            assert output.logits_BTK is not None
+            return [self.objective.image_losses(output.logits_BTK, tokens_BT, mask_BT)]
+        labels_B = batch["labels"].to(self.device, non_blocking=True)
+        return classify.image_measures(output, tokens_BT, mask_BT, labels_B, self.objective, finetune)
 
     def train_step(self, batches: Iterable[Batch], learning_rate: float) -> tuple[Tensor, float]:
         """One update from this rank's micro-batches; none, on any rank, where the gradient is not finite.
 
         Returns:
-            This rank's mean loss in nats a token (a scalar tensor on the device), and the global norm of the
-            gradient before clipping, the same on every rank (DeepSpeed waits for the device to know it).
+            This rank's mean of each of `measures` (a tensor on the device; the loss in nats), and the global norm of
+            the gradient before clipping, the same on every rank (DeepSpeed waits for the device to know it).
         """
         self.deepspeed.train()
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros(len(self.measures), device=self.device)
         norm = 0.0
         for batch in batches:
-            output, tokens_BT, mask_BT = self.forward(batch)
-            assert output.logits_BTK is not None
-            loss = self.objective.image_losses(output.logits_BTK, tokens_BT, mask_BT).mean()
-            self.deepspeed.backward(loss)  # divides by the accumulation
-            total += loss.detach() / self.division.accumulation
+            means = [measured_B.mean() for measured_B in self._measure(batch)]
+            self.deepspeed.backward(means[0])  # divides by the accumulation
+            total += torch.stack(means).detach() / self.division.accumulation
             if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._full_gradient_norm()
                 if not math.isfinite(norm):
@@ -176,23 +193,43 @@ class Engine:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, float]:
-        """Sum of the images' losses (nats a token) and their number over all ranks.
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[list[float], float]:
+        """Sums over the images of each of `measures` (losses in nats), and their number, over all ranks.
 
         `batches` must count the same on every rank, since a ZeRO-3 forward pass is a collective; rows that only
         fill up a batch have weight 0.
         """
         self.deepspeed.eval()
-        loss_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sums_and_count = torch.zeros(len(self.measures) + 1, dtype=torch.float64, device=self.device)
         for batch in batches:
-            output, tokens_BT, mask_BT = self.forward(batch)
-            assert output.logits_BTK is not None
-            losses_B = self.objective.image_losses(output.logits_BTK, tokens_BT, mask_BT)
             weight_B = batch["weight"].to(self.device)
-            loss_and_count += torch.stack([(losses_B * weight_B).sum(), weight_B.sum()])
+            sums = [(measured_B * weight_B).sum() for measured_B in self._measure(batch)]
+            sums_and_count += torch.stack([*sums, weight_B.sum()])
         self.deepspeed.train()
-        total, count = self.sum_over_ranks(loss_and_count.tolist())
-        return total, count
+        *totals, count = self.sum_over_ranks(sums_and_count.tolist())
+        return totals, count
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
+        """The class of each image under the masks of each seed, int64 [len(seeds), B] on the CPU; a collective."""
+        self.deepspeed.eval()
+        tokens_BT = batch["tokens"].to(self.device)
+        found = []
+        for seed in seeds:
+            config = dataclasses.replace(self.config, seed=seed)
+            mask_BT = self.objective.mask(tokens_BT, batch["positions"], config)
+            scores_BC = self.deepspeed(tokens_BT, mask_BT, logits=False).class_logits_BC
+            found.append(scores_BC.argmax(dim=1).cpu())
+        self.deepspeed.train()
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def features(self, tokens_BT: Tensor, mask_BT: Tensor | None, layers: Sequence[int], norm: bool) -> list[Tensor]:
+        """The layers' pooled features, each float32 [B, D] on the device, see `ImageGPT.forward`; a collective."""
+        self.deepspeed.eval()
+        mask_BT = None if mask_BT is None else mask_BT.to(self.device)
+        found = self.deepspeed(tokens_BT.to(self.device), mask_BT, features=layers, logits=False, norm=norm).features
+        return [found[layer] for layer in layers]
 
     # --- between the ranks -------------------------------------------------------------------------------------
 
@@ -250,28 +287,36 @@ class Engine:
                 yield Shard(name, shape, 0, p.numel(), {k: v.detach().reshape(-1) for k, v in whole.items()})
 
     @torch.no_grad()
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Take weights, moments and step from a checkpoint made on any number of ranks at any ZeRO stage."""
+    def load(self, checkpoint: Checkpoint, weights_only: bool = False) -> None:
+        """Take weights, moments and step from a checkpoint made on any number of ranks at any ZeRO stage.
+
+        Args:
+            weights_only: leave moments and step as they are at a beginning, and parameters that the checkpoint does not
+                have, such as a new class head.
+        """
         # Adam counts updates, and skipped steps made none.
-        self._create_moments(checkpoint.progress.get("updates", checkpoint.step))
+        self._create_moments(0 if weights_only else checkpoint.progress.get("updates", checkpoint.step))
+        kinds = ("weight",) if weights_only else ("weight", *MOMENTS)
         for name, p in self.module.named_parameters():
+            if weights_only and name not in checkpoint.tensors:
+                continue
             if self.stage == 3:
-                self._load_slice(checkpoint, name, p)
+                self._load_slice(checkpoint, name, p, kinds)
             else:
-                self._load_whole(checkpoint, name, p)
+                self._load_whole(checkpoint, name, p, kinds)
         persistent = self.deepspeed.optimizer.persistent_parameters if self.stage == 3 else []
         if persistent:
             # Small parameters stay gathered between steps: let go of the old ones, gather the slices anew.
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
-        self.deepspeed.global_steps = checkpoint.step
+        self.deepspeed.global_steps = 0 if weights_only else checkpoint.step
 
     def _slice(self, p: Any) -> tuple[int, int]:
         """First and last + 1 element of the flat parameter that this rank owns; the last ranks' may be short."""
         part = p.ds_tensor.numel()
         return min(p.ds_numel, part * self.place.rank), min(p.ds_numel, part * (self.place.rank + 1))
 
-    def _load_slice(self, checkpoint: Checkpoint, name: str, p: Any) -> None:
+    def _load_slice(self, checkpoint: Checkpoint, name: str, p: Any, kinds: Sequence[str]) -> None:
         start, stop = self._slice(p)
 
         def padded(kind: str) -> Tensor:
@@ -282,21 +327,18 @@ class Engine:
         weight = padded("weight")
         safe_set_local_fp32_param(p, weight)
         p.ds_tensor.copy_(weight)
-        for kind in MOMENTS:
+        for kind in kinds[1:]:
             safe_set_local_optimizer_state(p, padded(kind), kind)
 
-    def _load_whole(self, checkpoint: Checkpoint, name: str, p: torch.nn.Parameter) -> None:
-        whole = {
-            kind: checkpoint.read(name, kind, 0, p.numel()).view(p.shape).to(self.device)
-            for kind in ("weight", *MOMENTS)
-        }
+    def _load_whole(self, checkpoint: Checkpoint, name: str, p: torch.nn.Parameter, kinds: Sequence[str]) -> None:
+        whole = {kind: checkpoint.read(name, kind, 0, p.numel()).view(p.shape).to(self.device) for kind in kinds}
         p.copy_(whole["weight"])
         if self.stage == 0:
-            for kind in MOMENTS:
+            for kind in kinds[1:]:
                 self.optimizer.state[p][kind].copy_(whole[kind])
         else:
             safe_set_full_fp32_param(p, whole["weight"])
-            for kind in MOMENTS:
+            for kind in kinds[1:]:
                 safe_set_full_optimizer_state(p, whole[kind], kind)
 
     def _create_moments(self, updates: int) -> None:

@@ -1,4 +1,4 @@
-"""A pre-training before it starts: all that can be read and refused without a GPU."""
+"""A training before it starts: all that can be read and refused without a GPU."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from igpt_ds import plan
 from igpt_ds.config import Config, identity, load_config
 from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
 from igpt_ds.errors import UserError
+from igpt_ds.finetune import resolve_classes
 from igpt_ds.order import Order
 from igpt_ds.run import Run
 from igpt_ds.shards import Dataset
@@ -18,7 +19,12 @@ from igpt_ds.sources import open_split, resolve_data
 
 @dataclass(frozen=True)
 class Job:
-    """A pre-training whose input has been read and found fit."""
+    """A training whose input has been read and found fit.
+
+    Attributes:
+        test_set: what a fine-tuning's best checkpoint is to be tested on at the end.
+        masks: independent masks whose modal prediction is reported as well then (BERT only); 0: none.
+    """
 
     config: Config
     ds: dict[str, Any]
@@ -26,6 +32,8 @@ class Job:
     train_sets: list[Dataset]
     validation_set: Dataset | None
     order: Order
+    test_set: Dataset | None = None
+    masks: int = 0
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that goes on from it."""
@@ -48,11 +56,17 @@ def choose_config(preset: str | None, run: Run | None, data: Sequence[str], over
     # As an override like any other, so that data.weights is held against it; absolute, so that the run directory
     # can be used from anywhere.
     sources = [f"data.sources={json.dumps([str(Path(folder).resolve()) for folder in data])}"] if data else []
-    return load_config(source, [*overrides, *sources])
+    config = load_config(source, [*overrides, *sources])
+    if config.finetune is not None:
+        raise UserError(f"{source}: is a fine-tuning: go on with igpt-ds finetune, or choose another --run")
+    return config
 
 
-def prepare(config: Config, ds_source: str, world: int) -> Job:
+def prepare(config: Config, ds_source: str, world: int, *, test: bool = False, masks: int = 0) -> Job:
     """Open and check everything that can be checked before any process group exists.
+
+    Args:
+        test, masks: of a fine-tuning; see `Job`.
 
     Raises:
         UserError: see the functions that this calls.
@@ -65,14 +79,24 @@ def prepare(config: Config, ds_source: str, world: int) -> Job:
     ds = resolve(load_ds_config(ds_source), config, division)
     train_sets = [open_split(source, "train") for source in config.data.sources]
     validation_set = open_split(config.data.sources[0], "val") if config.training.validate_every else None
-    config = resolve_data(config, [*train_sets, *([validation_set] if validation_set else [])])
+    test_set = open_split(config.data.sources[0], "test") if test else None
+    if config.finetune is not None and config.finetune.fold_validation:
+        train_sets += [open_split(source, "val") for source in config.data.sources]
+    opened = [*train_sets, *(dataset for dataset in (validation_set, test_set) if dataset)]
+    config = resolve_data(config, opened)
+    if config.finetune is not None:
+        config = resolve_classes(config, opened)
+        if config.finetune is not None and config.finetune.fold_validation and not test:
+            raise UserError("finetune.fold_validation=true: leaves nothing to report the accuracy of: add --test")
+        if masks and config.causal:
+            raise UserError(f"--masks {masks}: {config.objective.name} hides nothing: leave it out")
     order = Order(
         config.seed,
         [source_rows(dataset) for dataset in train_sets],
         config.data.weights or None,
         config.data.window,
     )
-    return Job(config, ds, division, train_sets, validation_set, order)
+    return Job(config, ds, division, train_sets, validation_set, order, test_set, masks)
 
 
 def summary(job: Job) -> str:
@@ -93,6 +117,7 @@ def summary(job: Job) -> str:
             "objective",
             f"{config.objective.name}, {config.sequence_length} tokens of {config.palette_size} colours",
         ),
+        *_classification(config),
         ("data", ", ".join(f"{s.path} ({s.rows:,} images)" for s in job.train_sets)),
         (
             "batch",
@@ -115,3 +140,17 @@ def summary(job: Job) -> str:
         ),
     ]
     return "\n".join(f"{key:<10} {text}" for key, text in rows)
+
+
+def _classification(config: Config) -> list[tuple[str, str]]:
+    finetune = config.finetune
+    if finetune is None:
+        return []
+    return [
+        ("begins with", finetune.start or "random weights"),
+        (
+            "classes",
+            f"{finetune.classes} from layer {config.class_layer}, L_CLF + {finetune.generative_weight:g} L_GEN, "
+            f"augmentation {finetune.augmentation}, dropout {finetune.dropout:g}, patience {finetune.patience}",
+        ),
+    ]

@@ -28,12 +28,15 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from igpt_ds.blocks import blocks, damaged
 from igpt_ds.errors import UserError
 from igpt_ds.order import NOTHING_LEFT_OUT, LeftOut, Order, SourceRows
 from igpt_ds.shards import Dataset
 
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, torch.Tensor]
+Labels = Sequence[Sequence[np.ndarray]]  # by source and shard: int64 [rows]
+Augment = Callable[[np.ndarray, np.ndarray], np.ndarray]  # tokens [m, n], positions [m] -> tokens [m, n]
 
 
 def source_rows(dataset: Dataset) -> SourceRows:
@@ -42,6 +45,25 @@ def source_rows(dataset: Dataset) -> SourceRows:
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
     shards = tuple((shard.rows, shard.view) for shard in manifest.shards)
     return SourceRows(f"{manifest.source}/{manifest.split}", shards, digest)
+
+
+def shard_labels(dataset: Dataset, classes: int) -> list[np.ndarray]:
+    """The labels of every shard, of all views: int64 [rows] each, in the manifest's order.
+
+    Raises:
+        UserError: a shard has none, or a label that is no class.
+    """
+    found = []
+    for record in dataset.manifest.shards:
+        path = dataset.path / f"{record.name}.tar"
+        parts = [block["labels"] for block in blocks(path, ("labels",)) if "labels" in block]
+        labels = np.concatenate([np.empty(0, np.int64), *parts])
+        if len(labels) != record.rows:
+            raise damaged(path, f"{len(labels)} labels for {record.rows} rows")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise damaged(path, f"labels from {labels.min()} to {labels.max()} of {classes} classes")
+        found.append(labels)
+    return found
 
 
 class MicroBatches(TorchDataset[Batch]):
@@ -53,6 +75,8 @@ class MicroBatches(TorchDataset[Batch]):
         batch: B, global, in sequences.
         micro_batch: m, of one rank.
         rank, world: r and W.
+        labels: what `shard_labels` gave of each dataset, where classes are to be learnt.
+        augment: changes an image's tokens by its position.
 
     Raises:
         UserError: W m does not divide B, or the datasets differ in sequence length or palette.
@@ -67,6 +91,8 @@ class MicroBatches(TorchDataset[Batch]):
         micro_batch: int,
         rank: int,
         world: int,
+        labels: Labels | None = None,
+        augment: Augment | None = None,
     ) -> None:
         if len(datasets) != len(order.sources) or not 0 <= rank < world:
             raise ValueError(f"{len(datasets)} datasets, {len(order.sources)} sources, rank {rank} of {world}")
@@ -85,26 +111,33 @@ class MicroBatches(TorchDataset[Batch]):
                 raise UserError(f"{other.path}: another palette than {datasets[0].path}: build both with one palette")
         self._datasets = tuple(datasets)
         self._order = order
+        self._labels, self._augment = labels, augment
         self._micro_batch = micro_batch
         self._first = rank * micro_batch
         self._stride = world * micro_batch
         self.accumulation = batch // self._stride
 
     def arrays(self, index: int) -> Arrays:
-        """As `self[index]`, before tensors are made of it: tokens uint16 [m, n], positions int64 [m]."""
+        """As `self[index]`, before tensors are made of it: tokens are uint16."""
         first = index * self._stride + self._first
         positions = np.arange(first, first + self._micro_batch)
         places = self._order.places(first, self._micro_batch)
         if len(self._datasets) == 1:
-            return {"tokens": self._datasets[0].read_many(places[:, 1:]), "positions": positions}
-        tokens = np.empty((self._micro_batch, self._datasets[0].sequence_length), np.uint16)
-        for source in np.unique(places[:, 0]).tolist():
-            here = places[:, 0] == source
-            tokens[here] = self._datasets[source].read_many(places[here, 1:])
-        return {"tokens": tokens, "positions": positions}
+            tokens = self._datasets[0].read_many(places[:, 1:])
+        else:
+            tokens = np.empty((self._micro_batch, self._datasets[0].sequence_length), np.uint16)
+            for source in np.unique(places[:, 0]).tolist():
+                here = places[:, 0] == source
+                tokens[here] = self._datasets[source].read_many(places[here, 1:])
+        if self._augment is not None:
+            tokens = self._augment(tokens, positions)
+        if self._labels is None:
+            return {"tokens": tokens, "positions": positions}
+        labels = [self._labels[source][shard][row] for source, shard, row in places.tolist()]
+        return {"tokens": tokens, "positions": positions, "labels": np.array(labels, np.int64)}
 
     def __getitem__(self, index: int) -> Batch:
-        """{"tokens": int64 [m, n], "positions": int64 [m]}; positions are those of the order."""
+        """{"tokens": int64 [m, n], "positions": int64 [m]}, and "labels": int64 [m]; positions are the order's."""
         return _tensors(self.arrays(index), pin=False)
 
 
@@ -119,6 +152,8 @@ def train_batches(
     start_step: int = 0,
     left_out: LeftOut = NOTHING_LEFT_OUT,
     workers: int = 0,
+    labels: Labels | None = None,
+    augment: Augment | None = None,
 ) -> Generator[Batch, None, None]:
     """The micro-batches of one rank from a step on, without end; see `MicroBatches`. Some batches can be left out.
 
@@ -128,7 +163,9 @@ def train_batches(
     Raises:
         UserError: as `MicroBatches` at once; while iterating, a damaged shard.
     """
-    micro_batches = MicroBatches(datasets, order, batch=batch, micro_batch=micro_batch, rank=rank, world=world)
+    micro_batches = MicroBatches(
+        datasets, order, batch=batch, micro_batch=micro_batch, rank=rank, world=world, labels=labels, augment=augment
+    )
     indices = _Indices(start_step, left_out, micro_batches.accumulation)
     return _stream(micro_batches.arrays, indices, workers)
 

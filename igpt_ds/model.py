@@ -10,7 +10,7 @@ and logits = head(norm(h^L)). Where the released code differs from GPT-2 we foll
 only (no mean is subtracted, no bias), linear layers have no bias, the activation is x * sigmoid(1.702 x), and the
 token embedding and the output head are not tied.
 
-Shape suffixes: B images, T tokens, D width, H heads, E width of a head, K colours of the palette.
+Shape suffixes: B images, T tokens, D width, H heads, E width of a head, K colours of the palette, C classes.
 """
 
 import zlib
@@ -35,10 +35,12 @@ class Output(NamedTuple):
     Attributes:
         logits_BTK: scores of the next (or the masked) token, or None where they were not asked for.
         features: layer l -> f^l [B, D], the mean over positions of n^l (paper section 2.4), float32.
+        class_logits_BC: scores of the classes, float32; None without a class head (in a pre-training).
     """
 
     logits_BTK: Tensor | None
     features: dict[int, Tensor]
+    class_logits_BC: Tensor | None = None
 
 
 class Cache:
@@ -84,9 +86,9 @@ class Linear(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; logits are scaled by 1/sqrt(E)."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, causal: bool, dropout: float):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.dropout = heads, causal, dropout
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
@@ -102,7 +104,8 @@ class Attention(nn.Module):
             k_BHTE, v_BHTE = cache.append(layer, k_BHTE, v_BHTE)
             if not causal and T > 1:
                 mask_TT = torch.ones(T, k_BHTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
-        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask_TT, is_causal=causal)
+        dropout = self.dropout if self.training else 0.0
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask_TT, dropout, is_causal=causal)
         return self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
 
 
@@ -122,10 +125,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: two residual lines."""
 
-    def __init__(self, width: int, heads: int, causal: bool):
+    def __init__(self, width: int, heads: int, causal: bool, dropout: float):
         super().__init__()
+        self.dropout = dropout
         self.norm_attention = Norm(width)
-        self.attention = Attention(width, heads, causal)
+        self.attention = Attention(width, heads, causal, dropout)
         self.norm_mlp = Norm(width)
         self.mlp = MLP(width)
 
@@ -134,8 +138,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """h^l -> h^(l+1), and with `pool` the feature f^l."""
         n_BTD = self.norm_attention(h_BTD)
-        a_BTD = h_BTD + self.attention(n_BTD, cache, layer)
-        return a_BTD + self.mlp(self.norm_mlp(a_BTD)), _pooled(n_BTD) if pool else None
+        a_BTD = h_BTD + self._dropped(self.attention(n_BTD, cache, layer))
+        return a_BTD + self._dropped(self.mlp(self.norm_mlp(a_BTD))), _pooled(n_BTD) if pool else None
+
+    def _dropped(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training)
 
 
 class ImageGPT(nn.Module):
@@ -151,14 +158,19 @@ class ImageGPT(nn.Module):
         self.width, self.heads, self.causal = config.model.width, config.model.heads, config.causal
         self.sequence_length, self.palette_size = config.sequence_length, config.palette_size
         self.checkpointing = config.training.activation_checkpointing
+        self.dropout = config.finetune.dropout if config.finetune else 0.0
+        self.class_layer = config.class_layer
         D = self.width
         self.token_embedding = nn.Parameter(torch.empty(self.palette_size, D))
         if self.causal:
             self.start = nn.Parameter(torch.empty(D))
         self.position_embedding = nn.Parameter(torch.empty(self.sequence_length, D))
-        self.blocks = nn.ModuleList(Block(D, self.heads, self.causal) for _ in range(config.model.layers))
+        blocks = (Block(D, self.heads, self.causal, self.dropout) for _ in range(config.model.layers))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = Norm(D)
         self.head = Linear(D, self.palette_size)
+        if self.class_layer is not None:
+            self.class_head = Linear(D, config.classes)
 
     def forward(
         self,
@@ -167,6 +179,7 @@ class ImageGPT(nn.Module):
         features: Collection[int] = (),
         logits: bool = True,
         cache: Cache | None = None,
+        norm: bool = True,
     ) -> Output:
         """Run the network.
 
@@ -177,24 +190,42 @@ class ImageGPT(nn.Module):
                 the first call puts the start vector before its tokens (T + 1 logits).
             mask_BT: bool, BERT only: true where the token is hidden.
             features: layers 0..L whose f^l is wanted; L is the final norm.
-            logits: whether the head is applied.
+            logits: whether the head is applied. Layers that neither it nor a feature needs are not computed.
             cache: keys and values of earlier positions, appended to.
+            norm: whether the features are pooled after the norm, or before it: of h^l, the blocks' raw output.
         """
-        h_BTD = self._embed(tokens_BT, mask_BT, cache)
+        wanted = set(features) if norm else set()
+        if self.class_layer is not None and cache is None:
+            wanted.add(self.class_layer)
+        top = len(self.blocks)
+        last = top if logits or cache is not None else max(wanted | set(features), default=0)
+        h_BTD = F.dropout(self._embed(tokens_BT, mask_BT, cache), self.dropout, self.training)
         pooled: dict[int, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
+        raw: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.blocks[: last + 1]):
+            if not norm and layer in features:
+                raw[layer] = _pooled(h_BTD)
             if self.checkpointing and torch.is_grad_enabled() and cache is None:
-                h_BTD, f_BD = checkpoint(block, h_BTD, layer in features, use_reentrant=False)
+                h_BTD, f_BD = checkpoint(block, h_BTD, layer in wanted, use_reentrant=False)
             else:
-                h_BTD, f_BD = block(h_BTD, layer in features, cache, layer)
+                h_BTD, f_BD = block(h_BTD, layer in wanted, cache, layer)
             if f_BD is not None:
                 pooled[layer] = f_BD
         if cache is not None:
             cache.length += h_BTD.shape[1]
-        n_BTD = self.norm(h_BTD)
-        if len(self.blocks) in features:
-            pooled[len(self.blocks)] = _pooled(n_BTD)
-        return Output(self.head(n_BTD) if logits else None, pooled)
+        logits_BTK = class_logits_BC = None
+        if last == top:
+            if not norm and top in features:
+                raw[top] = _pooled(h_BTD)
+            n_BTD = self.norm(h_BTD)
+            logits_BTK = self.head(n_BTD) if logits else None
+            if top in wanted:
+                pooled[top] = _pooled(n_BTD)
+        if self.class_layer in pooled:
+            f_BD = pooled[self.class_layer]
+            class_logits_BC = self.class_head(f_BD.to(self.class_head.weight.dtype)).float()
+        asked = {layer: pooled[layer] for layer in pooled if layer in features} if norm else raw
+        return Output(logits_BTK, asked, class_logits_BC)
 
     def _embed(self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: Cache | None) -> Tensor:
         x_BTD = F.embedding(tokens_BT, self.token_embedding)
@@ -213,7 +244,7 @@ class ImageGPT(nn.Module):
 
 
 def _pooled(n_BTD: Tensor) -> Tensor:
-    """f = mean over positions of n, in float32 whatever the network's type: [B, D]."""
+    """f = mean over positions of n (or h), in float32 whatever the network's type: [B, D]."""
     return n_BTD.mean(dim=1, dtype=torch.float32)
 
 
@@ -235,7 +266,7 @@ def initialise(
     seed: int,
     gathered: Callable[[Tensor], AbstractContextManager[object]] = lambda parameter: nullcontext(),
 ) -> None:
-    """Draw all weights: normal by `_STANDARD_DEVIATIONS`, gains 1, the output head 0.
+    """Draw all weights: normal by `_STANDARD_DEVIATIONS`, gains 1, the output head and the class head 0.
 
     Each parameter has a generator of its own, seeded by (seed, name), on the CPU: the weights depend neither on
     the device nor on the world size, the ZeRO stage or the order of construction.
@@ -248,7 +279,7 @@ def initialise(
             # On ranks that only receive the values the parameter stays whole too, so all may draw.
             if name.endswith("gain"):
                 parameter.fill_(1.0)
-            elif name == "head.weight":
+            elif name in ("head.weight", "class_head.weight"):
                 parameter.zero_()
             else:
                 suffix = ".".join(name.split(".")[2:]) or name

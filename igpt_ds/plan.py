@@ -47,7 +47,7 @@ def parameter_count(config: Config) -> int:
     d, layers = config.model.width, config.model.layers
     start = d if config.causal else 0
     embeddings = config.palette_size * d + start + config.sequence_length * d
-    return layers * (12 * d * d + 2 * d) + embeddings + d + config.palette_size * d
+    return layers * (12 * d * d + 2 * d) + embeddings + d + (config.palette_size + config.classes) * d
 
 
 def flops_per_image(config: Config) -> float:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from igpt_ds import checkpoint
 from igpt_ds.checkpoint import Checkpoint
+from igpt_ds.config import Config, FinetuneConfig
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.hashing import stable_hash
 from igpt_ds.job import Job
 from igpt_ds.metrics import Metrics, read_metrics
 from igpt_ds.order import LeftOut
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 LOWER_RATE = "lower training.learning_rate"
 # What the weights do not fit, whatever a person allows.
-FIXED = ("model", "resolution", "palette_size")
+FIXED = ("model", "resolution", "palette_size", "finetune")
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Progress:
         stability: the judge of its steps.
         rollbacks: the steps that it went back to so far.
         failed_saves: saves that failed in a row.
+        best: a fine-tuning's best validation so far: step and accuracy.
+        stale: validations since then.
     """
 
     step: int
@@ -38,6 +42,8 @@ class Progress:
     stability: Stability
     rollbacks: list[int] = field(default_factory=list)
     failed_saves: int = 0
+    best: tuple[int, float] | None = None
+    stale: int = 0
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -45,7 +51,20 @@ class Progress:
             "updates": self.step - self.stability.skipped,
             "left_out": [list(span) for span in self.left_out.spans],
             "stability": self.stability.state(),
+            **({"best": list(self.best), "stale": self.stale} if self.best else {}),
         }
+
+    def note_validation(self, accuracy: float) -> bool:
+        """Take note of a fine-tuning's validation; whether it is the best so far. Of equals the first is."""
+        better = self.best is None or accuracy > self.best[1]
+        if better:
+            self.best = (self.step, accuracy)
+        self.stale = 0 if better else self.stale + 1
+        return better
+
+    def ended_early(self, config: Config) -> bool:
+        """Whether so many validations brought nothing better that a fine-tuning ends (paper section 4.5)."""
+        return config.finetune is not None and 0 < config.finetune.patience <= self.stale
 
 
 def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
@@ -85,6 +104,8 @@ def resume(engine: "Engine", job: Job, run: Run) -> Progress:
     where = engine.place
     found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
     if found is None:
+        if job.config.finetune is not None:
+            _begin_finetuning(engine, job.config, job.config.finetune)
         return Progress(0, LeftOut(), Stability(job.config.health, {}))
     if where.rank == 0:
         checkpoint.set_aside_newer(run.checkpoints, found.step)
@@ -144,6 +165,51 @@ def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
     random_state = found.random_state(engine.place.rank)
     if random_state is not None:
         torch.set_rng_state(random_state)
+    elif job.config.finetune is not None:
+        _seed_dropout(job.config, engine.place.rank, found.step)
+    device_random_state = found.device_random_state(engine.place.rank)
+    if device_random_state is not None and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(device_random_state)
     kept = found.progress
     stability = Stability(job.config.health, kept.get("stability", {}))
-    return Progress(found.step, LeftOut.of(kept.get("left_out", ())), stability)
+    progress = Progress(found.step, LeftOut.of(kept.get("left_out", ())), stability)
+    if "best" in kept:
+        progress.best, progress.stale = (kept["best"][0], kept["best"][1]), kept["stale"]
+    return progress
+
+
+def _begin_finetuning(engine: "Engine", config: Config, finetune: FinetuneConfig) -> None:
+    """Take the weights that a fine-tuning begins with, if it does not begin with random ones; rank 0 says which.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    _seed_dropout(config, engine.place.rank, 0)
+    start = engine.from_rank_0(finetune.start)
+    if start:
+        engine.load(open_verified(engine, Path(start)), weights_only=True)
+        LOGGER.info(f"begun with the weights of {start}")
+
+
+def open_verified(engine: "Engine", path: Path) -> Checkpoint:
+    """A checkpoint whose bytes are as they were written; the ranks share the reading.
+
+    Raises:
+        UserError: on every rank, if it is damaged.
+    """
+    fault, where = "", engine.place
+    try:
+        found = Checkpoint.open(path)
+        found.verify(where.rank, where.world)
+    except UserError as error:
+        fault = str(error)
+    if engine.any_rank(bool(fault)):
+        raise UserError(fault or f"{path}: found damaged by another rank: see its message")
+    return found
+
+
+def _seed_dropout(config: Config, rank: int, step: int) -> None:
+    """Every rank drops others; the state is a part of each checkpoint."""
+    import torch
+
+    torch.manual_seed(stable_hash(config.seed, rank, step) & 0xFFFFFFFF)  # 32 bits are all that the CPU's looks at

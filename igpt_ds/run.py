@@ -9,7 +9,8 @@ RUN/config.toml             the configuration, data facts resolved
     heartbeats/             see watchdog.py
     checkpoints/            see checkpoint.py
     STOP, SAVE              put there by a person: finish the step, save, and end or go on
-    probe.json, probe.png   evaluations
+    features/               see evals/feature_cache.py
+    probe.json, low_data.json, eval.json, result.json, report.html and their pictures: evaluations
 """
 
 import logging

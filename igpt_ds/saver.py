@@ -76,11 +76,13 @@ class Saver:
         slices: Slices = {s.name: [list(s.shape), s.start, s.stop] for s in held}
         tensors = {f"{s.name}:{kind}": v for s in held for kind, v in s.values.items()}
         size = sum(v.numel() * v.element_size() for v in tensors.values())
-        random_state = torch.get_rng_state()
+        random_states = {"random_state": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random_states["device_random_state"] = torch.cuda.get_rng_state()
 
         def write(copies: dict[str, Tensor]) -> None:
             path = temporary / rank_file(self.rank)
-            self._fault = _attempt(lambda: _write(path, {**copies, "random_state": random_state}, slices))
+            self._fault = _attempt(lambda: _write(path, {**copies, **random_states}, slices))
 
         # As much again stays free: the page cache of the file, and whatever else runs here.
         if 2 * size * self._neighbours <= available_bytes():

@@ -77,8 +77,9 @@ class Meter:
 def training_line(line: dict[str, Any], steps: int) -> str:
     """One aligned line for people. MFU: model FLOPs (plan.py) over the device's dense bfloat16 peak."""
     mfu = "" if line["mfu"] is None else f"  MFU {line['mfu']:6.1%} (causal)"
+    beside = f"nats {line['bits']:.4f} bits" if "bits" in line else f"nats accuracy {line['accuracy']:.4f}"
     return (
-        f"step {line['step']:>8}/{steps}  loss {line['loss']:.4f} nats {line['bits']:.4f} bits  lr {line['lr']:.2e}  "
+        f"step {line['step']:>8}/{steps}  loss {line['loss']:.4f} {beside}  lr {line['lr']:.2e}  "
         f"grad {line['grad_norm']:8.3g}  {line['tokens_per_s']:9.3g} tokens/s {line['images_per_s']:8.3g} images/s  "
         f"{line['tflops']:6.3g} TFLOP/s{mfu}  data wait {line['data_wait']:5.1%}  "
         f"memory {line['memory_gib']:.2f} GiB  left {duration(line['eta_s'])}"

@@ -1,5 +1,6 @@
-"""Pre-training: build, resume, train, close; and the one loop."""
+"""Pre-training and fine-tuning: build, resume, train, close; and the one loop."""
 
+import functools
 import itertools
 import json
 import math
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING
 import igpt_ds
 from igpt_ds import checkpoint
 from igpt_ds.atomic import publish_text
+from igpt_ds.augment import crop_and_flip
 from igpt_ds.config import replace, to_toml, to_tree
 from igpt_ds.errors import UserError
+from igpt_ds.evals.finetuned import conclude
 from igpt_ds.health import StopRequest, tell_job_script
 from igpt_ds.job import Job, summary
 from igpt_ds.metrics import Metrics, require_wandb
@@ -41,6 +44,8 @@ def pretrain(
 ) -> None:
     """Train until `training.steps` (or `stop_at`, or a request); go on from the newest whole checkpoint.
 
+    A fine-tuning also ends where its accuracy gets no better, and then writes its result.
+
     Raises:
         UserError: the run directory, its checkpoints or the device do not fit the job.
         RunError: the loss is lost for good.
@@ -56,9 +61,14 @@ def pretrain(
     if where.rank == 0:
         run.require_writable()
     from igpt_ds.engine import Engine, barrier, join, leave, require_precision
-    from igpt_ds.loader import train_batches
+    from igpt_ds.loader import shard_labels, train_batches
 
     require_precision(job.config)
+    labels, augment = None, None
+    if job.config.finetune is not None:
+        labels = [shard_labels(dataset, job.config.classes) for dataset in job.train_sets]
+        if job.config.finetune.augmentation == "crop_flip":
+            augment = functools.partial(crop_and_flip, seed=job.config.seed)
     join(where)
     if where.rank == 0:
         if fresh:
@@ -87,9 +97,14 @@ def pretrain(
             start_step=progress.step,
             left_out=progress.left_out,
             workers=job.config.data.workers,
+            labels=labels,
+            augment=augment,
         )
 
-    train(engine, batches_after, job, run, progress, metrics, stop, watchdog)
+    progress = train(engine, batches_after, job, run, progress, metrics, stop, watchdog)
+    ended = progress.step >= job.config.training.steps or progress.ended_early(job.config)
+    if job.config.finetune is not None and ended and not engine.any_rank(stop.reason is not None):
+        conclude(engine, job, run, progress)
     if metrics is not None:
         metrics.close()
     stop.end()
@@ -106,37 +121,38 @@ def train(
     metrics: Metrics | None,
     stop: StopRequest,
     watchdog: Watchdog,
-) -> None:
+) -> Progress:
     """The loop: step, judge, log, validate, save, stop. `metrics` is rank 0's; a step counts completed steps."""
     config, recipe, where = job.config, job.config.training, engine.place
     end = recipe.stop_at or recipe.steps
-    if progress.step >= end:
+    if progress.step >= end or progress.ended_early(config):
         LOGGER.info(
             f"already at step {progress.step} of {end}: nothing to do "
             "(a later training.stop_at or more training.steps go on)"
         )
-        return
+        return progress
     stop.listen()
     watchdog.start()
     saver = Saver(run.checkpoints, where.rank, where.world, engine.any_rank, where.neighbours)
     meter = Meter(config, engine)
     stream = batches_after(progress)
-    save_due = False
-    while progress.step < end:
+    save_due = last = False
+    while not last:
         micro_batches = itertools.islice(stream, job.division.accumulation)
         watched = watchdog.over(meter.waited(micro_batches), "loading data", "computing a step", progress.step)
         rate = learning_rate(progress.step, recipe)
-        loss, gradient_norm = engine.train_step(watched, rate)
+        means, gradient_norm = engine.train_step(watched, rate)
         progress.step += 1
         meter.count_step()
 
         watchdog.beat("waiting for the other ranks", progress.step)
         if where.rank == 0:
             stop.look(run.path)
-        total, stops, requeues, saves, writing = engine.sum_over_ranks(
-            [float(loss), stop.reason is not None, stop.by_scheduler, stop.save, saver.busy]
+        *sums, stops, requeues, saves, writing = engine.sum_over_ranks(
+            [*means.tolist(), stop.reason is not None, stop.by_scheduler, stop.save, saver.busy]
         )
-        nats, stopped = total / where.world, stops > 0
+        measured = dict(zip(engine.measures, (total / where.world for total in sums), strict=True))
+        nats, stopped = measured["loss"], stops > 0
         verdict = progress.stability.judge(nats, gradient_norm)
         if verdict != "good":
             tell_bad_step(progress, verdict, nats, gradient_norm, metrics)
@@ -162,8 +178,7 @@ def train(
         if (progress.step % recipe.log_every == 0 or saving) and verdict != "skipped" and math.isfinite(nats):
             line = {
                 "step": progress.step,
-                "loss": nats,
-                "bits": nats / math.log(2),
+                **shown(measured),
                 "lr": rate,
                 "grad_norm": gradient_norm,
                 **meter.read(remaining=end - progress.step),
@@ -173,8 +188,10 @@ def train(
                 LOGGER.info(training_line(line, recipe.steps))
 
         if job.validation_set is not None and (progress.step % recipe.validate_every == 0 or progress.step == end):
-            validate(engine, job, progress.step, metrics, watchdog)
+            best, ended = validate(engine, job, progress, metrics, watchdog)
             meter.restart()
+            save_due, last = save_due or best, last or ended
+            saving = (save_due or last) and (last or not progress.stability.bad)
 
         if saver.pending is not None and not writing:
             finish_save(saver, job, run, progress)
@@ -189,9 +206,9 @@ def train(
             LOGGER.info(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
             if requeues and where.rank == 0:
                 tell_job_script("requeue")
-            break
     stream.close()
     watchdog.end()
+    return progress
 
 
 def tell_bad_step(progress: Progress, verdict: str, nats: float, gradient_norm: float, metrics: Metrics | None) -> None:
@@ -202,18 +219,34 @@ def tell_bad_step(progress: Progress, verdict: str, nats: float, gradient_norm: 
         metrics.write({"step": progress.step, "event": verdict, "reason": reason})
 
 
-def validate(engine: "Engine", job: Job, step: int, metrics: Metrics | None, watchdog: Watchdog) -> None:
-    """Mean loss over the whole validation set."""
+def shown(measured: dict[str, float]) -> dict[str, float]:
+    """What is recorded of a step or a validation; the loss of a pre-training in bits as well."""
+    return measured if "accuracy" in measured else {**measured, "bits": measured["loss"] / math.log(2)}
+
+
+def validate(
+    engine: "Engine", job: Job, progress: Progress, metrics: Metrics | None, watchdog: Watchdog
+) -> tuple[bool, bool]:
+    """The means over the whole validation set; in a fine-tuning also whether they are the best, and end the run."""
     from igpt_ds.loader import evaluation_batches
 
-    where = engine.place
+    where, step = engine.place, progress.step
     assert job.validation_set is not None
     batches = evaluation_batches(job.validation_set, job.division.micro_batch, where.rank, where.world)
-    total, images = engine.evaluate(watchdog.over(batches, "loading validation data", "validating", step))
-    nats = total / images
+    totals, images = engine.evaluate(watchdog.over(batches, "loading validation data", "validating", step))
+    measured = dict(zip(engine.measures, (total / images for total in totals), strict=True))
     if metrics is not None:
-        metrics.write({"step": step, "val_loss": nats, "val_bits": nats / math.log(2), "val_images": int(images)})
-        LOGGER.info(f"step {step:>8}  validation {nats:.4f} nats {nats / math.log(2):.4f} bits ({int(images)} images)")
+        line = {f"val_{name}": value for name, value in shown(measured).items()}
+        metrics.write({"step": step, **line, "val_images": int(images)})
+        beside = f"accuracy {measured['accuracy']:.4f}" if "accuracy" in measured else f"{line['val_bits']:.4f} bits"
+        LOGGER.info(f"step {step:>8}  validation {measured['loss']:.4f} nats {beside} ({int(images)} images)")
+    # What may be the beginning of a divergence is not saved, and so cannot be the best.
+    if job.config.finetune is None or progress.stability.bad:
+        return False, False
+    better, ended = progress.note_validation(measured["accuracy"]), progress.ended_early(job.config)
+    if ended and progress.best:
+        LOGGER.info(f"ended early: {progress.stale} validations no better than that of step {progress.best[0]}")
+    return better, ended
 
 
 def begin_save(engine: "Engine", saver: Saver, job: Job, run: Run, progress: Progress, last: bool) -> None:
@@ -255,7 +288,8 @@ def finish_save(saver: Saver, job: Job, run: Run, progress: Progress, last: bool
         return
     progress.failed_saves = 0
     if saver.rank == 0:
-        checkpoint.prune(run.checkpoints, job.config.checkpoint.keep, job.config.checkpoint.milestones)
+        best = (progress.best[0],) if progress.best else ()
+        checkpoint.prune(run.checkpoints, job.config.checkpoint.keep, (*job.config.checkpoint.milestones, *best))
         LOGGER.info(f"{'':13}  saved {path}")
 
 

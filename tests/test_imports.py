@@ -15,7 +15,10 @@ WITHOUT_TORCH = LEAVES | {
     f"igpt_ds.{name}" for name in ("hashing", "order", "config", "ds_config", "schedule", "plan", "place", "health")
 }
 # What shows recorded figures never loads a model.
-FROM_RECORDS = {"igpt_ds.figures", "igpt_ds.report"}
+FROM_RECORDS = {
+    f"igpt_ds.{name}"
+    for name in ("figures", "report", "records", "tables", "result_tables", "paper_tables", "paper_figures")
+}
 # Embedders made of neural networks load torch when the first image is embedded, and never by being imported.
 NETWORKS = {f"data_prep.embedders.{name}" for name in ("_network", "timm", "open_clip")}
 MAY_EXIT = {"igpt_ds.cli", "data_prep.cli"}

@@ -1,115 +1,209 @@
-"""Linear probe: features against a plain forward pass, the classifier against an optimum found otherwise."""
+"""Linear probe: what is chosen on validation, what is folded and tested, on cases with known answers; the commands."""
 
+import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from igpt_ds import cli
-from igpt_ds.checkpoint import Checkpoint
 from igpt_ds.config import to_toml
-from igpt_ds.evals.features import Features, extract, load_model, pixels
-from igpt_ds.evals.probe import fit, fit_layers
+from igpt_ds.errors import RunError
+from igpt_ds.evals import classifier_sgd, probe
+from igpt_ds.evals.classifier import Classifier, Rows
+from igpt_ds.evals.feature_cache import Features
+from igpt_ds.evals.probe import Collected, Settings, centred, choose, judge
+from igpt_ds.evals.splits import Scored, Splits
 from igpt_ds.manifest import Manifest
-from igpt_ds.objectives import load_objective
 from igpt_ds.palette import Palette
 from igpt_ds.shards import Dataset
 from tests.models import random_model, save_model, small_config
 
 
-@pytest.mark.parametrize("objective", ["next_pixel", "masked_pixel"])
-def test_features_are_those_of_one_image_at_a_time(digits: Path, objective: str) -> None:
-    config = small_config(f"objective.name={objective}", resolution=8, palette_size=16)
-    model, dataset = random_model(config), Dataset.open(digits / "val")
-    # 7 does not divide the number of images: the surplus of the last batch must not be counted.
-    found = extract(model, config, dataset, "test", batch=7)
-    assert found.layers.shape == (3, dataset.rows, 32)
-    tokens = torch.from_numpy(dataset.tokens(0).astype(np.int64))
-    for image in (0, 1, dataset.rows - 1):
-        mask = load_objective(config).mask(tokens[image : image + 1], torch.tensor([image]), config)
-        with torch.no_grad():
-            features = model(tokens[image : image + 1], mask, features=range(3)).features
-        for layer in range(3):
-            np.testing.assert_allclose(found.layers[layer, image], features[layer][0], atol=1e-5)
-    assert np.array_equal(found.labels, dataset.labels())
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
-def test_pixels_are_the_palettes_colours(digits: Path) -> None:
-    dataset = Dataset.open(digits / "val")
-    found = pixels(dataset)
-    assert found.shape == (dataset.rows, 3 * 64)
-    grey = np.rint((found[5].reshape(8, 8, 3) + 1) * 127.5)
-    assert np.array_equal(grey, dataset.palette.decode(dataset.tokens(0)[5]).reshape(8, 8, 3))
+# --- choosing --------------------------------------------------------------------------------------------------
 
 
-def test_classifier_is_the_regularised_maximum_of_likelihood() -> None:
-    """Against scipy's minimum of  sum_i -log p(y_i | x_i) + |W|² / 2  on standardised features, in float64."""
-    from scipy.optimize import minimize
-
-    generator = np.random.default_rng(0)
-    centres = generator.normal(size=(4, 6))
-    labels, test_labels = generator.integers(0, 4, 300), generator.integers(0, 4, 500)
-    train = (centres[labels] + generator.normal(size=(300, 6)) * 1.5) * [1, 10, 0.1, 1, 1, 1] + 3
-    test = (centres[test_labels] + generator.normal(size=(500, 6)) * 1.5) * [1, 10, 0.1, 1, 1, 1] + 3
-    mean, deviation = train.mean(0), train.std(0)
-    x, one_hot = (train - mean) / deviation, np.eye(4)[labels]
-
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights, bias = flat[:24].reshape(6, 4), flat[24:]
-        logits = x @ weights + bias
-        logits -= logits.max(1, keepdims=True)
-        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        slope = np.exp(log_p) - one_hot
-        value = -(log_p * one_hot).sum() + (weights**2).sum() / 2
-        return value, np.concatenate([(x.T @ slope + weights).ravel(), slope.sum(0)])
-
-    best = minimize(loss, np.zeros(28), jac=True, method="BFGS", options={"gtol": 1e-6}).x
-    scores = (test - mean) / deviation @ best[:24].reshape(6, 4) + best[24:]
-    accuracy, converged = fit(train, labels, test, test_labels)
-    assert converged
-    assert accuracy == pytest.approx((scores.argmax(1) == test_labels).mean(), abs=2 / 500)
-    assert 0.4 < accuracy < 0.95
+def noisy(images: int, seed: int, wrong: float) -> Rows:
+    """One telling feature among 60 of noise; a share of the labels is wrong."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 2, images)
+    features = generator.normal(size=(images, 60))
+    features[:, 0] += 3.0 * labels
+    flipped = np.where(generator.random(images) < wrong, 1 - labels, labels)
+    return Rows([(features.astype(np.float32),)], flipped)
 
 
-def test_each_layer_is_judged_on_its_own_features() -> None:
-    generator = np.random.default_rng(1)
-    labels, other = generator.integers(0, 3, 200), generator.integers(0, 3, 100)
+def test_the_strength_that_validation_prefers_is_chosen() -> None:
+    """With more features than tell anything and wrong labels, little regularisation learns the set by heart."""
+    train, validation = noisy(150, 0, wrong=0.2), noisy(2000, 1, wrong=0.0)
+    strengths = (1e6, 60.0, 1.0, 1e-3)
+    each = [choose(train, validation, 2, Settings(strengths=(s,)), 0, "test").accuracy for s in strengths]
+    chosen = choose(train, validation, 2, Settings(strengths=strengths), 0, "test")
+    assert each[1] > max(each[0], each[3]) + 0.1  # the search has something to find
+    assert chosen.setting == strengths[int(np.argmax(each))]
+    assert chosen.accuracy == pytest.approx(max(each), abs=0.002)
+    assert chosen.classifier.accuracy(validation) == chosen.accuracy
 
-    def layers(y: np.ndarray) -> np.ndarray:
-        noise = generator.normal(size=(len(y), 3))
-        return np.stack([noise, np.eye(3)[y] * 8 + noise]).astype(np.float32)
 
-    results = fit_layers(Features(layers(labels), labels), Features(layers(other), other), "test")
-    assert [result.layer for result in results] == [0, 1]
-    assert results[0].accuracy < 0.55 and results[1].accuracy == 1.0
+def rates_tried(monkeypatch: pytest.MonkeyPatch, accuracies: dict[float, float | None]) -> tuple[list[float], Any]:
+    """The rates that a search by SGD tries, and what it ends with, if they have these accuracies (None: diverged)."""
+    tried = []
+    always_1 = Classifier(np.zeros(1), np.ones(1), np.zeros((1, 2)), np.array([0.0, 1.0]), np.arange(2), True)
+
+    def fit(rows: Rows, classes: int, rate: float, *more: Any) -> Any:
+        tried.append(rate)
+        return None if accuracies[rate] is None else dataclasses.replace(always_1, mean_D=np.array([rate]))
+
+    monkeypatch.setattr(classifier_sgd, "fit", fit)
+    monkeypatch.setattr(Classifier, "accuracy", lambda self, rows: accuracies[float(self.mean_D[0])])
+    rows = Rows([(np.zeros((2, 1)),)], np.arange(2))
+    return tried, lambda: choose(rows, rows, 2, Settings("sgd"), 0, "test")
 
 
-def test_loaded_network_is_the_checkpoints(digits: Path, tmp_path: Path) -> None:
-    config = small_config(resolution=8, palette_size=16)
-    model = random_model(config, seed=5)
-    path = save_model(model, config, tmp_path, "x")
-    loaded = load_model(config, Checkpoint.open(path))
-    for mine, theirs in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.equal(mine.cpu(), theirs)
-    assert not loaded.training
+@pytest.mark.parametrize(
+    ("accuracies", "tried", "best"),
+    [
+        ({30.0: 0.5, 10.0: 0.6, 3.0: 0.55}, [30, 10, 3], 10),
+        ({30.0: 0.5, 10.0: 0.4}, [30, 10], 30),
+        ({30.0: None, 10.0: None, 3.0: 0.2, 1.0: 0.3, 0.3: 0.3, 0.1: 0.1}, [30, 10, 3, 1, 0.3, 0.1], 1),
+        (dict(zip(classifier_sgd.RATES, range(8), strict=True)), list(classifier_sgd.RATES), 0.01),
+    ],
+)
+def test_rates_are_tried_in_order_until_the_accuracy_falls(
+    monkeypatch: pytest.MonkeyPatch, accuracies: dict[float, float | None], tried: list[float], best: float
+) -> None:
+    seen, run = rates_tried(monkeypatch, accuracies)
+    assert run().setting == best
+    assert seen == tried
+
+
+def test_divergence_at_every_rate_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = rates_tried(monkeypatch, dict.fromkeys(classifier_sgd.RATES))
+    with pytest.raises(RunError, match="diverged at every rate"):
+        run()
+
+
+def test_layers_are_centred_on_the_best() -> None:
+    layers = tuple(range(10))
+    assert centred(layers, 5, 5) == (3, 4, 5, 6, 7)
+    assert centred(layers, 0, 5) == centred(layers, 1, 5) == (0, 1, 2, 3, 4)
+    assert centred(layers, 9, 3) == (7, 8, 9)
+    assert centred(layers, 5, 2) == (5, 6)
+    assert centred((0, 4, 8), 4, 3) == (0, 4, 8)
+
+
+# --- judging ---------------------------------------------------------------------------------------------------
+
+
+def corners(labels: np.ndarray, seed: int, telling: tuple[bool, ...]) -> Features:
+    """Features of 3 layers; in a telling one each of 3 classes has a corner of its own, the others are noise."""
+    generator = np.random.default_rng(seed)
+    noise = generator.normal(size=(len(telling), len(labels), 3)).astype(np.float32)
+    layers = noise + 12 * np.eye(3, dtype=np.float32)[labels] * np.array(telling)[:, None, None]
+    return Features((0, 1, 2), layers, labels)
 
 
 @pytest.fixture
-def run(digits: Path, tmp_path: Path) -> Path:
+def splits(digits: Path) -> Splits:
+    """Only their classes and pixels are looked at."""
+    return Splits(Dataset.open(digits / "train"), Dataset.open(digits / "val"))
+
+
+def test_each_layer_is_judged_on_its_own_features_and_validation_is_folded_into_training(splits: Splits) -> None:
+    """Class 2 is in the validation and test splits only: a classifier knows it if it was trained on both."""
+    generator = np.random.default_rng(1)
+    known, held_out = generator.integers(0, 2, 150), generator.integers(0, 2, 60)
+    held_out[:20] = 2
+    tested = np.repeat([0, 1, 2], 30)
+    train, validation, test = (
+        corners(labels, seed, (False, True, False)) for seed, labels in enumerate((known, held_out, tested))
+    )
+    collected = Collected(train, Scored(validation), Scored(test))
+    record = judge(collected, splits, small_config(), Settings(strengths=(0.1,), concatenate=(2,)))
+    assert [r["layer"] for r in record["layers"]] == [0, 1, 2]
+    accuracies = [r["accuracy"] for r in record["layers"]]
+    assert max(accuracies[0], accuracies[2]) < 0.55
+    assert (record["best_layer"], record["best_accuracy"]) == (1, pytest.approx(40 / 60))
+    assert all(r["n"] == 60 and r["regularisation"] == 0.1 for r in record["layers"])
+    assert record["test"]["accuracy"] == 1.0
+    assert (record["test"]["n"], record["test"]["train_images"], record["test"]["layers"]) == (90, 210, [1])
+    (several,) = record["concatenation"]
+    assert (several["layers"], several["features"], several["n"]) == ([1, 2], 6, 60)
+    assert several["accuracy"] == pytest.approx(40 / 60) and several["test"]["accuracy"] > 0.95
+    assert record["masks"] is None and record["untrained"] == []
+    assert "test, layer 1, trained on 210 images (validation folded in): 1.0000 (n = 90)" in probe.table(
+        {**record, "solver": "lbfgs"}
+    )
+
+
+def test_without_a_test_split_none_is_reported(splits: Splits) -> None:
+    labels = np.arange(60) % 3
+    found = corners(labels, 0, (True, True, False))
+    before = corners(labels, 1, (False, False, False))
+    record = judge(Collected(found, Scored(found), None, (before, before)), splits, small_config(), Settings())
+    assert record["test"] is None
+    assert record["best_layer"] == 0  # of equals the first
+    assert len(record["untrained"]) == 3 and record["untrained"][0]["accuracy"] < 0.8
+
+
+def test_masks_are_ensembled_by_the_modal_prediction(splits: Splits) -> None:
+    """Of 3 masks a different third each is misleading: every mask is right on two thirds, the majority always."""
+    labels = np.arange(60) % 3
+    config = small_config("objective.name=masked_pixel")
+    telling = (True, False, False)
+
+    def misled(third: int) -> Features:
+        wrong = np.where(np.arange(60) // 20 == third, (labels + 1) % 3, labels)
+        return dataclasses.replace(corners(wrong, 5 + third, telling), labels=labels)
+
+    masked = [misled(third) for third in range(3)]
+    scored = Scored(masked[0], masked, corners(labels, 9, telling))
+    record = judge(Collected(corners(labels, 0, telling), scored), splits, config, Settings(masks=3))
+    masks = record["masks"]
+    assert masks["single"] == pytest.approx([2 / 3] * 3) and masks["single_mean"] == pytest.approx(2 / 3)
+    assert masks["single_std"] == pytest.approx(0, abs=1e-12)
+    assert (masks["count"], masks["n"], masks["layers"]) == (3, 60, [0])
+    assert masks["accuracy"] == masks["unmasked"] == 1.0
+    assert record["best_accuracy"] == pytest.approx(2 / 3)
+    assert "modal prediction over 3 masks: 1.0000; one mask: 0.6667 ± 0.0000" in probe.table(
+        {**record, "solver": "lbfgs"}
+    )
+
+
+# --- the commands ----------------------------------------------------------------------------------------------
+
+
+def make_run(digits: Path, folder: Path, objective: str = "next_pixel") -> Path:
     """A run directory with one checkpoint of a random network."""
     palette = Dataset.open(digits / "train").palette
-    config = small_config(resolution=8, palette_size=16)
-    folder = tmp_path / "run"
+    config = small_config(f"objective.name={objective}", resolution=8, palette_size=16)
     save_model(random_model(config), config, folder, palette.sha256, sources=[str(digits)])
     palette.save(folder / "palette.npy")
     (folder / "config.toml").write_text(to_toml(config))
     return folder
+
+
+@pytest.fixture
+def run(digits: Path, tmp_path: Path) -> Path:
+    return make_run(digits, tmp_path / "run")
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -122,37 +216,49 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return 0
 
 
+def with_test_split(digits: Path, folder: Path) -> Path:
+    """A copy of the digits whose validation images are the test split, too."""
+    shutil.copytree(digits, folder)
+    shutil.copytree(folder / "val", folder / "test")
+    manifest = Manifest.load(folder / "test")
+    Manifest(**{**vars(manifest), "split": "test"}).save(folder / "test")
+    return folder
+
+
 def test_probe_command_writes_what_it_prints(
     run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = run.parent / "result.json"
-    assert call(monkeypatch, "probe", run, "--data", digits, "--json", out, "--untrained") == 0
+    out, data = run.parent / "result.json", with_test_split(digits, run.parent / "data")
+    words = ("--json", out, "--untrained", "--test", "--concatenate", 2, "--regularisation", 1)
+    assert call(monkeypatch, "probe", run, "--data", data, *words) == 0
     record = json.loads(out.read_text())
     assert [r["layer"] for r in record["layers"]] == [0, 1, 2]
-    assert record["step"] == 7
-    assert record["validation_images"] == Dataset.open(digits / "val").rows
+    assert record["step"] == 7 and record["model"] == "tiny" and record["data"] == str(data)
+    images = Dataset.open(digits / "val").rows
+    assert record["validation_images"] == images == record["test"]["n"]
     assert record["best_accuracy"] == max(r["accuracy"] for r in record["layers"])
     assert 0.7 < record["pixels"] <= 1
     printed = capsys.readouterr().out
-    for result in record["layers"] + record["untrained"]:
+    for result in [*record["layers"], *record["untrained"], *record["concatenation"], record["test"]]:
         assert f"{result['accuracy']:.4f}" in printed
     assert len(record["untrained"]) == 3
     with Image.open(out.with_suffix(".png")) as plot:
         assert plot.size == (768, 480)
-    # A part of the images, without the untrained network.
-    assert call(monkeypatch, "probe", run, "--images", 40) == 0
-    part = json.loads((run / "probe.json").read_text())
-    assert (part["train_images"], part["validation_images"], part["untrained"]) == (40, 40, [])
+    # A part of the images and of the layers, of a named checkpoint, by SGD.
+    part = ("--images", 40, "--layers", "1-2", "--step", 7, "--solver", "sgd", "--iterations", 20)
+    assert call(monkeypatch, "probe", run, *part) == 0
+    record = json.loads((run / "probe-7.json").read_text())
+    assert (record["train_images"], record["validation_images"], record["untrained"]) == (40, 40, [])
+    assert [r["layer"] for r in record["layers"]] == [1, 2] and record["pixels"] is None
+    assert all(r["learning_rate"] in classifier_sgd.RATES and r["regularisation"] is None for r in record["layers"])
 
 
-def test_a_part_of_the_images_is_the_first(digits: Path) -> None:
-    config = small_config(resolution=8, palette_size=16)
-    model, dataset = random_model(config), Dataset.open(digits / "val")
-    whole, part = (extract(model, config, dataset, "test", images, batch=16) for images in (None, 20))
-    assert part.layers.shape == (3, 20, 32)
-    np.testing.assert_allclose(part.layers, whole.layers[:, :20], atol=1e-6)
-    assert np.array_equal(part.labels, whole.labels[:20])
-    assert np.array_equal(pixels(dataset, 20), pixels(dataset)[:20])
+def test_a_bert_model_is_probed_under_masks(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(digits, tmp_path / "run", "masked_pixel")
+    assert call(monkeypatch, "probe", run, "--regularisation", 1, "--masks", 3) == 0
+    masks = json.loads((run / "probe.json").read_text())["masks"]
+    assert masks["count"] == 3 == len(masks["single"]) and len(set(masks["single"])) > 1
+    assert len(list((run / "features").iterdir())) == 5  # train, three masks of val and none
 
 
 def test_probe_refuses_what_does_not_fit(
@@ -166,6 +272,12 @@ def test_probe_refuses_what_does_not_fit(
 
     assert "no run directory" in refused("probe", tmp_path / "nowhere")
     assert "no such directory" in refused("probe", run, "--data", tmp_path / "nowhere")
+    assert "no test/ dataset" in refused("probe", run, "--test")
+    assert "no BERT model" in refused("probe", run, "--masks", 5)
+    assert "layers 0 to 2" in refused("probe", run, "--layers", "3")
+    assert "only 3 layers" in refused("probe", run, "--concatenate", 5)
+    assert "belongs to" in refused("probe", run, "--iterations", 5)
+    assert "not a whole checkpoint" in refused("probe", run, "--step", 3)
 
     bare = tmp_path / "unlabelled"
     shutil.copytree(digits, bare)
@@ -180,6 +292,8 @@ def test_probe_refuses_what_does_not_fit(
     Manifest(**{**vars(manifest), "classes": [*"abcdefghij"]}).save(split / "val")
     assert "classes are not those" in refused("probe", run, "--data", split)
 
+    shutil.rmtree(split / "val")
+    assert "no val/" in refused("probe", run, "--data", split)
     assert "damaged" in refused_after_damage(run, refused)
 
 

@@ -35,6 +35,7 @@ class PlayedEngine:
     device = torch.device("cpu")
     division = SimpleNamespace(world=1, micro_batch=16, accumulation=1)
     place = Place(0, 1, 0)
+    measures = ("loss",)
 
     def __init__(self, norm: Callable[[int], float], loss: Callable[[int], float]):
         self.norm, self.loss = norm, loss
@@ -43,10 +44,10 @@ class PlayedEngine:
     def train_step(self, batches: Any, rate: float) -> tuple[torch.Tensor, float]:
         list(batches)
         self.rates.append(rate)
-        return torch.tensor(self.loss(len(self.rates))), self.norm(len(self.rates))
+        return torch.tensor([self.loss(len(self.rates))]), self.norm(len(self.rates))
 
-    def evaluate(self, batches: Any) -> tuple[float, float]:
-        return 6.0, 3.0
+    def evaluate(self, batches: Any) -> tuple[list[float], float]:
+        return [6.0], 3.0
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         return values

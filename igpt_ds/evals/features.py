@@ -1,30 +1,59 @@
-"""Pooled features of every layer, f^l = mean over positions of n^l (paper section 2.4), from a checkpoint."""
+"""Pooled features of many layers from one forward pass: f^l = mean over positions of n^l (paper section 2.4).
 
+The ranks of a launch share the images. A network that fits a device stands whole on every rank; a larger one is
+divided over the ranks by DeepSpeed (ZeRO-3). Rank 0 receives all features and writes them into a memory map, so that
+no process holds more than a few batches; see feature_cache.py for where they lie.
+
+Suffixes: L layers asked for, I images, B images of a batch, T positions, D width.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from igpt_ds.checkpoint import Checkpoint
-from igpt_ds.config import Config
+from igpt_ds.config import Config, replace
+from igpt_ds.ds_config import Division, load_ds_config, resolve
+from igpt_ds.errors import RunError, UserError
 from igpt_ds.loader import evaluation_batches
 from igpt_ds.model import ImageGPT, initialise
 from igpt_ds.objectives import load_objective
+from igpt_ds.place import Place
 from igpt_ds.shards import Dataset
+
+if TYPE_CHECKING:
+    from igpt_ds.engine import Engine
+
+Norm = Literal["first", "none"]
+Precision = Literal["float32", "bfloat16"]
+T = TypeVar("T")
+
+_TOKENS = 1 << 16  # in one forward pass of a rank: 64 images of 32², 16 of 64²
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features and labels of a dataset.
+class Recipe:
+    """How features are taken.
 
     Attributes:
-        layers: float32 [L + 1, images, D]; entry L is the final norm's.
-        labels: int64 [images].
+        layers: 0 to L, ascending; L is the final norm's.
+        norm: "first": f^l, after the block's first norm (the paper's). "none": the mean of h^l itself, which others
+            use.
+        precision: of the network; the mean over positions is taken in float32 in any case.
     """
 
-    layers: np.ndarray
-    labels: np.ndarray
+    layers: tuple[int, ...]
+    norm: Norm = "first"
+    precision: Precision = "float32"
 
 
 def load_model(config: Config, checkpoint: Checkpoint | None) -> ImageGPT:
@@ -37,37 +66,176 @@ def load_model(config: Config, checkpoint: Checkpoint | None) -> ImageGPT:
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@torch.no_grad()
-def extract(
-    model: ImageGPT, config: Config, dataset: Dataset, title: str, images: int | None = None, batch: int = 64
-) -> Features:
-    """Features of all layers in one pass over the dataset's images, or its first `images`.
-
-    A BERT model sees masked input here too, as it did in training (paper section 4.6).
+def parse_layers(text: str | None, config: Config) -> tuple[int, ...]:
+    """Layers written as "0,4-7"; all of them, 0 to L, without a text.
 
     Raises:
-        UserError: the dataset has no labels.
+        UserError: it is written otherwise, or the network has fewer layers.
     """
-    layers = range(config.model.layers + 1)
-    total = min(dataset.rows, images or dataset.rows)
-    labels = dataset.labels()[:total]
-    result = np.empty((len(layers), total, config.model.width), np.float32)
-    objective = load_objective(config)
-    device = model.head.weight.device
-    done = 0
-    with tqdm(total=total, desc=title, unit=" images", leave=False, disable=None) as progress:
-        for rows in evaluation_batches(dataset, batch, rank=0, world=1):
-            if done == total:
-                break
-            tokens_BT = rows["tokens"].to(device)
-            mask_BT = objective.mask(tokens_BT, rows["positions"], config)
-            features = model(tokens_BT, mask_BT, features=layers, logits=False).features
-            count = min(int(rows["weight"].sum()), total - done)
-            for layer in layers:
-                result[layer, done : done + count] = features[layer][:count].cpu().numpy()
-            done += count
-            progress.update(count)
-    return Features(result, labels)
+    last = config.model.layers
+    layers: set[int] = set()
+    for part in (text or f"0-{last}").split(","):
+        first, dash, end = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not end.isdecimal()):
+            raise UserError(f"--layers {text}: not of the form 0,4-7: write numbers and ranges, divided by commas")
+        layers |= set(range(int(first), int(end or first) + 1))
+    if not layers or max(layers) > last:
+        raise UserError(f"--layers {text}: the network has layers 0 to {last}: choose among them")
+    return tuple(sorted(layers))
+
+
+class Network:
+    """A network that gives features; built when the first ones are asked for, which a cache may save.
+
+    Args:
+        checkpoint: None for the untrained network.
+        ds: name or file of a DeepSpeed configuration that divides the network over the ranks; None: whole on each.
+        batch: images a rank passes through at once; None: as many as have 65 536 tokens.
+
+    Attributes:
+        divided: whether DeepSpeed divides it.
+
+    Raises:
+        UserError: no such DeepSpeed configuration, or one that does not fit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: Checkpoint | None,
+        recipe: Recipe,
+        where: Place,
+        ds: str | None = None,
+        batch: int | None = None,
+    ):
+        self.config, self.checkpoint, self.recipe, self.where = config, checkpoint, recipe, where
+        self.batch = batch or max(1, _TOKENS // config.sequence_length)
+        division = Division(where.world, self.batch, 1)
+        training = {"precision": recipe.precision, "batch": division.batch, "micro_batch": self.batch}
+        self._engine_config = replace(config, "training", **training)
+        self._division = division
+        self._ds = resolve(load_ds_config(ds), self._engine_config, division) if ds else None
+        self.divided = ds is not None
+        self._model: ImageGPT | None = None
+        self._engine: Engine | None = None
+
+    def features(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """Features of a batch: float32 [L, B, D] on the CPU. With a divided network a collective."""
+        if self._model is None and self._engine is None:
+            self._build()
+        if self._engine is not None:
+            found = self._engine.features(tokens_BT, mask_BT, self.recipe.layers, self.recipe.norm == "first")
+            return torch.stack(found).cpu()
+        assert self._model is not None
+        device = self._model.head.weight.device
+        with torch.no_grad():
+            output = self._model(
+                tokens_BT.to(device),
+                None if mask_BT is None else mask_BT.to(device),
+                features=self.recipe.layers,
+                logits=False,
+                norm=self.recipe.norm == "first",
+            )
+        return torch.stack([output.features[layer] for layer in self.recipe.layers]).cpu()
+
+    def _build(self) -> None:
+        if self._ds is None:
+            model = load_model(self.config, self.checkpoint)
+            self._model = model.bfloat16() if self.recipe.precision == "bfloat16" else model
+            return
+        from igpt_ds.engine import Engine
+
+        self._engine = Engine(self._engine_config, self._ds, self._division, self.where)
+        if self.checkpoint is not None:
+            self._engine.load(self.checkpoint, weights_only=True)
+
+    def close(self) -> None:
+        """Free the network."""
+        if self._engine is not None:
+            self._engine.close()
+        self._model = self._engine = None
+
+
+@contextmanager
+def meeting(where: Place, divided: bool) -> Iterator[None]:
+    """Let the ranks of a launch meet, each on its own GPU. One process without DeepSpeed meets nobody.
+
+    Args:
+        divided: whether DeepSpeed is to divide the network.
+    """
+    if divided:
+        from igpt_ds import engine
+
+        engine.join(where)
+        yield
+        engine.leave()
+    elif where.world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(where.local_rank)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        dist.init_process_group("gloo", rank=where.rank, world_size=where.world)
+        yield
+        dist.destroy_process_group()
+    else:
+        yield
+
+
+def from_rank_0(value: T, where: Place) -> T:
+    """Rank 0's value on every rank; a collective."""
+    if where.world == 1:
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def extract(
+    network: Network, dataset: Dataset, title: str, images: int, mask_seed: int | None, out_LID: np.ndarray | None
+) -> None:
+    """Fill rank 0's `out_LID` with the features of the dataset's first `images` images; a collective.
+
+    Args:
+        mask_seed: of a BERT model's masks, which hide parts of the input as in training (paper section 4.6); None
+            hides nothing.
+        out_LID: float32 [L, images, D]; None on the other ranks.
+
+    Raises:
+        UserError: the dataset is damaged.
+        RunError: a feature is not finite.
+    """
+    where, batch = network.where, network.batch
+    stride = batch * where.world
+    group = dist.new_group(backend="gloo") if where.world > 1 else None
+    with tqdm(total=images, desc=title, unit=" images", leave=False, disable=True if where.rank else None) as progress:
+        batches = evaluation_batches(dataset, batch, where.rank, where.world)
+        for first, rows in zip(range(0, images, stride), batches, strict=False):
+            mask_BT = _mask(network.config, rows["tokens"], rows["positions"], mask_seed)
+            parts = _gather(network.features(rows["tokens"], mask_BT), where, group)
+            for rank, part_LBD in enumerate(parts):
+                start = first + rank * batch
+                count = min(batch, images - start)  # what lies beyond only fills the batch up
+                if out_LID is None or count <= 0:
+                    break
+                if not torch.isfinite(part_LBD[:, :count]).all():
+                    raise RunError(f"{dataset.path}: features of images {start} to {start + count - 1} are not finite")
+                out_LID[:, start : start + count] = part_LBD[:, :count].numpy()
+            progress.update(min(stride, images - first))
+
+
+def _mask(config: Config, tokens_BT: Tensor, positions_B: Tensor, seed: int | None) -> Tensor | None:
+    if seed is None:
+        return None
+    return load_objective(config).mask(tokens_BT, positions_B, dataclasses.replace(config, seed=seed))
+
+
+def _gather(part_LBD: Tensor, where: Place, group: Any) -> Sequence[Tensor]:
+    """All ranks' parts on rank 0, nothing on the others."""
+    if where.world == 1:
+        return [part_LBD]
+    parts = [torch.empty_like(part_LBD) for _ in range(where.world)] if where.rank == 0 else None
+    dist.gather(part_LBD, parts, dst=0, group=group)
+    return parts or []
 
 
 def pixels(dataset: Dataset, images: int | None = None) -> np.ndarray:

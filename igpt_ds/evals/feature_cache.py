@@ -1,0 +1,191 @@
+"""Features on the disk: RUN/features/NAME-KEY/, computed once for (checkpoint, data, layers, masks, precision).
+
+    features.npy    float32 [L, images, D], read through a memory map
+    labels.npy      int64 [images]
+    record.json     the facts that KEY is a hash of: the directory's commit mark, published with a rename
+
+A directory whose record is not what its key stands for was moved or mixed up, and is refused; features of another
+checkpoint have another key and are never taken.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igpt_ds.atomic import fsync_directory, publish_directory, publish_text, writing
+from igpt_ds.checkpoint import Checkpoint
+from igpt_ds.config import Config
+from igpt_ds.errors import UserError
+from igpt_ds.evals.features import Network, extract, from_rank_0
+from igpt_ds.loader import source_rows
+from igpt_ds.shards import Dataset
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and labels of a dataset's images.
+
+    Attributes:
+        numbers: which layers, ascending.
+        layers: float32 [len(numbers), images, D], as a rule a memory map.
+        labels: int64 [images].
+    """
+
+    numbers: tuple[int, ...]
+    layers: np.ndarray
+    labels: np.ndarray
+
+    def of(self, layer: int) -> np.ndarray:
+        """The features of one layer: float32 [images, D]."""
+        return self.layers[self.numbers.index(layer)]
+
+
+def fingerprint(config: Config, checkpoint: Checkpoint | None) -> str:
+    """Tells networks apart: a hash of the weights' files, or of what an untrained network is drawn from."""
+    facts: dict[str, Any] = {"model": asdict(config.model), "objective": asdict(config.objective)}
+    facts |= {"files": checkpoint.files} if checkpoint else {"untrained": config.seed}
+    return _sha256(facts)
+
+
+def facts_of(network: Network, dataset: Dataset, images: int, mask_seed: int | None) -> dict[str, Any]:
+    """What decides the features, as JSON; all of it but the layers must agree for a cache to be used."""
+    recipe = asdict(network.recipe)
+    return {
+        "format": FORMAT,
+        "checkpoint": fingerprint(network.config, network.checkpoint),
+        "step": network.checkpoint.step if network.checkpoint else None,
+        "data": _sha256([asdict(source_rows(dataset)), dataset.palette.sha256, dataset.manifest.classes]),
+        "split": dataset.manifest.split,
+        "images": images,
+        "mask_seed": mask_seed,
+        **recipe,
+        "layers": list(recipe["layers"]),
+    }
+
+
+def cached(
+    network: Network,
+    dataset: Dataset,
+    folder: Path,
+    title: str,
+    images: int | None = None,
+    mask_seed: int | None = None,
+) -> Features | None:
+    """The features of the dataset's (first) images: from `folder` if they are there, else computed and left there.
+
+    A collective of all ranks; rank 0 gets the features, the others None. Features of more layers serve, too.
+
+    Raises:
+        UserError: the dataset is damaged, the disk is full, or a cache is not what its name says.
+        RunError: a feature is not finite.
+    """
+    total = min(dataset.rows, images or dataset.rows)
+    facts = facts_of(network, dataset, total, mask_seed)
+    path = _find(folder, facts) if network.where.rank == 0 else None
+    if from_rank_0(path is not None, network.where):
+        return _open(path, network.recipe.layers) if path else None
+    if network.where.rank:
+        extract(network, dataset, title, total, mask_seed, None)
+        return None
+    final = folder / _name(facts)
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    try:
+        with writing(temporary):
+            temporary.mkdir(parents=True)
+            out_LID = _allocate(temporary / "features.npy", (len(facts["layers"]), total, network.config.model.width))
+            np.save(temporary / "labels.npy", dataset.labels()[:total], allow_pickle=False)
+        extract(network, dataset, title, total, mask_seed, out_LID)
+        out_LID.flush()
+        del out_LID
+        publish_text(temporary / "record.json", json.dumps(facts, indent=2) + "\n")
+        fsync_directory(temporary)
+        publish_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return _open(final, network.recipe.layers)
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A memory map whose space on the disk is there: a disk that fills up later would kill the process."""
+    size = 4 * int(np.prod(shape))
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise UserError(
+            f"{path.parent.parent}: {size / 2**30:.3g} GiB of features, but {free / 2**30:.3g} GiB are free: "
+            f"free space, or ask for fewer --layers or --images"
+        )
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _find(folder: Path, facts: dict[str, Any]) -> Path | None:
+    """A cache with these facts and at least these layers.
+
+    Raises:
+        UserError: what has the name of these features is something else.
+    """
+    exact = folder / _name(facts)
+    if exact.exists() and (record := _record(exact)) != facts:
+        whose = "no record" if record is None else f"a record of step {record.get('step')}"
+        raise UserError(
+            f"{exact}: features of another checkpoint, data or layers than its name says ({whose}): delete it"
+        )
+    wanted = set(facts["layers"])
+    for path in [exact, *sorted(folder.glob("[!.]*"))]:
+        record = _record(path)
+        # A foreign directory is no fault of this evaluation, and is not used.
+        if (
+            record is not None
+            and {**record, "layers": None} == {**facts, "layers": None}
+            and wanted <= set(record["layers"])
+            and path.name == _name(record)
+        ):
+            return path
+    return None
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((path / "record.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("layers"), list) else None
+
+
+def _name(facts: dict[str, Any]) -> str:
+    step = "untrained" if facts["step"] is None else f"step-{facts['step']:08d}"
+    return f"{step}-{facts['split']}-{_sha256(facts)[:16]}"
+
+
+def _open(path: Path, layers: tuple[int, ...]) -> Features:
+    record = _record(path)
+    try:
+        stored = np.load(path / "features.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(path / "labels.npy", allow_pickle=False)
+        assert record is not None
+        fits = stored.dtype == np.float32 and stored.shape[:2] == (len(record["layers"]), record["images"])
+        if not fits or labels.shape != (record["images"],):
+            raise ValueError("arrays of another shape than recorded")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged features ({error}): delete it") from error
+    order = [record["layers"].index(layer) for layer in layers]
+    # A slice is a view of the map; picked layers would be copied into memory.
+    span = slice(order[0], order[-1] + 1)
+    if order == list(range(span.start, span.stop)):
+        return Features(layers, stored[span], labels)
+    return Features(tuple(record["layers"]), stored, labels)
+
+
+def _sha256(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
