@@ -1,11 +1,13 @@
-# make demo   the whole job on a small real data set, in minutes, on a CPU
-# make test   the tests
-# make check  format, lint, types, shell scripts
+# make demo        the whole job on a small real data set, in minutes, on a CPU
+# make test        the tests, but for those of slurm-test
+# make slurm-test  the job scripts on a real Slurm, simulated here; root's only
+# make faults      a training killed a hundred times, and the other fault tests
+# make check       format, lint, types, shell scripts
 PYTHON ?= python3
 BIN := .venv/bin
-SHELL_SCRIPTS := $(shell find slurm tests benchmarks .ci -type f \( -name '*.sh' -o -name run \))
+SHELL_SCRIPTS := $(shell find slurm tests benchmarks docs .ci -type f \( -name '*.sh' -o -name run \))
 
-.PHONY: demo test check install clean
+.PHONY: demo test slurm-test faults check install clean
 
 install: .venv/installed
 
@@ -21,7 +23,16 @@ demo: install
 	$(BIN)/python docs/demo.py
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/slurm
+
+slurm-test: install
+	@if ! command -v slurmctld >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && apt-get install --yes --no-install-recommends slurm-wlm; fi
+	IGPT_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+faults: install
+	$(BIN)/python -m tests.faults.kills 100
+	$(BIN)/python -m pytest tests/faults
 
 check: install
 	$(BIN)/ruff format --check .

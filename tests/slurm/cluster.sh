@@ -26,6 +26,7 @@ CredType=cred/none
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog=$CLUSTER/task_prolog
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 StateSaveLocation=$CLUSTER/state
@@ -48,14 +49,11 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-KillWait=5
+KillWait=2
 MessageTimeout=10
 ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=5
-SuspendProgram=/bin/true
-ResumeProgram=/bin/true
-SuspendExcParts=main
 END
   for ((n = 1; n <= NODES; n++)); do
     echo "NodeName=node$n NodeAddr=127.0.0.1 Port=$((port + n)) CPUs=8 CoresPerSocket=8 RealMemory=16000 Gres=gpu:8"
@@ -102,9 +100,11 @@ running() { # NAME: its process, if that is still there and no zombie
 }
 
 stop() { # NAME
-  local pid i
+  local pid first i
   pid=$(running "$1") || return 0
-  kill -KILL "$pid"
+  # The first process in there ends when all others have been killed, and its parent, the one of the file, after it.
+  read -r first _ <"/proc/$pid/task/$pid/children" || true # there is no end of line
+  kill -KILL "${first:-$pid}"
   for ((i = 0; i < 100; i++)); do
     running "$1" >/dev/null || return 0
     sleep 0.05
@@ -130,6 +130,9 @@ up() {
   mkdir -p "$CLUSTER"/{state,run,log,dev,spool}
   echo "127.0.0.1 localhost controller" >"$CLUSTER/hosts"
   configure "$(free_ports)" >"$SLURM_CONF"
+  # The fake GPUs' numbers would be those of real ones, where there are any.
+  printf '#!/bin/sh\necho export CUDA_VISIBLE_DEVICES=\n' >"$CLUSTER/task_prolog"
+  chmod +x "$CLUSTER/task_prolog"
   for n in {0..7}; do mknod "$CLUSTER/dev/nvidia$n" c 1 3; done
   for ((n = 1; n <= NODES; n++)); do
     echo "127.0.0.1 node$n" >>"$CLUSTER/hosts"
