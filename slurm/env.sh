@@ -79,7 +79,8 @@ restart_after_crash() {
 requeue() {
   local facts
   facts=$(scontrol --oneliner show job "$SLURM_JOB_ID")
-  if [[ $facts == *" JobState=RUNNING "* || $facts == *" Reason=TimeLimit "* || $facts != *" PreemptTime=None "* ]]; then
+  if [[ $facts == *" JobState=RUNNING "* || $facts == *" Reason=TimeLimit "* ||
+    $facts != *" PreemptTime=None "* ]]; then
     scontrol requeue "$SLURM_JOB_ID"
   else
     echo "cancelled: not requeued"

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # A real Slurm on one machine, for the tests: a controller and a few simulated nodes, without systemd or munge.
-#   CLUSTER=DIR cluster.sh up             start it afresh, all of it below DIR; its clients need SLURM_CONF=DIR/slurm.conf
+#   CLUSTER=DIR cluster.sh up             start it afresh, below DIR; its clients need SLURM_CONF=DIR/slurm.conf
 #   CLUSTER=DIR cluster.sh kill_node N    what a power cut does to node N: its daemon and all jobs' processes are gone
 #   CLUSTER=DIR cluster.sh start_node N   switch it on (nothing if it runs)
 #   CLUSTER=DIR cluster.sh down           end it (nothing if it is not there); logs stay in DIR/log
 # Each node has a process, mount and host name space of its own, so that killing the first process there kills the
 # node; and a host name, which leads to 127.0.0.1 only where DIR/hosts is /etc/hosts: in the nodes. GPUs are copies of
 # /dev/null. Partition `main` is what runs jobs; jobs of `urgent` preempt them; `wide` is 8 nodes of 8 GPUs that are
-# never switched on: for `sbatch --test-only`. Needs root and Debian's slurm-wlm. Variables: NODES [3].
+# never switched on: for `sbatch --test-only`. Needs root and Debian's slurm-wlm.
+# Variables: NODES [3], OWNER (a process: the cluster ends when it is gone, however it went).
 set -euo pipefail
 : "${CLUSTER:?set CLUSTER to a directory of its own}"
 NODES=${NODES:-3}
@@ -139,6 +140,11 @@ up() {
     echo "NodeName=node$n Name=gpu File=$CLUSTER/dev/nvidia[0-7]" >>"$CLUSTER/gres.conf"
   done
   echo "NodeName=wide[1-8] Name=gpu File=$CLUSTER/dev/nvidia[0-7]" >>"$CLUSTER/gres.conf"
+  if [[ -n ${OWNER:-} ]]; then
+    # shellcheck disable=SC2016 # expanded by that shell
+    setsid bash -c 'while kill -0 "$1"; do sleep 1; done; "$2" down' _ "$OWNER" "$(realpath "$0")" \
+      >/dev/null 2>&1 </dev/null &
+  fi
   start controller slurmctld -D
   for ((n = 1; n <= NODES; n++)); do start_node "$n"; done
   for ((n = 0; n < 150; n++)); do

@@ -90,6 +90,7 @@ class Slurm:
         self.folder = folder
         self.environment = quick_start() | {
             "CLUSTER": str(folder),
+            "OWNER": str(os.getpid()),
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PRESET": "tiny",
         }
@@ -116,7 +117,7 @@ class Slurm:
 
     def cluster(self, *command: str) -> None:
         """Call cluster.sh."""
-        self.call("bash", str(CLUSTER_SCRIPT), *command)
+        self.call(str(CLUSTER_SCRIPT), *command)
 
     def submit(self, log: Path, command: list[str], environment: dict[str, str] | None = None, nodes: int = 2) -> Job:
         """Submit a script with one rank a node.
@@ -189,9 +190,13 @@ def reached(run: Path) -> int:
 
 
 @contextlib.contextmanager
-def held(job: Job, run: Path) -> Iterator[dict[str, int]]:
-    """Rank -> process id, while the ranks are stopped after their first checkpoint: time stands still for them."""
-    job.until(lambda: any((run / "checkpoints").glob("step-*")))
+def held(job: Job, run: Path, beyond: int = 0) -> Iterator[dict[str, int]]:
+    """Rank -> process id, while the ranks are stopped: time stands still for them.
+
+    Args:
+        beyond: they are stopped when they have done more steps than these, and have a checkpoint.
+    """
+    job.until(lambda: any((run / "checkpoints").glob("step-*")) and reached(run) > beyond)
     processes = rank_processes(run)
     assert sorted(processes) == ["0", "1"], processes
     for pid in processes.values():

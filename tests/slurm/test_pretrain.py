@@ -43,7 +43,7 @@ def test_two_nodes_train_to_the_end(slurm: Slurm, digits: Path, tmp_path: Path, 
     assert not list(run.glob(".outcome*"))
 
 
-def test_a_notice_saves_requeues_and_resumes(
+def test_a_notice_and_a_job_of_higher_priority_are_survived(
     slurm: Slurm, digits: Path, tmp_path: Path, unbroken: dict[int, float]
 ) -> None:
     job, run = submit(slurm, digits, tmp_path)
@@ -54,22 +54,19 @@ def test_a_notice_saves_requeues_and_resumes(
     saved = reached(run)
     assert saved < STEPS
     assert f"stopped by SIGUSR1 after step {saved};" in job.log
-    ended_well(job, run, unbroken, restarts=1)
-    assert f"at step {saved}\n" in job.log
 
-
-def test_a_job_of_higher_priority_goes_first(
-    slurm: Slurm, digits: Path, tmp_path: Path, unbroken: dict[int, float]
-) -> None:
-    job, run = submit(slurm, digits, tmp_path)
-    with held(job, run) as processes:
+    with held(job, run, beyond=saved) as processes:
+        assert f"at step {saved}\n" in job.log
         all_nodes = ["--partition=urgent", "--exclusive", "--wrap=sleep 1"]
         urgent = slurm.submit(tmp_path / "urgent.txt", all_nodes, nodes=3)
         job.until(lambda: all(noticed(pid) for pid in processes.values()))
     assert urgent.end() == "COMPLETED"
-    assert job.restarts == 1
-    assert f"stopped by SIGUSR1 after step {reached(run)};" in job.log
-    ended_well(job, run, unbroken, restarts=1)
+    assert job.restarts == 2
+    saved = reached(run)
+    assert f"stopped by SIGUSR1 after step {saved};" in job.log
+
+    ended_well(job, run, unbroken, restarts=2)
+    assert f"at step {saved}\n" in job.log
 
 
 def test_after_a_power_cut_another_node_takes_over(

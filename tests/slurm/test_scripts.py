@@ -37,7 +37,9 @@ def test_the_header_is_valid(slurm: Slurm, name: str) -> None:
             assert not accepts(slurm, more, f"slurm/{name}"), more
 
 
-def test_a_sweep_trains_with_each_rate_and_a_run_is_probed(slurm: Slurm, digits: Path, tmp_path: Path) -> None:
+def test_a_sweep_trains_with_each_rate_and_a_run_is_probed_and_fine_tuned(
+    slurm: Slurm, digits: Path, tmp_path: Path
+) -> None:
     where = {"DATA": str(digits), "RUN": str(tmp_path / "runs"), "RATES": "0.003 0.001"}
     command = ["--array=0-2", "slurm/sweep_lr.sh", *TRAINING, *FEW]
     number = slurm.submit(tmp_path / "log-%a.txt", command, where, nodes=1).number
@@ -50,10 +52,15 @@ def test_a_sweep_trains_with_each_rate_and_a_run_is_probed(slurm: Slurm, digits:
         assert reached(run) == 3
         assert load_config(run / "config.toml").training.learning_rate == float(rate)
 
-    run = tmp_path / "runs" / "lr-0.003"
+    run, tuned = tmp_path / "runs" / "lr-0.003", tmp_path / "tuned"
     where = {"DATA": str(digits), "RUN": str(run)}
-    job = slurm.submit(tmp_path / "probe.txt", ["slurm/probe.sh", "--images", "60"], where, nodes=1)
-    assert job.end() == "COMPLETED", job.log
+    probe = slurm.submit(tmp_path / "probe.txt", ["slurm/probe.sh", "--images", "60"], where, nodes=1)
+    if "finetune.sh" in SCRIPTS:
+        where = {"DATA": str(digits), "FROM": str(run), "RUN": str(tuned)}
+        finetune = slurm.submit(tmp_path / "tuned.txt", ["slurm/finetune.sh", *FEW], where, nodes=1)
+        assert finetune.end() == "COMPLETED", finetune.log
+        assert reached(tuned) == 3
+    assert probe.end() == "COMPLETED", probe.log
     assert json.loads((run / "probe.json").read_text())
     assert (run / "probe.png").exists()
 
