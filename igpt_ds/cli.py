@@ -54,6 +54,7 @@ def main() -> None:
         _tell(str(error))
         sys.exit(2)
     except RunError as error:
+        tell_job_script("refused")  # a loss that is lost for good: the next life would decide the same
         _tell(str(error))
         sys.exit(1)
     except click.exceptions.Exit as error:
@@ -62,6 +63,7 @@ def main() -> None:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.UsageError as error:
+        tell_job_script("refused")
         where = error.ctx.command_path if error.ctx else "igpt-ds"
         message = " ".join(error.format_message().split()).rstrip(".")
         _tell(f"{error.ctx.info_name if error.ctx else 'usage'}: {message}: see {where} --help")

@@ -69,8 +69,8 @@ def tell_job_script(outcome: str) -> None:
     """Write one word into the file that IGPT_OUTCOME names: exit statuses do not survive srun when ranks are killed.
 
     Args:
-        outcome: "requeue": stopped on request with all saved, to be started again; "refused": bad input, which starting
-            again does not cure.
+        outcome: "requeue": stopped on request with all saved, to be started again; "refused": bad input or a
+            loss that is lost for good, which starting again does not cure.
     """
     if path := os.environ.get("IGPT_OUTCOME"):
         Path(path).write_text(outcome + "\n")

@@ -4,7 +4,8 @@
 #   DATA=... RUN=... PRESET=l sbatch --nodes=2 slurm/pretrain_xl.sh --set training.micro_batch=4
 # Variables: DATA (one folder, or several divided by colons), RUN, PRESET [xl], DS_CONFIG [zero3], and those of env.sh:
 # VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds pretrain`. The job saves and requeues itself ten minutes
-# before its time is up, when it is preempted, and after a crash; see docs/reliability.md.
+# before its time is up (a --time below half an hour wants a shorter --signal, too), when it is preempted, and after a
+# crash, but not when it is cancelled; see docs/reliability.md.
 #SBATCH --job-name=igpt-xl
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
