@@ -10,6 +10,7 @@ threads into its log and ends. A stopped neighbour on the same machine is made t
 since it could not obey its launcher. The launcher ends what is left and its script starts the run again.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -101,10 +102,8 @@ class Watchdog:
         while not self._ended.wait(self._interval):
             # Should even this thread be held up, by code that never lets go of the interpreter, a timer in C ends it.
             faulthandler.dump_traceback_later(2 * self._timeout + 30, exit=True, file=self._log)
-            try:
+            with contextlib.suppress(OSError):  # a full disk is told of elsewhere
                 self._show()
-            except OSError:
-                continue  # a full disk is told of elsewhere
             silent = time.monotonic() - self._last
             if silent > self._timeout:
                 self._end_the_run(silent)

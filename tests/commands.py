@@ -1,4 +1,4 @@
-"""The real command line in processes of its own: `igpt-ds pretrain` and the deepspeed launcher."""
+"""The real command line: in this process, in one of its own, and through the deepspeed launcher."""
 
 import contextlib
 import os
@@ -9,7 +9,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from igpt_ds import cli
 from tests.ranks import ROOT, free_port, kill_group, quick_start
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """`igpt-ds WORDS` in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["igpt-ds", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert end.code is None or isinstance(end.code, int)
+        return end.code or 0
+    return 0
 
 
 def pretrain(data: Path, run: Path, *more: str) -> list[str]:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -303,18 +302,6 @@ def test_only_damaged_checkpoints(digits: Path, trained: Path, tmp_path: Path) -
     assert message.startswith(f"{tmp_path / 'run' / 'checkpoints'}: ")
     assert "whole" in message and "--fresh --force" in message
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB: room for two checkpoints of the tiny preset (0.37 MB each), but not for a third."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system is not permitted here (test_checkpoint_publish.py simulates one)")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.distributed

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from igpt_ds import cli
 from igpt_ds.config import Config, to_toml
 from igpt_ds.evals.bits import Likelihood, likelihood, record
 from igpt_ds.manifest import Manifest
@@ -20,6 +18,7 @@ from igpt_ds.objectives import load_objective
 from igpt_ds.palette import Palette
 from igpt_ds.place import Place
 from igpt_ds.shards import Dataset
+from tests import commands
 from tests.models import random_model, save_model, small_config
 from tests.ranks import run_ranks
 
@@ -144,12 +143,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         monkeypatch.delenv(name, raising=False)
 
     def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["igpt-ds", *map(str, words)])
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            return int(exit_.code or 0)
-        return 0
+        return commands.call(monkeypatch, *words)
 
     return run
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from igpt_ds import cli
 from igpt_ds.checkpoint import rank_file, set_aside_newer, step_directory
 from igpt_ds.commands import checkpoints as command
 from tests.checkpoints import FACTS, on_ranks, save, shards_of
+from tests.commands import call
 
 STAGE_2 = {"ds_config": {"zero_optimization": {"stage": 2}}, "code_version": "1.2.3"}
 
@@ -36,16 +36,6 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["igpt-ds", "checkpoints", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
 
 
 def by_step(run: Path, verify: bool = True) -> dict[int, command.Row]:
@@ -150,10 +140,10 @@ def test_the_table_is_aligned(run: Path) -> None:
 
 
 def test_the_exit_status(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, run) == 0
+    assert call(monkeypatch, "checkpoints", run) == 0
     printed = capsys.readouterr()
     assert printed.out.count("valid") == 3 and printed.err == ""  # no bar where there is no terminal
-    assert call(monkeypatch, run, "--json") == 0
+    assert call(monkeypatch, "checkpoints", run, "--json") == 0
     content = json.loads(capsys.readouterr().out)
     assert [row["step"] for row in content] == [10, 20, 30]
     assert set(content[0]) == {
@@ -162,17 +152,17 @@ def test_the_exit_status(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     }
 
     flip(step_directory(run / "checkpoints", 20) / rank_file(0))
-    assert call(monkeypatch, run, "--no-verify") == 0
-    assert call(monkeypatch, run) == 1
+    assert call(monkeypatch, "checkpoints", run, "--no-verify") == 0
+    assert call(monkeypatch, "checkpoints", run) == 1
     assert "damaged: step-00000020" in capsys.readouterr().err
 
     # Set aside, they are no danger while there is a valid one; alone, they are.
     set_aside_newer(run / "checkpoints", 10)
-    assert call(monkeypatch, run) == 0
+    assert call(monkeypatch, "checkpoints", run) == 0
     set_aside_newer(run / "checkpoints", 0)
-    assert call(monkeypatch, run) == 1
+    assert call(monkeypatch, "checkpoints", run) == 1
     assert "only damaged ones are left" in capsys.readouterr().err
 
-    assert call(monkeypatch, run.parent) == 2
-    assert call(monkeypatch, run.parent / "nowhere") == 2
+    assert call(monkeypatch, "checkpoints", run.parent) == 2
+    assert call(monkeypatch, "checkpoints", run.parent / "nowhere") == 2
     assert "no run directory" in capsys.readouterr().err

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from igpt_ds import cli
 from igpt_ds.doctor import devices, disk, examine, inputs, machine, ranks, speed
 from igpt_ds.doctor.examine import Reading
 from igpt_ds.doctor.inputs import Plan, Request
 from igpt_ds.doctor.report import Check, Report, judged, judged_together, merged, size_text, table, time_text, to_json
 from tests.checkpoints import save_all
+from tests.commands import call
 from tests.ranks import free_port, run_ranks
 
 GIB = 2**30
@@ -465,38 +465,28 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "read_disk", lambda path: read(path, most=2**20) | {"free": 500 * GIB})
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["igpt-ds", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
-
-
 @pytest.mark.usefixtures("quick")
 def test_the_exit_status_is_for_job_scripts(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(tmp_path / "run")
     fine = ["doctor", "--data", str(digits), "--run", run, "--preset", "tiny"]
-    assert command(monkeypatch, *fine, "--json") == 0
+    assert call(monkeypatch, *fine, "--json") == 0
     content = json.loads(capsys.readouterr().out)
     assert content["status"] in ("OK", "WARN")  # no GPU is a WARN
     names = [check["name"] for check in content["checks"]]
     assert len(set(names)) == len(names)
     assert set(names) >= {"versions", "gpus", "matmul", "disk_speed", "disk_space", "data", "job", "run", "threads"}
 
-    assert command(monkeypatch, *fine, "--ranks", "3") == 1
+    assert call(monkeypatch, *fine, "--ranks", "3") == 1
     printed = capsys.readouterr()
     assert any(line.startswith("FAIL  job") for line in printed.out.splitlines())
     assert printed.err.splitlines()[-1].startswith("igpt-ds: doctor: 1 of ")
     assert not Path(run).exists()
 
-    assert command(monkeypatch, "doctor", "--ranks", "0") == 2
+    assert call(monkeypatch, "doctor", "--ranks", "0") == 2
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    assert command(monkeypatch, "doctor") == 2
+    assert call(monkeypatch, "doctor") == 2
     assert "RANK" in capsys.readouterr().err
 
 
@@ -517,7 +507,7 @@ def test_a_rank_that_hangs_ends_after_its_report(
     ended: list[int] = []
     monkeypatch.setattr(examine, "examine", lambda *_: examine.Outcome(some_report("FAIL"), hangs=True))
     monkeypatch.setattr(os, "_exit", ended.append)
-    assert command(monkeypatch, "doctor") == 1
+    assert call(monkeypatch, "doctor") == 1
     assert ended == [1]
     assert "1 OK, 1 WARN, 1 FAIL" in capsys.readouterr().out
 

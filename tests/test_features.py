@@ -1,7 +1,6 @@
 """Features: against plain forward passes of one image, on several ranks, and from the cache."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,10 @@ from igpt_ds.shards import Dataset
 from tests.models import random_model, save_model, small_config
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALL = Recipe((0, 1, 2))
 ALONE = Place(0, 1, 0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def saved(model: ImageGPT, config: Config, run: Path, step: int = 7) -> Checkpoint:

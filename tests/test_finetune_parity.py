@@ -1,7 +1,6 @@
 """Fine-tuning through ZeRO against plain PyTorch in one process: losses, accuracy, gradients, evaluation."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,8 @@ from tests.models import random_model, save_model
 from tests.parity_worker import SEED, images
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 EVALUATED = {1: np.arange(1000, 1003), 2: np.array([1000, 1001, 1002, 1004, 1005, 1006])}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

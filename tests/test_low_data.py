@@ -1,33 +1,23 @@
 """Few labels a class: the subsets, their statistics, the command."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from igpt_ds.errors import UserError
 from igpt_ds.evals.feature_cache import Features
 from igpt_ds.evals.low_data import SUBSETS, judge, subset
 from igpt_ds.evals.splits import Scored
 from igpt_ds.shards import Dataset
+from tests.commands import call
 from tests.models import small_config
-from tests.test_probe import call, make_run
+from tests.test_probe import make_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 LABELS = np.repeat([0, 1, 2], [50, 80, 65])[np.random.default_rng(0).permutation(195)]

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from igpt_ds.objectives import masked_pixel
 from tests.parity_worker import BATCH, CASES, LOADED, RESUMED, SEED, STEPS, Case, images, rate
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 Curves = dict[str, list[float]]
 
 
@@ -35,15 +34,6 @@ class Ranks:
         if not all(path.exists() for path in paths):
             run_ranks("tests.parity_worker", [str(self.folder)], world, limit=240)
         return [json.loads(path.read_text()) for path in paths]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,16 @@ import json
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from igpt_ds import cli
 from igpt_ds.checkpoint import Checkpoint, list_checkpoints
 from igpt_ds.config import load_config
 from igpt_ds.metrics import read_metrics
 from igpt_ds.palette import Palette
-from tests.commands import descendants, finish, kill_all, pretrain, run_command, started, wait_until
+from tests.commands import call, descendants, finish, kill_all, pretrain, run_command, started, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -62,16 +60,6 @@ def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     run_command(pretrain(digits, folder / "run", *LENGTH), folder / "output.txt")
     return folder / "run"
-
-
-def call(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The command in this process, for what ends before any rank is started; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["igpt-ds", *arguments])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 def test_run_directory_is_complete(on_two: Path, digits: Path) -> None:
@@ -157,7 +145,7 @@ def test_stop_at_and_going_on_and_being_done_and_fresh(
     assert contents(run / "checkpoints") == checkpoints
 
     before = contents(run)
-    assert call(pretrain(digits, run, *LENGTH, "--fresh"), monkeypatch) == 2
+    assert call(monkeypatch, *pretrain(digits, run, *LENGTH, "--fresh")) == 2
     assert capsys.readouterr().err == (
         f"igpt-ds: {run}: --fresh would overwrite it: add --force, or choose another --run\n"
     )
@@ -186,7 +174,7 @@ def test_print_config_can_be_read_back(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = pretrain(digits, tmp_path / "run", "--set", "training.steps=7", "--set", "training.stop_at=3")
-    assert call([*arguments, "--print-config"], monkeypatch) == 0
+    assert call(monkeypatch, *arguments, "--print-config") == 0
     (tmp_path / "printed.toml").write_text(capsys.readouterr().out)
     config = load_config(tmp_path / "printed.toml")
     assert (config.name, config.seed, config.training.steps, config.training.stop_at) == ("tiny", 1, 7, 3)
@@ -197,7 +185,7 @@ def test_print_config_can_be_read_back(
 def test_dry_run_tells_the_size_and_writes_nothing(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call([*pretrain(digits, tmp_path / "run"), "--dry-run"], monkeypatch) == 0
+    assert call(monkeypatch, *pretrain(digits, tmp_path / "run"), "--dry-run") == 0
     out = capsys.readouterr().out
     width, layers = 32, 2
     parameters = 16 * width * 2 + width + 64 * width + layers * (12 * width**2 + 2 * width) + width

@@ -3,18 +3,14 @@
 import dataclasses
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from threadpoolctl import threadpool_limits
 
-from igpt_ds import cli
 from igpt_ds.config import to_toml
 from igpt_ds.errors import RunError
 from igpt_ds.evals import classifier_sgd, probe
@@ -25,17 +21,10 @@ from igpt_ds.evals.splits import Scored, Splits
 from igpt_ds.manifest import Manifest
 from igpt_ds.palette import Palette
 from igpt_ds.shards import Dataset
+from tests.commands import call
 from tests.models import random_model, save_model, small_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- choosing --------------------------------------------------------------------------------------------------
@@ -204,16 +193,6 @@ def make_run(digits: Path, folder: Path, objective: str = "next_pixel") -> Path:
 @pytest.fixture
 def run(digits: Path, tmp_path: Path) -> Path:
     return make_run(digits, tmp_path / "run")
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Run the console script in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["igpt-ds", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
 
 
 def with_test_split(digits: Path, folder: Path) -> Path:

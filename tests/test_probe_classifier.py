@@ -1,28 +1,17 @@
 """The linear classifiers: scikit-learn's and ours against optima found otherwise, and SGD against both."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
-from threadpoolctl import threadpool_limits
 
 from igpt_ds.errors import UserError
 from igpt_ds.evals import classifier, classifier_sgd
 from igpt_ds.evals.classifier import Classifier, Rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCALES = np.array([1, 10, 0.1, 1, 1, 1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpool_limits(1):
-        yield
-    torch.set_num_threads(threads)
 
 
 def clouds(classes: int, images: int, seed: int = 0) -> Rows:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -187,18 +187,6 @@ def test_a_rate_that_is_too_high_ends_with_advice(digits: Path, tmp_path: Path) 
     assert "after 2 rollbacks to step 30: lower training.learning_rate" in last
     assert len(events(run, "rollback")) == 2
     assert whole_steps(run)[-1] == 30
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB, where such a thing may be mounted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_costs_checkpoints_but_not_the_run(small_disk: Path, digits: Path, tmp_path: Path) -> None:

@@ -65,7 +65,6 @@ def test_a_sweep_trains_with_each_rate_and_a_run_is_probed_and_fine_tuned(
     assert (run / "probe.png").exists()
 
 
-@pytest.mark.skipif("build_shards.sh" not in SCRIPTS, reason="there is no slurm/build_shards.sh")
 def test_an_array_builds_shards_that_are_merged_and_trained_on(
     slurm: Slurm, digits: Path, tmp_path: Path, unbroken: dict[int, float]
 ) -> None:
