@@ -43,7 +43,7 @@ class DataConfig:
     sources: tuple[str, ...] = ()  # folders that hold train/ and val/
     weights: tuple[int, ...] = ()  # images of each source in one cycle of the mixture; empty: by count
     window: int = 16  # shards whose rows are shuffled together
-    workers: int = 2  # loader processes a rank; 0 loads in the training process
+    workers: int = 2  # threads of a rank that read ahead; 0 reads between the steps
 
 
 @dataclasses.dataclass(frozen=True)

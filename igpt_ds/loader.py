@@ -8,25 +8,22 @@ W and micro-batch m (A W m = B), rank r reads for accumulation a the m positions
 so that the micro-batches of all ranks, laid end to end, are the same stream for every (W, m) and any number
 of workers. There is no other state: a run that resumes at step k asks for start_step = k.
 
-What travels from a worker to the training process are NumPy arrays of uint16 through a pipe: a quarter of the
-bytes of int64, and neither /dev/shm, which is small in containers, nor a file descriptor per tensor.
+Threads read ahead, not processes: reading and unpacking leave Python's lock free, while a batch that comes out of a
+process has been copied through a pipe (three to seven times the time of reading it: benchmarks/loader.py) or /dev/shm,
+which is small in containers, and a process that was forked beside CUDA and NCCL is a hazard.
 """
 
 import hashlib
-import multiprocessing
-import os
-import signal
+import pickle
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, count
-from typing import Any
+from itertools import accumulate, count, cycle, islice
+from queue import SimpleQueue
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.data import Dataset as TorchDataset
 
 from igpt_ds.blocks import blocks, damaged
 from igpt_ds.errors import UserError
@@ -36,6 +33,7 @@ from igpt_ds.shards import Dataset
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, torch.Tensor]
 Labels = Sequence[Sequence[np.ndarray]]  # by source and shard: int64 [rows]
+_AHEAD = 2  # micro-batches that a worker reads ahead
 Augment = Callable[[np.ndarray, np.ndarray], np.ndarray]  # tokens [m, n], positions [m] -> tokens [m, n]
 
 
@@ -66,7 +64,7 @@ def shard_labels(dataset: Dataset, classes: int) -> list[np.ndarray]:
     return found
 
 
-class MicroBatches(TorchDataset[Batch]):
+class MicroBatches:
     """The micro-batches of one rank by index s A + a; a pure function of the index.
 
     Args:
@@ -138,7 +136,7 @@ class MicroBatches(TorchDataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """{"tokens": int64 [m, n], "positions": int64 [m]}, and "labels": int64 [m]; positions are the order's."""
-        return _tensors(self.arrays(index), pin=False)
+        return _tensors(self.arrays(index))
 
 
 def train_batches(
@@ -157,8 +155,8 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """The micro-batches of one rank from a step on, without end; see `MicroBatches`. Some batches can be left out.
 
-    With workers > 0 so many processes read ahead; they end when the generator is closed or dropped. Where
-    CUDA is available the tensors lie in pinned memory.
+    With workers > 0 so many threads read ahead; they end when the generator is closed or dropped. Where CUDA is
+    available the tensors lie in pinned memory.
 
     Raises:
         UserError: as `MicroBatches` at once; while iterating, a damaged shard.
@@ -167,7 +165,7 @@ def train_batches(
         datasets, order, batch=batch, micro_batch=micro_batch, rank=rank, world=world, labels=labels, augment=augment
     )
     indices = _Indices(start_step, left_out, micro_batches.accumulation)
-    return _stream(micro_batches.arrays, indices, workers)
+    return _stream(micro_batches, indices, workers)
 
 
 def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int) -> Iterator[Batch]:
@@ -187,7 +185,6 @@ def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int
     starts = list(accumulate((dataset.manifest.shards[k].rows for k in shards), initial=0))
     labels = dataset.labels() if dataset.manifest.classes is not None else None
     stride = world * micro_batch
-    pin = torch.cuda.is_available()
     for first in range(rank * micro_batch, -(-dataset.rows // stride) * stride, stride):
         positions = np.arange(first, first + micro_batch)
         real = positions < dataset.rows
@@ -201,25 +198,11 @@ def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int
         }
         if labels is not None:
             arrays["labels"] = labels[positions]
-        yield _tensors(arrays, pin)
-
-
-class _Worker(TorchDataset[Arrays | UserError]):
-    """What a DataLoader's worker runs. Bad input is a value here: torch would raise it anew in the training
-    process with the worker's traceback for a message."""
-
-    def __init__(self, read: Callable[[int], Arrays]) -> None:
-        self._read = read
-
-    def __getitem__(self, index: int) -> Arrays | UserError:
-        try:
-            return self._read(index)
-        except UserError as error:
-            return error
+        yield _pinned(_tensors(arrays))
 
 
 @dataclass(frozen=True)
-class _Indices(Sampler[int]):
+class _Indices:
     """The indices of the micro-batches from a step on, without end."""
 
     start_step: int
@@ -232,53 +215,63 @@ class _Indices(Sampler[int]):
             yield from range(first, first + self.accumulation)
 
 
-def _stream(read: Callable[[int], Arrays], indices: _Indices, workers: int) -> Generator[Batch, None, None]:
-    pin = torch.cuda.is_available()
-    if workers == 0:  # A DataLoader without workers takes half as long again.
+class _Reader(threading.Thread):
+    """Reads micro-batches ahead. It is a daemon: a run must be able to end while its storage hangs."""
+
+    def __init__(self, micro_batches: MicroBatches, indices: Iterable[int]) -> None:
+        super().__init__(name="reader", daemon=True)
+        # Of its own: open files and the order's caches belong to one thread.
+        self._micro_batches: MicroBatches = pickle.loads(pickle.dumps(micro_batches))
+        self._indices = indices
+        self._room = threading.Semaphore(_AHEAD)
+        self._found: SimpleQueue[Batch | Exception] = SimpleQueue()
+        self._ended = False
+        self.start()
+
+    def run(self) -> None:
+        for index in self._indices:
+            self._room.acquire()
+            if self._ended:
+                return
+            try:
+                self._found.put(self._micro_batches[index])
+            except Exception as error:  # raised where the micro-batch is wanted
+                self._found.put(error)
+                return
+
+    def next(self) -> Batch:
+        found = self._found.get()
+        self._room.release()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def end(self) -> None:
+        self._ended = True
+        self._room.release()
+
+
+def _stream(micro_batches: MicroBatches, indices: _Indices, workers: int) -> Generator[Batch, None, None]:
+    if workers == 0:
         for index in indices:
-            yield _tensors(read(index), pin)
+            yield _pinned(micro_batches[index])
         return
-    loader = DataLoader(
-        _Worker(read),
-        batch_size=None,
-        sampler=indices,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_leave_signals_to_the_parent,
-        # Of its own: the DataLoader draws a seed, and the global generator belongs to the run.
-        generator=torch.Generator(),
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield _tensors(item, pin)
+    readers = [_Reader(micro_batches, islice(indices, first, None, workers)) for first in range(workers)]
+    try:
+        for reader in cycle(readers):
+            yield _pinned(reader.next())  # not in the reader, whose CUDA device would be the first
+    finally:
+        for reader in readers:
+            reader.end()
 
 
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    # Ctrl-C and a scheduler's notice reach every process of the job, but the training process still needs
-    # data to finish its step and save. Only its own SIGTERM counts: without it, multiprocessing would wait
-    # for the workers at exit for ever.
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
-
-
-def _end_when_the_parent_says() -> None:
-    parent = multiprocessing.parent_process()
-    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-        pass
-    os._exit(0)
-
-
-def _tensors(arrays: Arrays, pin: bool) -> Batch:
+def _tensors(arrays: Arrays) -> Batch:
     # An embedding wants int64 indices; torch computes little on uint16.
-    batch = {
+    return {
         name: torch.from_numpy(array.astype(np.int64) if array.dtype == np.uint16 else array)
         for name, array in arrays.items()
     }
-    return {name: tensor.pin_memory() for name, tensor in batch.items()} if pin else batch
+
+
+def _pinned(batch: Batch) -> Batch:
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch

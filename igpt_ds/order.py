@@ -202,8 +202,11 @@ class Order:
         """`self(p)` for the positions first to first + count - 1, at a fraction of the time: int64 [count, 3]."""
         if first < 0 or count < 1:
             raise ValueError(f"{count} positions from {first}")
-        cycle, slot = np.divmod(np.arange(first, first + count), len(self._slots))
         places = np.empty((count, 3), np.int64)
+        if len(self.sources) == 1:
+            places[:, 0], places[:, 1:] = 0, self._orders[0].places(first, count)
+            return places
+        cycle, slot = np.divmod(np.arange(first, first + count), len(self._slots))
         places[:, 0], ranks = self._slot_table[slot].T
         for source in np.unique(places[:, 0]).tolist():
             here = np.flatnonzero(places[:, 0] == source)

@@ -25,8 +25,10 @@ NumPy and the standard library only: shard-building workers import this file and
 
 import io
 import json
+import math
 import os
 import tarfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +44,7 @@ from igpt_ds.palette import Palette
 from igpt_ds.storage import STORAGES
 
 _OPEN_FILES = 64
+_LOOK_EVERY = 1.0  # seconds
 
 
 def _padded(size: int) -> int:
@@ -200,8 +203,7 @@ class Dataset:
         if len(data) != size * len(pieces):
             i = next(i for i, piece in enumerate(pieces) if len(piece) != size)
             raise damaged(self._path(shards[i]), f"it ends within row {rows[i]}")
-        for shard in set(shards.tolist()):
-            files.require_unchanged(shard)
+        files.require_unchanged()
         return self._tokens(data, shards, rows)
 
     def tokens(self, shard: int) -> np.ndarray:
@@ -224,7 +226,7 @@ class Dataset:
                 raise damaged(self._path(shard), f"row {row} cannot be read: {error.strerror}") from error
             if len(data) != size:
                 raise damaged(self._path(shard), f"it ends within row {row + len(data) // self._row_bytes}")
-            self._files.require_unchanged(shard)
+            self._files.require_unchanged()
             rows = np.arange(row, end)
             tokens[row - first : end - first] = self._tokens(data, np.full_like(rows, shard), rows)
             row = end
@@ -288,10 +290,22 @@ class _Files(dict[int, int]):
     def __init__(self, directory: Path, names: list[str], times: Sequence[int] | None) -> None:
         super().__init__()
         self._directory, self._names, self._times = directory, names, times
+        self._looked = -math.inf
 
-    def require_unchanged(self, shard: int) -> None:
-        """Refuse a shard that was written to since the dataset was opened: what was read may be of either state."""
-        if self._times is not None and os.fstat(self[shard]).st_mtime_ns != self._times[shard]:
+    def require_unchanged(self) -> None:
+        """Refuse a shard that was written to since the dataset was opened: what was read may be of either state.
+
+        To ask about every file that a batch came from takes a fifth of the reading, so each file is asked about when
+        it is opened and then once in `_LOOK_EVERY` seconds.
+        """
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_EVERY:
+            for shard, descriptor in self.items():
+                self._require_unchanged(shard, descriptor)
+            self._looked = now
+
+    def _require_unchanged(self, shard: int, descriptor: int) -> None:
+        if self._times is not None and os.fstat(descriptor).st_mtime_ns != self._times[shard]:
             raise damaged(self._directory / f"{self._names[shard]}.tar", "it was changed while it was in use")
 
     def __missing__(self, shard: int) -> int:
@@ -303,6 +317,11 @@ class _Files(dict[int, int]):
         if len(self) >= _OPEN_FILES:
             os.close(self.pop(next(iter(self))))
         self[shard] = descriptor
+        try:
+            self._require_unchanged(shard, descriptor)
+        except UserError:
+            os.close(self.pop(shard))
+            raise
         return descriptor
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,69 +149,60 @@ def test_micro_batches_by_index(pair: tuple[list[Dataset], Order]) -> None:
     assert torch.equal(item["tokens"], micro_batches[17]["tokens"])
 
 
-def children() -> set[int]:
-    """Process ids of this process's children, the dead that nobody waited for among them."""
-    tasks = Path("/proc/self/task").glob("*/children")
-    return {int(pid) for task in tasks for pid in task.read_text().split()}
-
-
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "reader"]
+
+
 def test_workers_leave_nothing_behind(pair: tuple[list[Dataset], Order]) -> None:
     datasets, order = pair
-    state = torch.get_rng_state()
-
-    def run() -> int:
-        before = children()
-        stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=2)
-        # Kept, as a consumer may: a batch in shared memory would hold a descriptor for as long.
-        kept = list(itertools.islice(stream, 40))
-        assert [int(item["positions"][0]) for item in kept] == list(range(0, 160, 4))
-        workers = children() - before
-        assert len(workers) == 2
-        in_use = descriptors()
-        stream.close()
-        assert not children() & workers
-        return in_use
-
-    run()
-    once = descriptors()
-    assert [run() - once < 30 for _ in range(4)] == [True] * 4
-    # The threads of multiprocessing's queues close their pipes in their own time.
-    deadline = time.monotonic() + 20
-    while descriptors() > once and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert descriptors() <= once
+    state, before = torch.get_rng_state(), descriptors()
+    stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=2)
+    kept = list(itertools.islice(stream, 40))
+    assert [int(item["positions"][0]) for item in kept] == list(range(0, 160, 4))
+    threads = readers()
+    assert len(threads) == 2
+    stream.close()
+    for thread in threads:
+        thread.join(timeout=20)
+    del threads, thread
+    assert readers() == []
+    assert descriptors() == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_notice_to_the_job_does_not_stop_the_data(pair: tuple[list[Dataset], Order]) -> None:
+def test_workers_read_a_little_ahead_only(pair: tuple[list[Dataset], Order], monkeypatch: pytest.MonkeyPatch) -> None:
     datasets, order = pair
-    before = children()
+    asked: list[int] = []
+
+    def noted(self: MicroBatches, index: int) -> dict[str, np.ndarray]:
+        asked.append(index)
+        return {"positions": np.array([index])}
+
+    monkeypatch.setattr(MicroBatches, "arrays", noted)
     stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=2)
-    # One from each worker: both are up.
-    assert [int(next(stream)["positions"][0]) for _ in range(2)] == [0, 4]
-    workers = " ".join(str(pid) for pid in children() - before)
-    # From another process, as a scheduler's are.
-    subprocess.run(["sh", "-c", f"for s in INT TERM USR1; do kill -$s {workers}; done"], check=True)
-    time.sleep(0.2)
-    positions = [int(item["positions"][0]) for item in itertools.islice(stream, 20)]
-    assert positions == list(range(8, 88, 4))
+    assert next(stream)["positions"].tolist() == [0]
+    deadline = time.monotonic() + 20
+    while len(asked) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(asked) == [0, 1, 2, 3, 4]
     stream.close()
 
 
-@pytest.mark.parametrize("fault", ["the run", "a worker"])
+@pytest.mark.parametrize("fault", ["the run", "a worker", "the storage"])
 def test_a_failed_run_ends_though_its_stream_is_alive(
     pair: tuple[list[Dataset], Order], tmp_path: Path, fault: str
 ) -> None:
-    """The traceback holds the workers' iterator until after multiprocessing has waited for them."""
+    """Neither a reader that is alive nor one that waits for its storage for ever keeps the process."""
     script = tmp_path / "run.py"
     script.write_text(
         textwrap.dedent(
             """
-            import pickle, sys
+            import os, pickle, signal, sys, threading, time
             from pathlib import Path
             from igpt_ds.loader import train_batches
             from igpt_ds.shards import Dataset
@@ -221,7 +213,12 @@ def test_a_failed_run_ends_though_its_stream_is_alive(
             datasets, order = pickle.loads(Path(sys.argv[1]).read_bytes())
             if sys.argv[2] == "a worker":
                 Dataset.read_many = fail
+            elif sys.argv[2] == "the storage":
+                Dataset.read_many = lambda *_: time.sleep(1000)
             stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=2)
+            if sys.argv[2] == "the storage":
+                threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+                signal.signal(signal.SIGUSR1, fail)
             next(stream)
             fail()
             """

@@ -196,11 +196,11 @@ def read_shared_memory() -> dict[str, Any]:
 
 
 def judge_shared_memory(fact: dict[str, Any]) -> Check:
-    """NCCL and the loader's workers hand tensors over in /dev/shm."""
+    """NCCL hands tensors over in /dev/shm between the ranks of a machine."""
     free = fact["free"]
     remedy = "give the container more (--ipc=host or --shm-size=8g), delete what killed processes left in /dev/shm"
     if free is None:
-        return Check("shared_memory", "WARN", "no /dev/shm", "set data.workers=0 if loader workers fail")
+        return Check("shared_memory", "WARN", "no /dev/shm", "set NCCL_SHM_DISABLE=1 if NCCL fails")
     status: Status = "FAIL" if free < 64 * 2**20 else "WARN" if free < 2**30 else "OK"
     return Check("shared_memory", status, f"{size_text(free)} free in /dev/shm", "" if status == "OK" else remedy)
 
