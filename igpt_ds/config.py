@@ -69,7 +69,11 @@ class TrainingConfig:
     gradient_clip: float = 0.0  # largest global norm; 0 never clips
     precision: Literal["float32", "bfloat16"] = "float32"
     micro_batch: int | None = None  # images a rank holds at once; not set: batch / world size
-    activation_checkpointing: bool = True
+    # What a block's backward pass finds and what it computes anew: "none" keeps all, "selective" attention's outputs,
+    # "full" the block's input only.
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    compile: bool = False  # each block through torch.compile
+    sequence_parallel: int = 1  # ranks that share an image's positions (DeepSpeed Ulysses), for more ranks than images
     log_every: int = 10
     validate_every: int = 1000  # 0: never
     stop_at: int | None = None  # end cleanly after this step, with a checkpoint
@@ -324,6 +328,7 @@ def _contradictions(config: Config) -> list[str]:
         "training.steps": training.steps,
         "training.batch": training.batch,
         "training.micro_batch": training.micro_batch,
+        "training.sequence_parallel": training.sequence_parallel,
         "training.log_every": training.log_every,
         "training.learning_rate": training.learning_rate,
         "training.epsilon": training.epsilon,
@@ -361,6 +366,8 @@ def _contradictions(config: Config) -> list[str]:
         require(0 <= getattr(training, name) < 1, f"training.{name} {getattr(training, name)} is not in [0, 1)")
     if training.stop_at is not None:
         require(0 < training.stop_at <= training.steps, f"training.stop_at {training.stop_at} is not in 1..steps")
+    if training.sequence_parallel > 1:
+        faults += _sequence_parallel_contradictions(config, training.sequence_parallel)
     if config.finetune is not None:
         faults += _finetune_contradictions(config, config.finetune)
     if data.weights:
@@ -370,6 +377,20 @@ def _contradictions(config: Config) -> list[str]:
             f"{len(data.sources)} sources",
         )
     return faults
+
+
+def _sequence_parallel_contradictions(config: Config, ranks: int) -> list[str]:
+    key = f"training.sequence_parallel={ranks}"
+    rules = {
+        f"{key} does not divide the {config.model.heads} heads, which the ranks deal out among them": (
+            config.model.heads % ranks == 0
+        ),
+        f"{key} does not divide the {config.data.resolution}² positions": (
+            config.data.resolution is None or config.data.resolution**2 % ranks == 0
+        ),
+        f"{key} is for pre-training: a class head needs all positions": config.finetune is None,
+    }
+    return [text for text, holds in rules.items() if not holds]
 
 
 def _finetune_contradictions(config: Config, finetune: FinetuneConfig) -> list[str]:

@@ -53,39 +53,57 @@ _KNOWN_ZERO = {
 
 @dataclass(frozen=True)
 class Division:
-    """How a global batch is spread: world * micro_batch * accumulation = batch."""
+    """How a global batch is spread: replicas * micro_batch * accumulation = batch.
+
+    A replica is one rank, or `sequence_parallel` neighbouring ones that each hold a part of every image's positions.
+    """
 
     world: int
     micro_batch: int
     accumulation: int
+    sequence_parallel: int = 1
+
+    @property
+    def replicas(self) -> int:
+        return self.world // self.sequence_parallel
 
     @property
     def batch(self) -> int:
-        return self.world * self.micro_batch * self.accumulation
+        return self.replicas * self.micro_batch * self.accumulation
+
+    def replica(self, rank: int) -> int:
+        """The replica that a rank belongs to."""
+        return rank // self.sequence_parallel
 
 
-def divide_batch(batch: int, micro_batch: int | None, world: int) -> Division:
-    """Micro-batch and accumulation of each rank; without a micro-batch a rank holds its whole share at once.
+def divide_batch(batch: int, micro_batch: int | None, world: int, sequence_parallel: int = 1) -> Division:
+    """Micro-batch and accumulation of each replica; without a micro-batch it holds its whole share at once.
 
     Raises:
         UserError: the batch cannot be spread evenly; the nearest sizes that can are named.
     """
-    if batch % world:
-        worlds = _nearest(world, [n for n in range(1, batch + 1) if batch % n == 0])
-        batches = [b for b in (batch // world * world, (batch // world + 1) * world) if b > 0]
+    if world % sequence_parallel:
         raise UserError(
-            f"training.batch={batch}: {world} ranks cannot share it evenly: start {worlds} ranks "
-            f"or set training.batch={' or '.join(map(str, batches))}"
+            f"training.sequence_parallel={sequence_parallel}: does not divide {world} ranks: start a multiple of it"
         )
-    share = batch // world
+    replicas = world // sequence_parallel
+    if batch % replicas:
+        fitting = [n * sequence_parallel for n in range(1, batch + 1) if batch % n == 0]
+        batches = [b for b in (batch // replicas * replicas, (batch // replicas + 1) * replicas) if b > 0]
+        ways = f"start {_nearest(world, fitting)} ranks or set training.batch={' or '.join(map(str, batches))}"
+        if replicas > batch and world % batch == 0:
+            ways += f", or training.sequence_parallel={world // batch} (ranks that share an image's positions)"
+        raise UserError(f"training.batch={batch}: {world} ranks cannot share it evenly: {ways}")
+    share = batch // replicas
     micro = share if micro_batch is None else micro_batch
     if share % micro:
-        fitting = _nearest(micro, [n for n in range(1, share + 1) if share % n == 0])
+        nearest = _nearest(micro, [n for n in range(1, share + 1) if share % n == 0])
         raise UserError(
-            f"training.micro_batch={micro}: does not divide the {share} images of a rank "
-            f"(batch {batch} on {world} ranks): set training.micro_batch={fitting}"
+            f"training.micro_batch={micro}: does not divide the {share} images of a "
+            f"{'rank' if sequence_parallel == 1 else 'replica'} (batch {batch} on {world} ranks): "
+            f"set training.micro_batch={nearest}"
         )
-    return Division(world, micro, share // micro)
+    return Division(world, micro, share // micro, sequence_parallel)
 
 
 def load_ds_config(source: str) -> dict[str, Any]:
@@ -126,7 +144,9 @@ def resolve(tree: dict[str, Any], config: Config, division: Division) -> dict[st
     if bf16 and stage == 0:
         raise UserError("training.precision=bfloat16: needs ZeRO stage 1 to 3: choose ds_configs zero1, zero2 or zero3")
     owned: dict[str, Any] = {
-        "train_batch_size": division.batch,
+        # DeepSpeed averages gradients over all ranks and need not know that some share their images: to it, each
+        # rank holds a micro-batch of its own.
+        "train_batch_size": division.world * division.micro_batch * division.accumulation,
         "train_micro_batch_size_per_gpu": division.micro_batch,
         "gradient_accumulation_steps": division.accumulation,
         "gradient_clipping": config.training.gradient_clip,

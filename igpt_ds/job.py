@@ -75,7 +75,9 @@ def prepare(config: Config, ds_source: str, world: int, *, test: bool = False, m
 
     if not config.data.sources:
         raise UserError("data: none is named: add --data DIR (built by igpt-data shards)")
-    division = divide_batch(config.training.batch, config.training.micro_batch, world)
+    division = divide_batch(
+        config.training.batch, config.training.micro_batch, world, config.training.sequence_parallel
+    )
     ds = resolve(load_ds_config(ds_source), config, division)
     train_sets = [open_split(source, "train") for source in config.data.sources]
     validation_set = open_split(config.data.sources[0], "val") if config.training.validate_every else None
@@ -121,7 +123,7 @@ def summary(job: Job) -> str:
         ("data", ", ".join(f"{s.path} ({s.rows:,} images)" for s in job.train_sets)),
         (
             "batch",
-            f"{division.batch} = {division.world} ranks x {division.micro_batch} x {division.accumulation} accumulated",
+            f"{division.batch} = {_replicas(division)} x {division.micro_batch} x {division.accumulation} accumulated",
         ),
         (
             "length",
@@ -140,6 +142,12 @@ def summary(job: Job) -> str:
         ),
     ]
     return "\n".join(f"{key:<10} {text}" for key, text in rows)
+
+
+def _replicas(division: Division) -> str:
+    if division.sequence_parallel == 1:
+        return f"{division.world} ranks"
+    return f"{division.replicas} replicas of {division.sequence_parallel} ranks"
 
 
 def _classification(config: Config) -> list[tuple[str, str]]:

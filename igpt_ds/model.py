@@ -16,12 +16,12 @@ Shape suffixes: B images, T tokens, D width, H heads, E width of a head, K colou
 import zlib
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from igpt_ds.config import Config
 from igpt_ds.hashing import stable_hash
@@ -91,22 +91,30 @@ class Attention(nn.Module):
         self.heads, self.causal, self.dropout = heads, causal, dropout
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
+        # With sequence parallelism, see `ImageGPT.share_positions`: `attend` for all positions, between ranks.
+        self.attend_between_ranks: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x_BTD: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         B, T, D = x_BTD.shape
-        q_BHTE, k_BHTE, v_BHTE = (
-            part.view(B, T, self.heads, D // self.heads).transpose(1, 2) for part in self.qkv(x_BTD).split(D, dim=2)
-        )
-        causal, mask_TT = self.causal, None
-        if cache is not None:
-            # A first chunk is causal within itself; a later one sees all that is cached, too.
-            causal = cache.length == 0
-            k_BHTE, v_BHTE = cache.append(layer, k_BHTE, v_BHTE)
-            if not causal and T > 1:
-                mask_TT = torch.ones(T, k_BHTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
-        dropout = self.dropout if self.training else 0.0
-        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask_TT, dropout, is_causal=causal)
+        q_BTHE, k_BTHE, v_BTHE = (part.view(B, T, self.heads, D // self.heads) for part in self.qkv(x_BTD).split(D, 2))
+        if cache is None:
+            attend = self.attend_between_ranks or self.attend
+            return self.out(attend(q_BTHE, k_BTHE, v_BTHE).reshape(B, T, D))
+        q_BHTE, k_BHTE, v_BHTE = (part.transpose(1, 2) for part in (q_BTHE, k_BTHE, v_BTHE))
+        # A first chunk is causal within itself; a later one sees all that is cached, too.
+        causal, mask_TT = cache.length == 0, None
+        k_BHTE, v_BHTE = cache.append(layer, k_BHTE, v_BHTE)
+        if not causal and T > 1:
+            mask_TT = torch.ones(T, k_BHTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask_TT, is_causal=causal)
         return self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
+
+    def attend(self, q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(E)) v: [B, T, H, E], of any of the heads."""
+        dropout = self.dropout if self.training else 0.0
+        q_BHTE, k_BHTE, v_BHTE = (part.transpose(1, 2) for part in (q_BTHE, k_BTHE, v_BTHE))
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, dropout_p=dropout, is_causal=self.causal)
+        return y_BHTE.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -158,6 +166,7 @@ class ImageGPT(nn.Module):
         self.width, self.heads, self.causal = config.model.width, config.model.heads, config.causal
         self.sequence_length, self.palette_size = config.sequence_length, config.palette_size
         self.checkpointing = config.training.activation_checkpointing
+        self.part = slice(None)
         self.dropout = config.finetune.dropout if config.finetune else 0.0
         self.class_layer = config.class_layer
         D = self.width
@@ -205,8 +214,9 @@ class ImageGPT(nn.Module):
         for layer, block in enumerate(self.blocks[: last + 1]):
             if not norm and layer in features:
                 raw[layer] = _pooled(h_BTD)
-            if self.checkpointing and torch.is_grad_enabled() and cache is None:
-                h_BTD, f_BD = checkpoint(block, h_BTD, layer in wanted, use_reentrant=False)
+            if self.checkpointing != "none" and torch.is_grad_enabled() and cache is None:
+                context = _keep_attention if self.checkpointing == "selective" else noop_context_fn
+                h_BTD, f_BD = checkpoint(block, h_BTD, layer in wanted, use_reentrant=False, context_fn=context)
             else:
                 h_BTD, f_BD = block(h_BTD, layer in wanted, cache, layer)
             if f_BD is not None:
@@ -227,6 +237,26 @@ class ImageGPT(nn.Module):
         asked = {layer: pooled[layer] for layer in pooled if layer in features} if norm else raw
         return Output(logits_BTK, asked, class_logits_BC)
 
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse each block; one compilation serves all, since they differ in their weights only."""
+        for block in self.blocks:
+            # Not the module: ZeRO-3's gathering hooks stay outside.
+            block.forward = torch.compile(block.forward)
+
+    def share_positions(
+        self, part: slice, between_ranks: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    ) -> None:
+        """Compute the positions of `part` only, other ranks the others (sequence parallelism, DeepSpeed Ulysses).
+
+        Args:
+            between_ranks: makes of a function of q, k, v [B, T, H/ranks, E] one of [B, T/ranks, H, E]: the ranks give
+                one another positions for heads, and back.
+        """
+        self.part = part
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.attend_between_ranks = between_ranks(block.attention.attend)
+
     def _embed(self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: Cache | None) -> Tensor:
         x_BTD = F.embedding(tokens_BT, self.token_embedding)
         first = 0
@@ -240,7 +270,24 @@ class ImageGPT(nn.Module):
             x_BTD = torch.cat([self.start.expand(len(x_BTD), 1, -1), x_BTD], dim=1)
         else:
             first = cache.length
-        return x_BTD + self.position_embedding[first : first + x_BTD.shape[1]]
+        x_BTD = x_BTD + self.position_embedding[first : first + x_BTD.shape[1]]
+        return x_BTD[:, self.part] if cache is None else x_BTD
+
+
+def _keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Selective checkpointing: attention costs much to compute anew and its output little to keep, d a position."""
+    return create_selective_checkpoint_contexts(_ATTENTION)
+
+
+_ATTENTION = [
+    operator.default
+    for operator in (
+        torch.ops.aten._scaled_dot_product_flash_attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_efficient_attention,
+        torch.ops.aten._scaled_dot_product_cudnn_attention,
+    )
+]
 
 
 def _pooled(n_BTD: Tensor) -> Tensor:

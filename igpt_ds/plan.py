@@ -96,6 +96,6 @@ def _activation_bytes(config: Config, micro_batch: int, width: int) -> int:
     """
     unit = micro_batch * config.sequence_length * config.model.width * width
     layers = config.model.layers
-    blocks = layers + 17 if config.training.activation_checkpointing else layers * 17
+    blocks = layers + 17 if config.training.activation_checkpointing != "none" else layers * 17
     logits = micro_batch * config.sequence_length * config.palette_size * (width + 8)
     return unit * blocks + logits

@@ -92,8 +92,8 @@ def pretrain(
             job.order,
             batch=job.config.training.batch,
             micro_batch=job.division.micro_batch,
-            rank=where.rank,
-            world=where.world,
+            rank=job.division.replica(where.rank),
+            world=job.division.replicas,
             start_step=progress.step,
             left_out=progress.left_out,
             workers=job.config.data.workers,
@@ -232,7 +232,9 @@ def validate(
 
     where, step = engine.place, progress.step
     assert job.validation_set is not None
-    batches = evaluation_batches(job.validation_set, job.division.micro_batch, where.rank, where.world)
+    batches = evaluation_batches(
+        job.validation_set, job.division.micro_batch, job.division.replica(where.rank), job.division.replicas
+    )
     totals, images = engine.evaluate(watchdog.over(batches, "loading validation data", "validating", step))
     measured = dict(zip(engine.measures, (total / images for total in totals), strict=True))
     if metrics is not None:

@@ -29,11 +29,13 @@ class Case:
 
     stage: int = 3
     accumulation: int = 1
-    checkpointing: bool = True
+    checkpointing: str = "full"
+    sharing: int = 1  # ranks that share an image's positions
     objective: str = "next_pixel"
     precision: str = "float32"
     clip: float = 0.0
     width: int = 32
+    heads: int = 2
     # As shipped, ZeRO-3 keeps parameters of up to 100,000 elements whole: all of a network this small. Here every
     # matrix is divided, and the buckets are so small that several are in use.
     persistence: int = 0
@@ -44,7 +46,7 @@ class Case:
         """Tells apart all cases of one world size."""
         return (
             f"zero{self.stage}-{self.objective}-{self.precision}-accumulation{self.accumulation}"
-            f"-{'recomputed' if self.checkpointing else 'kept'}-clip{self.clip:g}-width{self.width}"
+            f"-checkpointing-{self.checkpointing}-sharing{self.sharing}-clip{self.clip:g}-width{self.width}x{self.heads}"
             f"-persistence{self.persistence}-bucket{self.bucket}"
         )
 
@@ -52,7 +54,7 @@ class Case:
         """The configuration on so many ranks; only the micro-batch depends on it."""
         return Config(
             name="parity",
-            model=ModelConfig(layers=2, width=self.width, heads=2),
+            model=ModelConfig(layers=2, width=self.width, heads=self.heads),
             data=DataConfig(resolution=RESOLUTION, palette_size=COLOURS),
             objective=ObjectiveConfig(name=self.objective),
             training=TrainingConfig(
@@ -62,7 +64,8 @@ class Case:
                 warmup_steps=5,
                 gradient_clip=self.clip,
                 precision=self.precision,
-                micro_batch=BATCH // world // self.accumulation,
+                micro_batch=BATCH // (world // self.sharing) // self.accumulation,
+                sequence_parallel=self.sharing,
                 activation_checkpointing=self.checkpointing,
             ),
             seed=SEED,
@@ -70,7 +73,7 @@ class Case:
 
 
 _BASE = Case()
-_ACCUMULATED = replace(_BASE, accumulation=4, checkpointing=False)
+_ACCUMULATED = replace(_BASE, accumulation=4, checkpointing="none")
 _SHIPPED = replace(_BASE, persistence=100_000, bucket=120_000_000)
 _STAGES = [
     replace(_BASE, stage=0, clip=0.5),
@@ -87,12 +90,21 @@ CASES = {
     2: [
         *RESUMED[2],
         replace(_BASE, accumulation=4),
-        replace(_BASE, checkpointing=False),
+        replace(_BASE, checkpointing="none"),
+        replace(_BASE, checkpointing="selective"),
+        replace(_BASE, sharing=2),
+        replace(_BASE, sharing=2, stage=1, accumulation=4, objective="masked_pixel"),
         _ACCUMULATED,
         replace(_BASE, objective="masked_pixel", accumulation=4),
         replace(_BASE, clip=0.5),
     ],
-    4: [_BASE, _ACCUMULATED, *RESUMED[4]],
+    4: [
+        _BASE,
+        _ACCUMULATED,
+        *RESUMED[4],
+        replace(_BASE, sharing=2, accumulation=2, objective="masked_pixel"),
+        replace(_BASE, sharing=4, heads=4, checkpointing="selective"),
+    ],
 }
 # On this many ranks: (saved by 2 ranks as, to be loaded as).
 LOADED = {
@@ -135,7 +147,7 @@ class Rank:
         from igpt_ds.engine import Engine
 
         config = case.config(self.place.world)
-        division = divide_batch(BATCH, config.training.micro_batch, self.place.world)
+        division = divide_batch(BATCH, config.training.micro_batch, self.place.world, case.sharing)
         tree = load_ds_config(f"zero{case.stage}")
         zero = tree["zero_optimization"]
         if case.stage == 3:
@@ -152,7 +164,9 @@ class Rank:
         for step in range(first, last):
             batches = []
             for a in range(division.accumulation):
-                begin = step * BATCH + (a * division.world + self.place.rank) * division.micro_batch
+                begin = (
+                    step * BATCH + (a * division.replicas + division.replica(self.place.rank)) * division.micro_batch
+                )
                 positions = np.arange(begin, begin + division.micro_batch)
                 tokens = torch.from_numpy(images(positions))
                 batches.append({"tokens": tokens, "positions": torch.from_numpy(positions)})

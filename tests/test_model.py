@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_ds import plan
 from igpt_ds.config import Config, load_config
@@ -21,7 +23,7 @@ BERT = "objective.name=masked_pixel"
 def small_config(*overrides: str) -> Config:
     """3 layers of 24, 4 heads, 16 tokens of 11 colours."""
     shape = ["model.layers=3", "model.width=24", "model.heads=4", "data.resolution=4", "data.palette_size=11"]
-    return load_config("tiny", [*shape, "training.activation_checkpointing=false", *overrides])
+    return load_config("tiny", [*shape, "training.activation_checkpointing=none", *overrides])
 
 
 def random_model(config: Config, seed: int = 0) -> ImageGPT:
@@ -222,19 +224,38 @@ def test_decoding_with_a_cache_equals_the_full_pass(chunks: Sequence[int]) -> No
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=1e-5)
 
 
+class Operators(TorchDispatchMode):
+    """The names of the operators that are computed inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, part: str, without: str) -> int:
+        return sum(part in name and without not in name for name in self.names)
+
+
 @pytest.mark.parametrize("objective", [AUTO_REGRESSIVE, BERT])
 def test_activation_checkpointing_recomputes_and_changes_no_gradient(objective: str) -> None:
     gradients, calls = [], []
-    for switch in ("false", "true"):
-        config = small_config(objective, f"training.activation_checkpointing={switch}")
+    for kept in ("none", "selective", "full"):
+        config = small_config(objective, f"training.activation_checkpointing={kept}")
         model, tokens = random_model(config).float(), random_tokens(config)
         passes: list[int] = []
         model.blocks[1].mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         output = model(tokens, None if config.causal else random_mask(tokens), features=[1, 3])
-        (output.logits_BTK.square().mean() + sum(f.square().mean() for f in output.features.values())).backward()
+        loss = output.logits_BTK.square().mean() + sum(f.square().mean() for f in output.features.values())
+        with Operators() as operators:
+            loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-        calls.append(len(passes))
-    assert calls == [1, 2]
+        calls.append((len(passes), operators.count("scaled_dot_product", "_backward")))
+    layers = len(model.blocks)
+    assert calls == [(1, 0), (2, 0), (2, layers)], "times that the MLP, and in the backward pass attention, is computed"
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         assert torch.equal(gradient, gradients[1][name]), name
+        assert torch.equal(gradient, gradients[2][name]), name

@@ -43,7 +43,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 def plain(case: Case) -> Curves:
     """The same training by torch alone: float32, the whole batch at once, AdamW."""
-    return _plain(Case(objective=case.objective, clip=case.clip, width=case.width, checkpointing=False))
+    alike = {"objective": case.objective, "clip": case.clip, "width": case.width, "heads": case.heads}
+    return _plain(Case(checkpointing="none", **alike))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ SHAPE = ["model.layers=3", "model.width=24", "model.heads=4", "data.resolution=5
 
 @pytest.mark.parametrize("objective", ["next_pixel", "masked_pixel"])
 def test_flops_equal_what_torch_counts(objective: str) -> None:
-    config = load_config("tiny", [*SHAPE, f"objective.name={objective}", "training.activation_checkpointing=false"])
+    config = load_config("tiny", [*SHAPE, f"objective.name={objective}", "training.activation_checkpointing=none"])
     model = ImageGPT(config)
     initialise(model, 0)
     images = 2
@@ -105,14 +105,14 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing() -
     config = load_config("l")
     one, four = (plan.bytes_per_rank(config, 3, Division(8, m, 16 // m)).activations for m in (1, 4))
     assert four == 4 * one
-    kept = load_config("l", ["training.activation_checkpointing=false"])
+    kept = load_config("l", ["training.activation_checkpointing=none"])
     everything = plan.bytes_per_rank(kept, 3, Division(8, 1, 16)).activations
     # At least the inputs of all blocks with it; every block's inside without.
     inputs = 4 * 1024 * 1536 * 48
     assert inputs < one < everything / 5
 
 
-@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("checkpointing", ["full", "none"])
 def test_activations_are_what_the_network_keeps_for_its_backward_pass(checkpointing: str) -> None:
     shape = ["model.layers=6", "model.width=128", "data.resolution=16"]
     config = load_config("s", [*shape, f"training.activation_checkpointing={checkpointing}"])
@@ -132,7 +132,7 @@ def test_activations_are_what_the_network_keeps_for_its_backward_pass(checkpoint
         next_pixel.image_losses(logits, tokens, None).mean()
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     planned = plan.bytes_per_rank(config, 3, Division(1, images, 1)).activations
-    if checkpointing == "true":
+    if checkpointing == "full":
         # The plan adds the block that is recomputed.
         measured += 17 * images * 256 * 128 * 4
-    assert measured == pytest.approx(planned, rel=0.15 if checkpointing == "true" else 0.03)
+    assert measured == pytest.approx(planned, rel=0.15 if checkpointing == "full" else 0.03)

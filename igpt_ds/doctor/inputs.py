@@ -75,7 +75,9 @@ def make_plan(request: Request, ranks: int) -> Plan:
         return Plan(ranks=ranks, fault=fault)
     need = None
     try:
-        division = divide_batch(config.training.batch, config.training.micro_batch, ranks)
+        division = divide_batch(
+            config.training.batch, config.training.micro_batch, ranks, config.training.sequence_parallel
+        )
         stage = resolve(load_ds_config(request.ds_source), config, division)["zero_optimization"]["stage"]
         if config.data.resolution and config.data.palette_size:
             need = Need(

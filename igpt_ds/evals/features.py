@@ -111,7 +111,12 @@ class Network:
         self.config, self.checkpoint, self.recipe, self.where = config, checkpoint, recipe, where
         self.batch = batch or max(1, _TOKENS // config.sequence_length)
         division = Division(where.world, self.batch, 1)
-        training = {"precision": recipe.precision, "batch": division.batch, "micro_batch": self.batch}
+        training = {
+            "precision": recipe.precision,
+            "batch": division.batch,
+            "micro_batch": self.batch,
+            "sequence_parallel": 1,
+        }
         self._engine_config = replace(config, "training", **training)
         self._division = division
         self._ds = resolve(load_ds_config(ds), self._engine_config, division) if ds else None

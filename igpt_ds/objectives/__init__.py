@@ -3,9 +3,11 @@
 An objective module has two functions:
 
     mask(tokens_BT, positions_B, config) -> bool [B, T] or None      what is hidden from the network
-    image_losses(logits_BTK, tokens_BT, mask_BT) -> float32 [B]      nats a token, one figure an image
+    image_losses(logits_BPK, tokens_BT, mask_BT, part) -> float32 [B]    nats a token, one figure an image
 
-A step's loss is the mean of `image_losses` over the images of the global batch. Bits are nats / ln 2.
+A step's loss is the mean of `image_losses` over the images of the global batch. Bits are nats / ln 2. Where several
+ranks share an image (sequence parallelism), each has the logits of P = T / ranks positions, those of `part`, and the
+image's loss is the mean of what the ranks find.
 """
 
 import importlib
@@ -21,7 +23,9 @@ class Objective(Protocol):
 
     def mask(self, tokens_BT: Tensor, positions_B: Tensor, config: Config) -> Tensor | None: ...
 
-    def image_losses(self, logits_BTK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor: ...
+    def image_losses(
+        self, logits_BPK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None, part: slice = slice(None)
+    ) -> Tensor: ...
 
 
 def load_objective(config: Config) -> Objective:

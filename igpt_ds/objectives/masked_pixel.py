@@ -26,12 +26,13 @@ def mask(tokens_BT: Tensor, positions_B: Tensor, config: Config) -> Tensor:
     return torch.from_numpy(hashes_BT < threshold).to(tokens_BT.device)
 
 
-def image_losses(logits_BTK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Mean over M of -log p(x_i | unmasked tokens), in nats a token: float32 [B].
+def image_losses(logits_BPK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None, part: slice = slice(None)) -> Tensor:
+    """Mean over M of -log p(x_i | unmasked tokens), in nats a token: float32 [B]; of `part`, see `igpt_ds.objectives`.
 
     An image whose mask is empty has the loss 0 and no gradient; the mean over the batch still counts it, so that
     the loss does not depend on how the batch is divided.
     """
     assert mask_BT is not None
-    nats_BT = F.cross_entropy(logits_BTK.float().transpose(1, 2), tokens_BT, reduction="none")
-    return (nats_BT * mask_BT).sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+    nats_BP = F.cross_entropy(logits_BPK.float().transpose(1, 2), tokens_BT[:, part], reduction="none")
+    parts = tokens_BT.shape[1] // nats_BP.shape[1]
+    return (nats_BP * mask_BT[:, part]).sum(dim=1) * parts / mask_BT.sum(dim=1).clamp(min=1)

@@ -10,8 +10,8 @@ def mask(tokens_BT: Tensor, positions_B: Tensor, config: Config) -> None:
     """Nothing is hidden: the causal network sees only the past."""
 
 
-def image_losses(logits_BTK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """-log p(x) / n of each image, in nats a token: float32 [B]."""
+def image_losses(logits_BPK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None, part: slice = slice(None)) -> Tensor:
+    """-log p(x) / n of each image, in nats a token: float32 [B]; of `part`, see `igpt_ds.objectives`."""
     # The logits at position i already predict token i: the network shifts its input.
-    nats_BT = F.cross_entropy(logits_BTK.float().transpose(1, 2), tokens_BT, reduction="none")
-    return nats_BT.mean(dim=1)
+    nats_BP = F.cross_entropy(logits_BPK.float().transpose(1, 2), tokens_BT[:, part], reduction="none")
+    return nats_BP.mean(dim=1)
