@@ -113,6 +113,9 @@ class Engine:
 
     def __init__(self, config: Config, ds: dict[str, Any], division: Division, where: Place):
         self.config, self.division, self.place = config, division, where
+        if not config.training.compile:
+            # DeepSpeed imports an optimiser that compiles itself: a quarter of the processor time of a rank's start.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         self.device = join(where)
         self.stage = int(ds["zero_optimization"]["stage"])
         # Small messages between the ranks' processors (stop flags, barriers), which must not wait for the GPU.
