@@ -152,8 +152,7 @@ def _stepping(model: torch.nn.Module, loss: Callable[[], torch.Tensor], config: 
         found = loss()
         found.backward()
         adam.step()
-
-    return found.item()
+        return found.item()
 
     return step
 
