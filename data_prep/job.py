@@ -106,7 +106,7 @@ class Build:
         """
         merged = {plan.split: self._merge(plan) for plan in self.planned}
         whole = Tally()
-        for tally, _ in merged.values():
+        for tally, *_ in merged.values():
             whole.add(tally)
         whole.judge(self.max_reject_rate, self.images or whole.seen)
         for plan in self.planned:
@@ -132,16 +132,22 @@ class Build:
             for path in reversed(self.created):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _merge(self, plan: Plan) -> tuple[Tally, list[ShardRecord]]:
-        """What the marks say; the rejects go into a file, for there may be millions."""
+    def _merge(self, plan: Plan) -> tuple[Tally, list[ShardRecord], float]:
+        """What the marks say: images, shards, the palette's squared error in all of them.
+
+        The rejects go into a file, for there may be millions.
+        """
         directory, tally = self.directory(plan), Tally()
         shards: list[ShardRecord] = []
+        squared_error = 0.0
         with publish_file(directory / "rejects.jsonl") as file:
             for task in self.tasks(plan):
                 marks = committed(task, thorough=False)
                 if not marks or not marks[-1].last:
                     raise UserError(f"{directory}: {task.slice.name} is not built: the same command again continues")
-                shards += records(task, marks)
+                for record, error in records(task, marks):
+                    shards.append(record)
+                    squared_error += error
                 if task.slice.views[0] != 0:
                     continue  # The other views reject the same images.
                 tally.seen += marks[-1].seen
@@ -150,7 +156,7 @@ class Build:
                     file.write(json.dumps(rejected._asdict()).encode() + b"\n")
         if not tally.rejected:
             (directory / "rejects.jsonl").unlink()
-        return tally, sorted(shards, key=lambda shard: shard.view)
+        return tally, sorted(shards, key=lambda shard: shard.view), squared_error
 
     def _nothing(self, plan: Plan, tally: Tally) -> UserError:
         if tally.seen:
@@ -162,16 +168,19 @@ class Build:
             )
         return no_images(plan.split, plan.settings.holdout)
 
-    def _publish(self, plan: Plan, tally: Tally, shards: list[ShardRecord]) -> Manifest:
+    def _publish(self, plan: Plan, tally: Tally, shards: list[ShardRecord], squared_error: float) -> Manifest:
         record: dict[str, Any] = plan.record
         resolution = plan.settings.resolution
+        pixels = sum(shard.rows for shard in shards) * resolution**2
+        # Six digits: the last ones of a sum may differ between processors, the manifest's bytes must not.
+        distortion = float(f"{squared_error / pixels:.6g}")
         manifest = Manifest(
             rows=tally.seen - tally.rejected,
             sequence_length=resolution**2,
             resolution=resolution,
             rows_per_block=ROWS_PER_BLOCK,
             storage=plan.settings.storage,
-            palette={"k": self.palette.k, "sha256": self.palette.sha256},
+            palette={"k": self.palette.k, "sha256": self.palette.sha256, "distortion": distortion},
             source=record["source"],
             split=plan.split,
             views=plan.views,

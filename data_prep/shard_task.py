@@ -177,10 +177,11 @@ def _tally(marks: list[Mark]) -> Tally:
     return tally
 
 
-def records(task: ShardTask, marks: list[Mark]) -> list[ShardRecord]:
-    """The records of a slice's shards, of all views that it writes."""
+def records(task: ShardTask, marks: list[Mark]) -> list[tuple[ShardRecord, float]]:
+    """The slice's shards, of all views that it writes: each one's record and the palette's squared error in it."""
     names = [_name(task, i, view) for i, mark in enumerate(marks) if mark.record for view in task.slice.views]
-    return [mark[0] for name in names if (mark := read_mark(task.directory, name))]
+    found = [mark for name in names if (mark := read_mark(task.directory, name))]
+    return [(record, float(note["squared_error"])) for record, note in found]
 
 
 class _Shard:
@@ -194,9 +195,12 @@ class _Shard:
         self.ids: list[bytes] = []
         self.labels: list[int | None] = []
         self.rejected: list[Rejected] = []
+        self.squared_error = dict.fromkeys(task.slice.views, 0.0)  # of the palette, see `Palette.squared_error`
 
-    def add(self, encoded: Encoded, tokens: list[np.ndarray]) -> None:
-        for array, row in zip(self.tokens.values(), tokens, strict=True):
+    def add(self, encoded: Encoded, rows: list["_Row"]) -> None:
+        for view, (row, squared_error) in zip(self.tokens, rows, strict=True):
+            array = self.tokens[view]
+            self.squared_error[view] += squared_error
             if self.rows == len(array):
                 array.resize((min(2 * self.rows, self.capacity), array.shape[1]), refcheck=False)
             array[self.rows] = row
@@ -220,7 +224,7 @@ class _Shard:
                 None if task.source.classes is None else np.array(self.labels, np.int64),
                 rows_per_block=ROWS_PER_BLOCK,
                 view=view,
-                note=note,
+                note={**note, "squared_error": self.squared_error[view]},
                 storage=task.storage,
             )
 
@@ -245,14 +249,18 @@ def _images(task: ShardTask) -> Iterator[Encoded]:
         raise missing_selected(task.selection, part, len(kept) - met, len(kept))
 
 
-def _encode(encoded: Encoded, task: ShardTask, palette: Palette) -> list[np.ndarray] | Rejected:
-    """The image's tokens in each of the slice's views, or why there are none."""
+_Row = tuple[np.ndarray, float]  # tokens, and the squared error of their colours
+
+
+def _encode(encoded: Encoded, task: ShardTask, palette: Palette) -> list[_Row] | Rejected:
+    """The image in each of the slice's views, or why there is none."""
     rows = []
     for view in task.slice.views:
         found = pixels(encoded, task.transform, view)
         if isinstance(found, Rejected):
             return found
-        rows.append(palette.encode(found).reshape(-1))
+        tokens = palette.encode(found).reshape(-1)
+        rows.append((tokens, palette.squared_error(found, tokens)))
     return rows
 
 
@@ -269,6 +277,7 @@ def _read(task: ShardTask, name: str, thorough: bool) -> Mark | None:
         record: ShardRecord | None = None
         if found := read_mark(task.directory, name):
             record, note = found
+            float(note["squared_error"])
             if path.stat().st_size != record.bytes or (thorough and sha256_file(path) != record.sha256):
                 return None
         else:

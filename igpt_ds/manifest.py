@@ -42,7 +42,7 @@ class Manifest:
     resolution: int
     rows_per_block: int
     storage: str
-    palette: dict[str, Any]  # k and sha256
+    palette: dict[str, Any]  # k, sha256, and distortion: mean squared distance of a pixel to its colour in [-1, 1]
     source: str
     split: str
     views: int

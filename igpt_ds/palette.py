@@ -104,6 +104,11 @@ class Palette:
             index |= rgb[..., channel]
         return self._table[index]
 
+    def squared_error(self, rgb: np.ndarray, tokens: np.ndarray) -> float:
+        """What `encode` lost: squared distances of the pixels to their tokens' colours, in [-1, 1] units, summed."""
+        apart = rgb.reshape(-1, 3) / np.float32(127.5) - 1 - self.colours[tokens.reshape(-1)]
+        return float(np.square(apart).sum(dtype=np.float64))
+
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Colours of tokens: integers [...] -> uint8 [..., 3], rint((c + 1) * 127.5).
 

@@ -16,6 +16,7 @@ from data_prep.plan import Settings, unit_hash
 from data_prep.sources import open_source
 from data_prep.transforms import Transform, evaluation
 from data_prep.verify import verify
+from igpt_ds.blocks import blocks
 from igpt_ds.errors import UserError
 from igpt_ds.manifest import Manifest
 from igpt_ds.palette import Palette
@@ -70,6 +71,18 @@ def test_every_image_is_there_once_with_its_label_and_pixels(photos: Path, tmp_p
                 wanted = palette.encode(transform(image, image_id, view)).reshape(-1)
                 assert np.array_equal(row, wanted)
     assert sorted(seen) == sorted(str(p.relative_to(photos)) for p in photos.rglob("*.jpg"))
+
+
+def test_the_manifest_says_what_the_palette_lost(photos: Path, tmp_path: Path, palette: Palette) -> None:
+    make(photos, tmp_path / "d", palette, settings(views=2, holdout=0))
+    dataset = Dataset.open(tmp_path / "d" / "train")
+    transform, squares = Transform("random", 8, 0), []
+    for number, shard in enumerate(dataset.manifest.shards):
+        ids = np.concatenate([block["ids"] for block in blocks(dataset.path / f"{shard.name}.tar", ("ids",))])
+        for name, tokens in zip(ids.tolist(), dataset.tokens(number), strict=True):
+            pixels = transform(Image.open(photos / name.decode()), name.decode(), shard.view).reshape(-1, 3)
+            squares.append((pixels / 127.5 - 1 - palette.colours[tokens].astype(np.float64)) ** 2)
+    assert dataset.manifest.palette["distortion"] == pytest.approx(np.sum(squares, axis=2).mean(), rel=1e-5)
 
 
 def test_the_held_out_share_is_chosen_by_the_id_alone(photos: Path, tmp_path: Path, palette: Palette) -> None:
