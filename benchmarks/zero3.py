@@ -1,0 +1,175 @@
+"""What the harness costs on top of DeepSpeed: `python -m benchmarks.zero3` (one rank), or under a launcher.
+
+The whole training loop (`igpt_ds.train.train`: loader, ZeRO-3 engine, judging, metrics, watchdog) against a bare
+DeepSpeed loop over the same network, configuration and batch size, its batches in memory. They take turns, a stretch of
+steps each; the harness's time is what its own metrics record, the bare loop's is the clock's. Target: at least 0.98 of
+the bare loop's speed. Beside it: the share of a step that the loop waits for data (target under 0.5 %) and that logging
+takes (under 1 %).
+"""
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from igpt_ds.config import load_config, replace
+from igpt_ds.job import Job, prepare
+from igpt_ds.manifest import Manifest
+from igpt_ds.metrics import Metrics, read_metrics
+from igpt_ds.palette import Palette
+from igpt_ds.place import place
+from igpt_ds.run import Run
+from igpt_ds.shards import write_shard
+
+IMAGES, COLOURS = 512, 512
+
+
+def build_data(folder: Path, resolution: int) -> Path:
+    """A dataset of random tokens."""
+    generator, split = np.random.default_rng(0), folder / "train"
+    split.mkdir(parents=True)
+    palette = Palette(generator.uniform(-1, 1, (COLOURS, 3)).astype(np.float32))
+    palette.save(split / "palette.npy")
+    tokens = generator.integers(0, COLOURS, (IMAGES, resolution**2), np.uint16)
+    ids = [f"{i:06d}" for i in range(IMAGES)]
+    Manifest(
+        rows=IMAGES,
+        sequence_length=resolution**2,
+        resolution=resolution,
+        rows_per_block=256,
+        storage="uint16",
+        palette={"k": COLOURS, "sha256": palette.sha256},
+        source="random",
+        split="train",
+        views=1,
+        transform={},
+        seed=0,
+        classes=None,
+        versions={},
+        rejected=0,
+        shards=[write_shard(split, "train-00000", tokens, ids, None, rows_per_block=256, view=0)],
+    ).save(split)
+    return folder
+
+
+class Bare:
+    """DeepSpeed as its documentation shows it, around the same network."""
+
+    def __init__(self, job: Job) -> None:
+        import deepspeed
+
+        from igpt_ds.model import ImageGPT, initialise
+
+        with deepspeed.zero.Init(config_dict_or_path=job.ds):
+            model = ImageGPT(job.config)
+        initialise(model, 0, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
+        adam = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
+        self.engine: Any = deepspeed.initialize(model=model, optimizer=adam, config=job.ds)[0]
+        shape = (job.division.micro_batch, job.config.sequence_length)
+        self.tokens_BT = torch.randint(0, COLOURS, shape)
+
+    def run(self, steps: int) -> float:
+        """Seconds a step."""
+        begin = time.perf_counter()
+        for _ in range(steps):
+            logits_BTK = self.engine(self.tokens_BT).logits_BTK
+            loss = F.cross_entropy(logits_BTK.flatten(0, 1), self.tokens_BT.flatten())
+            self.engine.backward(loss)
+            self.engine.step()
+        return (time.perf_counter() - begin) / steps
+
+
+def main() -> None:
+    """Alternate; print ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5, help="of a stretch")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.disable(logging.WARNING)
+    where = place()
+    with tempfile.TemporaryDirectory() as folder:
+        data = build_data(Path(folder) / f"data-{where.rank}", 32)
+        facts = {
+            "model.layers": arguments.layers,
+            "training.batch": arguments.micro_batch * where.world,
+            "training.log_every": arguments.steps,
+            "training.validate_every": 0,
+            "checkpoint.every": 10**9,
+            "checkpoint.milestones": [],
+            "health.spike_sigma": 0,
+            "data.workers": 2,
+        }
+        config = load_config("s", [f"{key}={value}" for key, value in facts.items()])
+        job = prepare(replace(config, "data", sources=(str(data),)), "zero3", where.world)
+        measure(job, Run(Path(folder) / "run"), arguments.steps, arguments.rounds)
+
+
+def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
+    """The rounds, in this process group."""
+    import dataclasses
+
+    from igpt_ds.engine import Engine, leave
+    from igpt_ds.health import StopRequest
+    from igpt_ds.loader import train_batches
+    from igpt_ds.order import NOTHING_LEFT_OUT
+    from igpt_ds.progress import Progress
+    from igpt_ds.stability import Stability
+    from igpt_ds.train import train
+    from igpt_ds.watchdog import Watchdog
+
+    where = place()
+    engine = Engine(job.config, job.ds, job.division, where)
+    bare = Bare(job)
+    run.create()
+    metrics = Metrics(run.path, 0, {}, None) if where.rank == 0 else None
+    progress = Progress(0, NOTHING_LEFT_OUT, Stability(job.config.health, {}))
+
+    def batches_after(progress: Progress) -> Any:
+        return train_batches(
+            job.train_sets,
+            job.order,
+            batch=job.config.training.batch,
+            micro_batch=job.division.micro_batch,
+            rank=where.rank,
+            world=where.world,
+            start_step=progress.step,
+            workers=job.config.data.workers,
+        )
+
+    ratios, waits, theirs = [], [], []
+    bare.run(2)
+    for _ in range(rounds + 1):
+        stretch = dataclasses.replace(job, config=replace(job.config, "training", stop_at=progress.step + steps))
+        watchdog = Watchdog(run.path, where.rank, where.world, 900.0, open(os.devnull, "w"))  # noqa: SIM115
+        progress = train(engine, batches_after, stretch, run, progress, metrics, StopRequest(), watchdog)
+        theirs.append(bare.run(steps))
+        line = [each for each in read_metrics(run.metrics) if "loss" in each][-1]
+        ratios.append(theirs[-1] * line["images_per_s"] / job.config.training.batch)
+        waits.append(line["data_wait"])
+    if metrics is not None:
+        begin = time.perf_counter()
+        for _ in range(200):
+            metrics.write({"step": 1, "loss": 1.0, "bits": 1.0, "lr": 1.0, "grad_norm": 1.0, "mfu": None})
+        logging_seconds = (time.perf_counter() - begin) / 200
+        step = statistics.median(theirs[1:])
+        print(f"bare loop {step:.3f} s a step, {where.world} rank(s), load {os.getloadavg()[0]:.1f}")
+        print(f"harness / bare, speed  {statistics.median(ratios[1:]):.3f}    target at least 0.98")
+        print(f"waiting for data       {statistics.median(waits[1:]):.3%}    target under 0.5 %")
+        print(f"a line of metrics      {logging_seconds / step:.3%}    target under 1 %", flush=True)
+    leave()
+    os._exit(0)  # DeepSpeed's threads need seconds to wind up
+
+
+if __name__ == "__main__":
+    main()
