@@ -1,12 +1,14 @@
 """The network against the paper's formulas in NumPy float64, its figures, and what each position may see."""
 
 import math
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -259,3 +261,19 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(objective: 
         assert gradient.abs().max() > 0, name
         assert torch.equal(gradient, gradients[1][name]), name
         assert torch.equal(gradient, gradients[2][name]), name
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_give_the_same_gradients() -> None:
+    config = small_config(AUTO_REGRESSIVE, "training.activation_checkpointing=selective")
+    gradients = []
+    for compiled in (False, True):
+        model, tokens = random_model(config).float(), random_tokens(config)
+        torch._dynamo.utils.counters.clear()
+        if compiled:
+            model.compile_blocks()
+        model(tokens).logits_BTK.square().mean().backward()
+        assert torch._dynamo.utils.counters["frames"]["ok"] == int(compiled), "one compilation serves all blocks"
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
