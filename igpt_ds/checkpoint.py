@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from igpt_ds.atomic import sha256_file
@@ -116,14 +116,15 @@ class Checkpoint:
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements start..stop of a flattened tensor, gathered from the files that hold them: float32 on the CPU."""
         slices = self.tensors[name]["slices"]  # [rank, start, stop], in order
-        parts = []
+        values, filled = torch.empty(stop - start), 0
         for rank, first, last in slices[max(0, bisect.bisect(slices, start, key=lambda s: s[1]) - 1) :]:
             if first >= stop:
                 break
             low, high = max(first, start), min(last, stop)
             if low < high:
-                parts.append(self._open(rank).get_slice(f"{name}:{kind}")[low - first : high - first])
-        return torch.cat(parts) if parts else torch.empty(0)
+                values[filled : filled + high - low] = self._slice(rank, f"{name}:{kind}", low - first, high - first)
+                filled += high - low
+        return values
 
     def weights(self) -> dict[str, Tensor]:
         """All weights, whole: name -> float32 tensor of the parameter's shape."""
@@ -141,6 +142,12 @@ class Checkpoint:
         if rank >= self.world or "device_random_state" not in self._open(rank).keys():  # noqa: SIM118 - no dict
             return None
         return self._open(rank).get_tensor("device_random_state")
+
+    def _slice(self, rank: int, name: str, start: int, stop: int) -> Tensor:
+        try:
+            return self._open(rank).get_slice(name)[start:stop]
+        except SafetensorError as error:
+            raise UserError(f"{self.path / rank_file(rank)}: damaged ({error}): take another checkpoint") from error
 
     def _open(self, rank: int) -> Any:
         name = rank_file(rank)

@@ -10,6 +10,7 @@ import click
 from igpt_ds import __version__
 from igpt_ds.commands import CONTEXT
 from igpt_ds.commands.checkpoints import checkpoints
+from igpt_ds.commands.convert import convert
 from igpt_ds.commands.doctor import doctor
 from igpt_ds.commands.evaluate import evaluate
 from igpt_ds.commands.figures import figures
@@ -40,7 +41,21 @@ def cli(local_rank: int | None) -> None:
     """
 
 
-for command in (pretrain, finetune, sweep, probe, low_data, evaluate, sample, figures, report, checkpoints, doctor):
+VERBS = (
+    pretrain,
+    finetune,
+    sweep,
+    probe,
+    low_data,
+    evaluate,
+    sample,
+    convert,
+    figures,
+    report,
+    checkpoints,
+    doctor,
+)
+for command in VERBS:
     cli.add_command(command)
 
 

@@ -32,6 +32,7 @@ class ModelConfig:
     layers: int
     width: int  # d, the residual stream
     heads: int
+    bias: bool = False  # of the blocks' linear layers: the released code has none, weights from elsewhere may
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Config:
     health: HealthConfig = HealthConfig()
     finetune: FinetuneConfig | None = None
     seed: int = 0
+    init_from: str = ""  # weights that a pre-training begins with; empty: random ones
 
     @property
     def causal(self) -> bool:
@@ -231,9 +233,12 @@ def replace(config: Config, section: str, **changes: Any) -> Config:
 
 def identity(config: Config) -> dict[str, Any]:
     """The facts that make a checkpoint usable for a run: what may not differ when it goes on."""
+    # What is not used is left out: checkpoints from before it was known have no word of it.
+    model = {key: value for key, value in dataclasses.asdict(config.model).items() if key != "bias" or value}
     return {
+        **({"init_from": config.init_from} if config.init_from else {}),
         "seed": config.seed,
-        "model": dataclasses.asdict(config.model),
+        "model": model,
         "objective": dataclasses.asdict(config.objective),
         "finetune": config.finetune and {**dataclasses.asdict(config.finetune), "patience": None},
         "resolution": config.data.resolution,

@@ -33,13 +33,14 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from igpt_ds.checkpoint import MOMENTS, Checkpoint, Shard
+from igpt_ds.checkpoint import MOMENTS, Shard
 from igpt_ds.config import Config
 from igpt_ds.ds_config import Division
 from igpt_ds.errors import UserError
 from igpt_ds.model import Block, ImageGPT, Output, initialise
 from igpt_ds.objectives import classify, load_objective
 from igpt_ds.place import Place
+from igpt_ds.weights import Weights
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
@@ -300,7 +301,7 @@ class Engine:
                 yield Shard(name, shape, 0, p.numel(), {k: v.detach().reshape(-1) for k, v in whole.items()})
 
     @torch.no_grad()
-    def load(self, checkpoint: Checkpoint, weights_only: bool = False) -> None:
+    def load(self, checkpoint: Weights, weights_only: bool = False) -> None:
         """Take weights, moments and step from a checkpoint made on any number of ranks at any ZeRO stage.
 
         Args:
@@ -329,7 +330,7 @@ class Engine:
         part = p.ds_tensor.numel()
         return min(p.ds_numel, part * self.place.rank), min(p.ds_numel, part * (self.place.rank + 1))
 
-    def _load_slice(self, checkpoint: Checkpoint, name: str, p: Any, kinds: Sequence[str]) -> None:
+    def _load_slice(self, checkpoint: Weights, name: str, p: Any, kinds: Sequence[str]) -> None:
         start, stop = self._slice(p)
 
         def padded(kind: str) -> Tensor:
@@ -343,7 +344,7 @@ class Engine:
         for kind in kinds[1:]:
             safe_set_local_optimizer_state(p, padded(kind), kind)
 
-    def _load_whole(self, checkpoint: Checkpoint, name: str, p: torch.nn.Parameter, kinds: Sequence[str]) -> None:
+    def _load_whole(self, checkpoint: Weights, name: str, p: torch.nn.Parameter, kinds: Sequence[str]) -> None:
         whole = {kind: checkpoint.read(name, kind, 0, p.numel()).view(p.shape).to(self.device) for kind in kinds}
         p.copy_(whole["weight"])
         if self.stage == 0:

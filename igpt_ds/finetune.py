@@ -18,7 +18,7 @@ from igpt_ds.shards import Dataset
 from igpt_ds.sources import open_split
 
 if TYPE_CHECKING:
-    from igpt_ds.checkpoint import Checkpoint
+    from igpt_ds.weights import Weights
 
 EPOCHS = 50
 SLOWER = 10  # "often an order of magnitude smaller than that for pre-training" (section 4.5)
@@ -35,7 +35,8 @@ def choose_config(
     """The configuration of the run that is to go on, or of a new fine-tuning.
 
     Args:
-        start: a run or one of its checkpoints. With `scratch` it gives the model but not its weights.
+        start: a run, one of its checkpoints, or weights of any other format. With `scratch` it gives the
+            model but not its weights.
         preset: a model without weights; only with `scratch`.
         going_on: a run that has begun.
 
@@ -63,10 +64,14 @@ def choose_config(
     else:
         assert preset is not None
         base, origin = load_config(preset), ""
-    return from_tree(_defaults(base, origin, train.rows), f"fine-tuning from {start or preset}", [*overrides, *sources])
+    return from_tree(
+        _defaults(base, origin, train.rows, train.manifest.resolution),
+        f"fine-tuning from {start or preset}",
+        [*overrides, *sources],
+    )
 
 
-def _defaults(base: Config, origin: str, images: int) -> dict[str, Any]:
+def _defaults(base: Config, origin: str, images: int, resolution: int) -> dict[str, Any]:
     tree = to_tree(base)
     epoch = max(1, images // base.training.batch)
     tree["finetune"] = {"start": origin}
@@ -80,6 +85,9 @@ def _defaults(base: Config, origin: str, images: int) -> dict[str, Any]:
     }
     tree["training"].pop("stop_at", None)
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("sources", "weights")}
+    if origin:
+        tree["data"]["resolution"] = resolution  # the weights follow: weights.at_resolution
+    tree["init_from"] = ""  # how the pre-training began stands with the pre-training
     tree["checkpoint"] |= {"every": epoch, "milestones": []}
     return tree
 
@@ -97,18 +105,15 @@ def _check_going_on(config: Config, run: Run, start: Path | None, scratch: bool)
         )
 
 
-def open_start(start: Path) -> "Checkpoint":
-    """The checkpoint that is named, or the newest of the run that is named; its files are not hashed here.
+def open_start(start: Path) -> "Weights":
+    """The weights that are named, of a run the newest checkpoint; recorded hashes are not compared here.
 
     Raises:
         UserError: there is none, or it is a fine-tuning's.
     """
-    from igpt_ds.checkpoint import Checkpoint, list_checkpoints
+    from igpt_ds.formats import open_weights
 
-    paths = [start] if (start / "checkpoint.json").exists() else list_checkpoints(Run(start).checkpoints)
-    if not paths:
-        raise UserError(f"{start}: no run directory and no checkpoint: name the --run of a pre-training")
-    checkpoint = Checkpoint.open(paths[-1])
+    checkpoint = open_weights(start, verify=False)
     if "finetune" in checkpoint.config:
         raise UserError(f"{start}: is a fine-tuning: begin with the pre-training that it began with")
     return checkpoint
@@ -146,16 +151,14 @@ def check_start(config: Config, run: Run | None, palette_sha256: str) -> None:
         UserError: the checkpoint is gone or damaged, of another palette or another network.
     """
     from igpt_ds.checkpoint import list_checkpoints
+    from igpt_ds.run import LOGGER
+    from igpt_ds.weights import check_palette
 
     assert config.finetune is not None
     if not config.finetune.start or (run is not None and list_checkpoints(run.checkpoints)):
         return
     checkpoint = open_start(Path(config.finetune.start))
-    if checkpoint.identity["palette_sha256"] != palette_sha256:
-        raise UserError(
-            f"{config.data.sources[0]}: another palette than the one {checkpoint.path} was trained with: "
-            "build the data with the run's palette.npy"
-        )
+    check_palette(checkpoint, palette_sha256, config.data.sources[0], LOGGER.warning)
     trained = from_tree(checkpoint.config, str(checkpoint.path))
     for what in ("model", "objective"):
         if getattr(trained, what) != getattr(config, what):

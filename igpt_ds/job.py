@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds import plan
+from igpt_ds.checkpoint import list_checkpoints
 from igpt_ds.config import Config, identity, load_config
 from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
 from igpt_ds.errors import UserError
 from igpt_ds.finetune import resolve_classes
 from igpt_ds.order import Order
-from igpt_ds.run import Run
+from igpt_ds.run import LOGGER, Run
 from igpt_ds.shards import Dataset
 from igpt_ds.sources import open_split, resolve_data
 
@@ -44,8 +45,18 @@ class Job:
         }
 
 
-def choose_config(preset: str | None, run: Run | None, data: Sequence[str], overrides: Sequence[str]) -> Config:
+def choose_config(
+    preset: str | None,
+    run: Run | None,
+    data: Sequence[str],
+    overrides: Sequence[str],
+    init_from: Path | None = None,
+    fresh: bool = False,
+) -> Config:
     """The configuration of a preset or file, or of the run directory that is to go on.
+
+    Args:
+        init_from: weights of any format that a new run begins with; a run that has begun knows its own.
 
     Raises:
         UserError: neither is named, or any fault of the configuration.
@@ -56,10 +67,57 @@ def choose_config(preset: str | None, run: Run | None, data: Sequence[str], over
     # As an override like any other, so that data.weights is held against it; absolute, so that the run directory
     # can be used from anywhere.
     sources = [f"data.sources={json.dumps([str(Path(folder).resolve()) for folder in data])}"] if data else []
-    config = load_config(source, [*overrides, *sources])
+    begins = _beginning(run if not fresh else None, init_from)
+    config = load_config(source, [*overrides, *sources, *([f"init_from={json.dumps(begins)}"] if begins else [])])
     if config.finetune is not None:
         raise UserError(f"{source}: is a fine-tuning: go on with igpt-ds finetune, or choose another --run")
     return config
+
+
+def _beginning(run: Run | None, init_from: Path | None) -> str:
+    """Path of the weights that a run begins with: as it has recorded them, or as they are named now; "": none.
+
+    Raises:
+        UserError: there are none, or others than the run began with.
+    """
+    from igpt_ds.formats import open_weights
+
+    if run is None or not run.config.exists():
+        return str(open_weights(init_from, verify=False).path.resolve()) if init_from else ""
+    began = load_config(run.config).init_from
+    named = init_from.resolve() if init_from else None
+    if named and not (began and named in (Path(began), *Path(began).parents)):
+        raise UserError(f"{run.path}: began with {began or 'random weights'}: leave --init-from out, or choose another")
+    return began
+
+
+def check_beginning(job: Job, run: Run | None) -> None:
+    """Hold a new pre-training against the weights that it is to begin with.
+
+    Raises:
+        UserError: they are gone, or of another network, objective or palette.
+    """
+    config = job.config
+    if not config.init_from or (run is not None and list_checkpoints(run.checkpoints)):
+        return
+    from igpt_ds.formats import open_weights
+    from igpt_ds.weights import check_palette, config_of
+
+    weights = open_weights(Path(config.init_from), verify=False)
+    trained = config_of(weights)
+    palette = job.train_sets[0].palette
+    check_palette(weights, palette.sha256, job.train_sets[0].path, LOGGER.warning)
+    facts = [
+        ("model", trained.model, config.model),
+        ("objective", trained.objective.name, config.objective.name),
+        ("palette_size", trained.palette_size, config.palette_size),
+    ]
+    for what, theirs, ours in facts:
+        if theirs != ours:
+            raise UserError(
+                f"--init-from {weights.path}: its {what} is {theirs}, but the run's is {ours}: choose the preset of "
+                "this shape, or mend it by --set"
+            )
 
 
 def prepare(config: Config, ds_source: str, world: int, *, test: bool = False, masks: int = 0) -> Job:
@@ -119,6 +177,7 @@ def summary(job: Job) -> str:
             "objective",
             f"{config.objective.name}, {config.sequence_length} tokens of {config.palette_size} colours",
         ),
+        *([("begins with", config.init_from)] if config.init_from else []),
         *_classification(config),
         ("data", ", ".join(f"{s.path} ({s.rows:,} images)" for s in job.train_sets)),
         (

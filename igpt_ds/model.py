@@ -7,8 +7,8 @@ A stack of L pre-norm GPT-2 blocks over the n = resolution² tokens of an image:
     h^(l+1) = a^l + mlp(norm(a^l))
 
 and logits = head(norm(h^L)). Where the released code differs from GPT-2 we follow the code: norms have a gain
-only (no mean is subtracted, no bias), linear layers have no bias, the activation is x * sigmoid(1.702 x), and the
-token embedding and the output head are not tied.
+only (no mean is subtracted, no bias), linear layers have no bias (those of the blocks get one where the configuration
+asks for it), the activation is x * sigmoid(1.702 x), and the token embedding and the output head are not tied.
 
 Shape suffixes: B images, T tokens, D width, H heads, E width of a head, K colours of the palette, C classes.
 """
@@ -73,24 +73,25 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x W^T without bias. Weights are drawn by `initialise`, so construction costs nothing."""
+    """x W^T, without bias as a rule. Weights are drawn by `initialise`, so construction costs nothing."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention; logits are scaled by 1/sqrt(E)."""
 
-    def __init__(self, width: int, heads: int, causal: bool, dropout: float):
+    def __init__(self, width: int, heads: int, causal: bool, dropout: float, bias: bool = False):
         super().__init__()
         self.heads, self.causal, self.dropout = heads, causal, dropout
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias)
+        self.out = Linear(width, width, bias)
         # With sequence parallelism, see `ImageGPT.share_positions`: `attend` for all positions, between ranks.
         self.attend_between_ranks: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
@@ -120,10 +121,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers, 4 d wide, with x * sigmoid(1.702 x) between them."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, bias: bool = False):
         super().__init__()
-        self.up = Linear(width, 4 * width)
-        self.down = Linear(4 * width, width)
+        self.up = Linear(width, 4 * width, bias)
+        self.down = Linear(4 * width, width, bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         # x sigmoid(a x) = silu(a x) / a: one fused kernel, which keeps a third less for the backward pass.
@@ -133,13 +134,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: two residual lines."""
 
-    def __init__(self, width: int, heads: int, causal: bool, dropout: float):
+    def __init__(self, width: int, heads: int, causal: bool, dropout: float, bias: bool = False):
         super().__init__()
         self.dropout = dropout
         self.norm_attention = Norm(width)
-        self.attention = Attention(width, heads, causal, dropout)
+        self.attention = Attention(width, heads, causal, dropout, bias)
         self.norm_mlp = Norm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, bias)
 
     def forward(
         self, h_BTD: Tensor, pool: bool = False, cache: Cache | None = None, layer: int = 0
@@ -174,7 +175,9 @@ class ImageGPT(nn.Module):
         if self.causal:
             self.start = nn.Parameter(torch.empty(D))
         self.position_embedding = nn.Parameter(torch.empty(self.sequence_length, D))
-        blocks = (Block(D, self.heads, self.causal, self.dropout) for _ in range(config.model.layers))
+        blocks = (
+            Block(D, self.heads, self.causal, self.dropout, config.model.bias) for _ in range(config.model.layers)
+        )
         self.blocks = nn.ModuleList(blocks)
         self.norm = Norm(D)
         self.head = Linear(D, self.palette_size)
@@ -313,7 +316,7 @@ def initialise(
     seed: int,
     gathered: Callable[[Tensor], AbstractContextManager[object]] = lambda parameter: nullcontext(),
 ) -> None:
-    """Draw all weights: normal by `_STANDARD_DEVIATIONS`, gains 1, the output head and the class head 0.
+    """Draw all weights: normal by `_STANDARD_DEVIATIONS`, gains 1, biases, the output head and the class head 0.
 
     Each parameter has a generator of its own, seeded by (seed, name), on the CPU: the weights depend neither on
     the device nor on the world size, the ZeRO stage or the order of construction.
@@ -326,7 +329,7 @@ def initialise(
             # On ranks that only receive the values the parameter stays whole too, so all may draw.
             if name.endswith("gain"):
                 parameter.fill_(1.0)
-            elif name in ("head.weight", "class_head.weight"):
+            elif name in ("head.weight", "class_head.weight") or name.endswith(".bias"):
                 parameter.zero_()
             else:
                 suffix = ".".join(name.split(".")[2:]) or name

@@ -47,7 +47,8 @@ def parameter_count(config: Config) -> int:
     d, layers = config.model.width, config.model.layers
     start = d if config.causal else 0
     embeddings = config.palette_size * d + start + config.sequence_length * d
-    return layers * (12 * d * d + 2 * d) + embeddings + d + (config.palette_size + config.classes) * d
+    biases = 9 * d if config.model.bias else 0
+    return layers * (12 * d * d + 2 * d + biases) + embeddings + d + (config.palette_size + config.classes) * d
 
 
 def flops_per_image(config: Config) -> float:

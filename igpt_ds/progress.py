@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from igpt_ds import checkpoint
 from igpt_ds.checkpoint import Checkpoint
-from igpt_ds.config import Config, FinetuneConfig
+from igpt_ds.config import Config
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.hashing import stable_hash
 from igpt_ds.job import Job
@@ -17,6 +17,7 @@ from igpt_ds.stability import Stability
 
 if TYPE_CHECKING:
     from igpt_ds.engine import Engine
+    from igpt_ds.weights import Weights
 
 LOWER_RATE = "lower training.learning_rate"
 # What the weights do not fit, whatever a person allows.
@@ -83,9 +84,15 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
             raise UserError(f"--allow-change {name}: not possible: choose from {choice}")
     for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
         try:
-            theirs = Checkpoint.open(path).identity
+            found = Checkpoint.open(path)
         except UserError:
             continue  # `resume` tells of damaged ones
+        if found.progress.get("weights_only"):
+            raise UserError(
+                f"{run.path}: holds weights without Adam's moments, a training cannot go on from them: "
+                "begin another --run with --init-from"
+            )
+        theirs = found.identity
         for key, value in mine.items():
             if theirs.get(key) != value and key not in allowed:
                 remedy = "" if key in FIXED else f", add --allow-change {key}"
@@ -104,8 +111,7 @@ def resume(engine: "Engine", job: Job, run: Run) -> Progress:
     where = engine.place
     found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
     if found is None:
-        if job.config.finetune is not None:
-            _begin_finetuning(engine, job.config, job.config.finetune)
+        _begin(engine, job.config)
         return Progress(0, LeftOut(), Stability(job.config.health, {}))
     if where.rank == 0:
         checkpoint.set_aside_newer(run.checkpoints, found.step)
@@ -178,28 +184,35 @@ def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
     return progress
 
 
-def _begin_finetuning(engine: "Engine", config: Config, finetune: FinetuneConfig) -> None:
-    """Take the weights that a fine-tuning begins with, if it does not begin with random ones; rank 0 says which.
+def _begin(engine: "Engine", config: Config) -> None:
+    """Take the weights that a training begins with, if it does not begin with random ones; rank 0 says which.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: they are damaged.
     """
-    _seed_dropout(config, engine.place.rank, 0)
-    start = engine.from_rank_0(finetune.start)
+    from igpt_ds.weights import at_resolution
+
+    if config.finetune is not None:
+        _seed_dropout(config, engine.place.rank, 0)
+    start = engine.from_rank_0(config.finetune.start if config.finetune else config.init_from)
     if start:
-        engine.load(open_verified(engine, Path(start)), weights_only=True)
+        found = open_verified(engine, Path(start))
+        assert config.data.resolution is not None
+        engine.load(at_resolution(found, config.data.resolution, LOGGER.info), weights_only=True)
         LOGGER.info(f"begun with the weights of {start}")
 
 
-def open_verified(engine: "Engine", path: Path) -> Checkpoint:
-    """A checkpoint whose bytes are as they were written; the ranks share the reading.
+def open_verified(engine: "Engine", path: Path) -> "Weights":
+    """Weights whose bytes are as they were written, where hashes are recorded; the ranks share the reading.
 
     Raises:
         UserError: on every rank, if it is damaged.
     """
+    from igpt_ds.formats import open_weights
+
     fault, where = "", engine.place
     try:
-        found = Checkpoint.open(path)
+        found = open_weights(path, verify=False)
         found.verify(where.rank, where.world)
     except UserError as error:
         fault = str(error)

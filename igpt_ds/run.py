@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import TextIO
 
 from igpt_ds.atomic import writing
-from igpt_ds.checkpoint import Checkpoint, list_checkpoints, newest_valid
-from igpt_ds.config import Config, from_tree
 from igpt_ds.errors import UserError
 
 LOGGER = logging.getLogger("igpt_ds")
@@ -96,24 +94,6 @@ class Run:
                 shutil.rmtree(doomed, ignore_errors=True)
                 self.path.resolve().rename(doomed)
                 shutil.rmtree(doomed)
-
-    def newest_checkpoint(self) -> Checkpoint:
-        """The newest whole checkpoint, for an evaluation.
-
-        Raises:
-            UserError: there is none.
-        """
-        if not self.config.exists():
-            raise UserError(f"{self.path}: no run directory (no config.toml): name the --run of a pre-training")
-        checkpoint = newest_valid(list_checkpoints(self.checkpoints), lambda fault: fault, LOGGER.warning)
-        if checkpoint is None:
-            raise UserError(f"{self.path}: no checkpoint yet: pre-train it first")
-        return checkpoint
-
-
-def checkpoint_config(checkpoint: Checkpoint) -> Config:
-    """The configuration that a checkpoint was trained with."""
-    return from_tree(checkpoint.config, str(checkpoint.path))
 
 
 def log_to(run: Run | None, rank: int) -> TextIO:

@@ -106,7 +106,7 @@ class Saver:
         self._agree(step, self._fault)
         fault = None
         if self.rank == 0:
-            fault = _attempt(lambda: _publish(self._temporary(step), final, step, self._world, self._facts))
+            fault = _attempt(lambda: publish_checkpoint(self._temporary(step), final, step, self._world, self._facts))
         self._agree(step, fault)
         return final
 
@@ -161,7 +161,12 @@ def _os_error(error: Exception) -> tuple[int, str]:
     return number, os.strerror(number)
 
 
-def _publish(temporary: Path, final: Path, step: int, world: int, facts: Mapping[str, Any]) -> None:
+def publish_checkpoint(temporary: Path, final: Path, step: int, world: int, facts: Mapping[str, Any]) -> None:
+    """Add checkpoint.json to what all ranks have written into `temporary`, and give it its final name.
+
+    Args:
+        facts: what checkpoint.json holds besides: "identity" and "config" at least.
+    """
     tensors: dict[str, dict[str, Any]] = {}
     files = {}
     for rank in range(world):

@@ -14,15 +14,15 @@ from igpt_ds.ds_config import load_ds_config
 from igpt_ds.evals.feature_cache import cached
 from igpt_ds.evals.features import Network, Recipe, meeting
 from igpt_ds.place import place
-from igpt_ds.run import checkpoint_config
 from igpt_ds.shards import Dataset
+from igpt_ds.weights import config_of
 
 
 def main() -> None:
     data, run, folder = (Path(argument) for argument in sys.argv[1:4])
     where, dataset = place(), Dataset.open(data / "val")
     checkpoint = Checkpoint.open(next((run / "checkpoints").glob("step-*")))
-    config = checkpoint_config(checkpoint)
+    config = config_of(checkpoint)
     recipe = Recipe(tuple(range(config.model.layers + 1)))
     # As shipped, ZeRO-3 keeps a network this small whole on every rank.
     tree = load_ds_config("zero3")

@@ -49,7 +49,7 @@ def test_slices_of_two_ranks_must_meet(tmp_path: Path, cuts: tuple[tuple[int, in
     for rank, (start, stop) in enumerate(cuts):
         saver._write(temporary / rank_file(rank), {"x:weight": torch.zeros(stop - start)}, {"x": [[8, 5], start, stop]})
     with pytest.raises(AssertionError, match="overlap or leave a gap"):
-        saver._publish(temporary, step_directory(tmp_path, 1), 1, 2, FACTS)
+        saver.publish_checkpoint(temporary, step_directory(tmp_path, 1), 1, 2, FACTS)
     assert list_checkpoints(tmp_path) == []
 
 

@@ -17,8 +17,8 @@ from igpt_ds.evals.features import Network, Recipe, extract, load_model, parse_l
 from igpt_ds.model import ImageGPT
 from igpt_ds.objectives import masked_pixel
 from igpt_ds.place import Place
-from igpt_ds.run import checkpoint_config
 from igpt_ds.shards import Dataset
+from igpt_ds.weights import config_of
 from tests.models import random_model, save_model, small_config
 from tests.ranks import run_ranks
 
@@ -137,7 +137,7 @@ class Cached:
         monkeypatch.setattr(Network, "_build", counting)
 
     def __call__(self, checkpoint: Checkpoint | None, recipe: Recipe = ALL, **more: Any) -> Features:
-        config = checkpoint_config(checkpoint) if checkpoint else digits_config()
+        config = config_of(checkpoint) if checkpoint else digits_config()
         found = cached(Network(config, checkpoint, recipe, ALONE), self.dataset, self.folder, "test", **more)
         assert found is not None
         return found

@@ -321,10 +321,8 @@ def test_a_start_that_does_not_serve(refused: Refused, data: Path, starts: Path,
     assert "where to begin is not told" in refused(["finetune", "--data", str(data), "--run", str(run)])
     assert "add --data DIR" in refused(["finetune", "--from", str(starts / "next_pixel"), "--run", str(run)])
     assert "no --run" in refused(["finetune", "--from", str(starts / "next_pixel"), "--data", str(data)])
-    for folder, facts in (("resolution", {"resolution": 4}), ("palette", {"resolution": 8})):
-        config = small_config(palette_size=16, **facts)
-        save_model(random_model(config), config, tmp_path / folder, "another palette")
-    assert "resolution is 8, but tiny takes 4" in refused(finetune(tmp_path / "resolution", data, run))
+    config = small_config(resolution=8, palette_size=16)
+    save_model(random_model(config), config, tmp_path / "palette", "another palette")
     assert "another palette than the one" in refused(finetune(tmp_path / "palette", data, run))
     tuned = small_config("finetune.classes=10", resolution=8, palette_size=16)
     save_model(random_model(tuned), tuned, tmp_path / "tuned", "any")

@@ -122,6 +122,17 @@ def test_figures_come_from_records(name: str) -> None:
     assert not {"igpt_ds.model", "igpt_ds.engine"} & (EVERYWHERE[name] | loaded_with(name))
 
 
+@pytest.mark.parametrize("name", sorted(n for n in SOURCES if n.startswith("igpt_ds.formats")))
+def test_formats_know_weights_alone(name: str) -> None:
+    above = ("commands", "evals", "train", "job", "progress", "engine", "convert", "finetune")
+    assert not {f"igpt_ds.{module}" for module in above} & {".".join(m.split(".")[:2]) for m in EVERYWHERE[name]}
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_what_need_not_be_installed_is_imported_when_it_is_used(name: str) -> None:
+    assert not {"transformers", "tensorflow"} & {top(module) for module in AT_IMPORT[name]}
+
+
 def test_the_model_knows_its_configuration_only() -> None:
     ours = {module for module in EVERYWHERE["igpt_ds.model"] if top(module) == "igpt_ds"}
     assert ours <= {"igpt_ds.config", "igpt_ds.hashing"}
@@ -142,6 +153,7 @@ HEAVY = {"torch", "deepspeed", "sklearn", "scipy", "matplotlib", "transformers",
     [
         ["igpt_ds.cli", "--help"],
         ["igpt_ds.cli", "pretrain", "--help"],
+        ["igpt_ds.cli", "convert", "--help"],
         ["igpt_ds.cli", "--version"],
         ["data_prep.cli", "--help"],
         ["data_prep.cli", "shards", "--help"],

@@ -256,7 +256,7 @@ def test_probe_refuses_what_does_not_fit(
     assert "layers 0 to 2" in refused("probe", run, "--layers", "3")
     assert "only 3 layers" in refused("probe", run, "--concatenate", 5)
     assert "belongs to" in refused("probe", run, "--iterations", 5)
-    assert "not a whole checkpoint" in refused("probe", run, "--step", 3)
+    assert "no checkpoint of step 3: choose one of those there: 7" in refused("probe", run, "--step", 3)
 
     bare = tmp_path / "unlabelled"
     shutil.copytree(digits, bare)

@@ -8,7 +8,7 @@ from igpt_ds.commands import CONTEXT
 
 
 @click.command("eval", context_settings=CONTEXT)
-@click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_path", metavar="RUN|PATH", type=click.Path(path_type=Path))
 @click.option("--data", metavar="DIR", help="Folder with the split; without it the run's first source.")
 @click.option("--split", type=click.Choice(["val", "test", "train"]), default="val", show_default=True)
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step.  [default: the newest]")
@@ -42,31 +42,26 @@ def evaluate(
 
     from igpt_ds import figures
     from igpt_ds.atomic import publish_text
-    from igpt_ds.checkpoint import Checkpoint, list_checkpoints, step_directory
     from igpt_ds.errors import UserError
     from igpt_ds.evals import bits
     from igpt_ds.evals.features import load_model, meeting
+    from igpt_ds.formats import open_weights, results_folder
     from igpt_ds.place import place
     from igpt_ds.result_tables import likelihood_table
-    from igpt_ds.run import Run, checkpoint_config
+    from igpt_ds.run import LOGGER
     from igpt_ds.sources import open_split
+    from igpt_ds.weights import at_resolution, config_of
 
-    run, where = Run(run_path), place()
-    if step is None:
-        checkpoint = run.newest_checkpoint()
-    else:
-        path = step_directory(run.checkpoints, step)
-        if not path.is_dir():
-            there = ", ".join(str(int(other.name[5:])) for other in list_checkpoints(run.checkpoints))
-            raise UserError(f"{run_path}: no checkpoint of step {step}: choose one of those there: {there or 'none'}")
-        checkpoint = Checkpoint.open(path)
-        checkpoint.verify()
-    config = checkpoint_config(checkpoint)
+    where, checkpoint = place(), open_weights(run_path, step)
+    folder = results_folder(run_path, json_path)
+    config = config_of(checkpoint)
     if config.causal and (masks is not None or mask_seed is not None):
         raise UserError(f"--masks, --mask-seed: {run_path} is no BERT model, nothing is hidden from it: leave them out")
     if not data and not config.data.sources:
         raise UserError(f"{run_path}: its checkpoint names no data: give --data")
     dataset = open_split(data or config.data.sources[0], split)
+    checkpoint = at_resolution(checkpoint, dataset.manifest.resolution, LOGGER.warning)
+    config = config_of(checkpoint)
     bits.check(checkpoint, config, dataset)
     if not config.causal:
         masks, mask_seed = masks or bits.MASKS, config.seed if mask_seed is None else mask_seed
@@ -74,7 +69,7 @@ def evaluate(
         found = bits.likelihood(load_model(config, checkpoint), config, dataset, where, masks or 1, mask_seed or 0)
     if where.rank == 0:
         result = bits.record(found, checkpoint, config, dataset, masks, mask_seed)
-        json_path = json_path or run.path / ("eval.json" if split == "val" else f"eval-{split}.json")
+        json_path = json_path or folder / ("eval.json" if split == "val" else f"eval-{split}.json")
         publish_text(json_path, json.dumps(result, indent=2) + "\n")
         plot_path = json_path.with_suffix(".png")
         figures.save(figures.likelihood_map(result), plot_path)

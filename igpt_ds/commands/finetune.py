@@ -9,7 +9,13 @@ from igpt_ds.errors import UserError
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--from", "start", metavar="RUN", type=click.Path(path_type=Path), help="Pre-training, or a checkpoint.")
+@click.option(
+    "--from",
+    "start",
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="Pre-training: a run, a checkpoint, or any format.",
+)
 @click.option("--from-scratch", "scratch", is_flag=True, help="Random weights: the model of --preset, or of --from.")
 @click.option("--preset", metavar="NAME", help="With --from-scratch: tiny, s, m, l, ... or a file.toml.")
 @click.option("--data", metavar="DIR", help="Folder with labelled train/ and val/.")

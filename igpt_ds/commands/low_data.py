@@ -9,7 +9,7 @@ from igpt_ds.errors import UserError
 
 
 @click.command("low-data", context_settings=CONTEXT)
-@click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_path", metavar="RUN|PATH", type=click.Path(path_type=Path))
 @click.option("--data", metavar="DIR", help="Folder with labelled train/ and val/; without it the run's first source.")
 @click.option("--labels", metavar="N,N", default="4,25,400", show_default=True, help="Labels a class.")
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step.  [default: the newest]")
@@ -53,23 +53,24 @@ def low_data(
     from igpt_ds.evals.feature_cache import fingerprint
     from igpt_ds.evals.features import Network, Recipe
     from igpt_ds.evals.splits import masks_of, open_run
+    from igpt_ds.formats import results_folder
     from igpt_ds.place import place
 
     counts = [text.strip() for text in labels.split(",")]
     if not all(text.isdecimal() and int(text) for text in counts):
         raise UserError(f"--labels {labels}: not of the form 4,25,400: write whole numbers, divided by commas")
     wanted = tuple(sorted({int(text) for text in counts}))
-    where = place()
+    folder, where = results_folder(run_path, json_path), place()
     checkpoint, config, splits = open_run(run_path, step, data, test)
     evaluation.check(splits.train, wanted)
     identity = fingerprint(config, checkpoint)
-    chosen = evaluation.best_layer(run_path / "probe.json", identity) if layer is None else layer
+    chosen = evaluation.best_layer(folder / "probe.json", identity) if layer is None else layer
     if chosen > config.model.layers:
         raise UserError(f"--layer {chosen}: the network has layers 0 to {config.model.layers}: choose among them")
     network = Network(config, checkpoint, Recipe((chosen,)), where, ds_source)
     scored_set = splits.test or splits.validation
     count = masks_of(config, masks)
-    train, scored = evaluation.collect(network, splits.train, scored_set, count, run_path / "features")
+    train, scored = evaluation.collect(network, splits.train, scored_set, count, folder / "features")
     if where.rank:
         return
     record = {
@@ -84,7 +85,7 @@ def low_data(
         "regularisation": regularisation,
         "labels_per_class": evaluation.judge(train, scored, chosen, wanted, regularisation, config),
     }
-    json_path = json_path or run_path / "low_data.json"
+    json_path = json_path or folder / "low_data.json"
     publish_text(json_path, json.dumps(record, indent=2) + "\n")
     click.echo(evaluation.table(record))
     click.echo(f"written: {json_path}")

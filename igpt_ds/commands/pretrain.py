@@ -12,6 +12,12 @@ from igpt_ds.errors import UserError
 @click.option("--preset", metavar="NAME", help="tiny, demo, s, m, l, l48, xl, s-bert, ... or a file.toml.")
 @click.option("--data", metavar="DIR", multiple=True, help="Folder with train/ and val/; give several to mix them.")
 @click.option("--run", "run_path", metavar="RUN", type=click.Path(path_type=Path), help="Run directory.")
+@click.option(
+    "--init-from",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="Begin a new run with these weights: a run, a checkpoint, or any format of igpt-ds convert.",
+)
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
 @click.option(
     "--ds",
@@ -32,6 +38,7 @@ def pretrain(
     preset: str | None,
     data: tuple[str, ...],
     run_path: Path | None,
+    init_from: Path | None,
     overrides: tuple[str, ...],
     ds_source: str,
     fresh: bool,
@@ -51,6 +58,8 @@ def pretrain(
         igpt-ds pretrain --preset tiny --data DATA --run RUN --set training.steps=20 --set seed=1
     What a GPU would have to hold, without one:
         igpt-ds pretrain --preset l --data DATA --dry-run --ranks 8
+    Begin with released weights, of the same shape; another resolution is interpolated:
+        igpt-ds pretrain --preset l48 --data DATA --run RUN --init-from imagegpt-large
     Go on with a run, its --preset, --data and --set taken from RUN/config.toml:
         igpt-ds pretrain --run RUN
     """
@@ -60,7 +69,7 @@ def pretrain(
     from igpt_ds.run import Run
 
     run = Run(run_path) if run_path else None
-    config = jobs.choose_config(preset, run, data, overrides)
+    config = jobs.choose_config(preset, run, data, overrides, init_from, fresh)
     if print_config:
         click.echo(to_toml(config), nl=False)
         return
@@ -68,6 +77,7 @@ def pretrain(
         raise UserError("pretrain: no --run: name the directory that the run is to write")
     where = place()
     job = jobs.prepare(config, ds_source, ranks if dry_run and ranks else where.world)
+    jobs.check_beginning(job, None if fresh else run)
     if run is None or dry_run:
         click.echo(jobs.summary(job))
         return

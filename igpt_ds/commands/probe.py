@@ -9,7 +9,7 @@ from igpt_ds.errors import UserError
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_path", metavar="RUN|PATH", type=click.Path(path_type=Path))
 @click.option("--data", metavar="DIR", help="Folder with labelled train/ and val/; without it the run's first source.")
 @click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step.  [default: the newest]")
 @click.option("--layers", metavar="LAYERS", help="Only these, e.g. 0,4-7; the last, L, is the final norm's.")
@@ -86,11 +86,12 @@ def probe(
     from igpt_ds.evals.feature_cache import fingerprint
     from igpt_ds.evals.features import Network, Recipe, parse_layers
     from igpt_ds.evals.splits import masks_of, open_run
+    from igpt_ds.formats import results_folder
     from igpt_ds.place import place
 
     if (iterations and solver != "sgd") or (strengths and solver != "lbfgs"):
         raise UserError("--iterations belongs to --solver sgd, --regularisation to lbfgs: leave the other one out")
-    where = place()
+    folder, where = results_folder(run_path, json_path), place()
     checkpoint, config, splits = open_run(run_path, step, data, test, images)
     recipe = Recipe(parse_layers(layers, config), norm, precision)  # type: ignore[arg-type]
     for count in concatenate:
@@ -106,7 +107,7 @@ def probe(
     )
     trained = Network(config, checkpoint, recipe, where, ds_source, batch)
     before = Network(config, None, recipe, where, ds_source, batch) if untrained else None
-    collected = probes.collect(trained, before, splits, settings, run_path / "features")
+    collected = probes.collect(trained, before, splits, settings, folder / "features")
     if collected is None:
         return
     record = {
@@ -121,7 +122,7 @@ def probe(
         "solver": solver,
         **probes.judge(collected, splits, config, settings),
     }
-    json_path = json_path or run_path / ("probe.json" if step is None else f"probe-{step}.json")
+    json_path = json_path or folder / ("probe.json" if step is None else f"probe-{step}.json")
     publish_text(json_path, json.dumps(record, indent=2) + "\n")
     plot_path = json_path.with_suffix(".png")
     figures.probe_by_depth(record, plot_path)

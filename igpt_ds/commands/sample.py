@@ -9,7 +9,7 @@ from igpt_ds.errors import UserError
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_path", metavar="RUN|PATH", type=click.Path(path_type=Path))
 @click.option("--n", "count", default=16, show_default=True, type=click.IntRange(min=1), help="Images.")
 @click.option("--out", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The PNG to write.")
 @click.option("--temperature", default=1.0, show_default=True, help="Divides the logits; 0 takes the likeliest token.")
@@ -26,17 +26,16 @@ def sample(run_path: Path, count: int, out: Path, temperature: float, seed: int,
     """
     from igpt_ds.evals import samples
     from igpt_ds.evals.features import load_model
-    from igpt_ds.palette import Palette
-    from igpt_ds.run import Run, checkpoint_config
+    from igpt_ds.formats import open_weights
     from igpt_ds.sources import open_split
+    from igpt_ds.weights import config_of, palette_of
 
-    run = Run(run_path)
-    checkpoint = run.newest_checkpoint()
+    checkpoint = open_weights(run_path)
     dataset = open_split(complete, "val") if complete else None
-    palette = Palette.load(run.palette)
-    if palette.sha256 != checkpoint.identity["palette_sha256"]:
-        raise UserError(f"{run.palette}: not the palette of {checkpoint.path}: restore it from the training data")
-    model = load_model(checkpoint_config(checkpoint), checkpoint)
+    palette = palette_of(checkpoint)
+    if palette is None:
+        raise UserError(f"{checkpoint.path}: no palette.npy: igpt-ds convert adds one: --to native --palette FILE")
+    model = load_model(config_of(checkpoint), checkpoint)
     if dataset is None:
         sheet = samples.free_samples(model, palette, count, seed, temperature)
     else:

@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from igpt_ds.checkpoint import Checkpoint
 from igpt_ds.config import Config
-from igpt_ds.errors import UserError
 from igpt_ds.loader import evaluation_batches
 from igpt_ds.model import ImageGPT
 from igpt_ds.objectives import load_objective
 from igpt_ds.place import Place
+from igpt_ds.run import LOGGER
 from igpt_ds.shards import Dataset
 from igpt_ds.sources import resolve_data
+from igpt_ds.weights import Weights, check_palette
 
 MASKS = 5  # of a BERT model, as many as the paper's ensembles take (section 4.6)
 _TOKENS = 1 << 16  # in one forward pass: 64 images of 32², 16 of 64²
@@ -56,16 +56,12 @@ class Likelihood:
         return float(np.nanmean(self.images_I))
 
 
-def check(checkpoint: Checkpoint, config: Config, dataset: Dataset) -> None:
+def check(checkpoint: Weights, config: Config, dataset: Dataset) -> None:
     """Raises:
     UserError: the data has another palette, resolution or palette size than the checkpoint's.
     """
     resolve_data(config, [dataset])
-    if dataset.palette.sha256 != checkpoint.identity["palette_sha256"]:
-        raise UserError(
-            f"{dataset.path}: another palette than the one {checkpoint.path} was trained with: "
-            f"build the data with the run's palette.npy"
-        )
+    check_palette(checkpoint, dataset.palette.sha256, dataset.path, LOGGER.warning)
 
 
 @torch.no_grad()
@@ -125,7 +121,7 @@ def _token_losses(model: ImageGPT, tokens_BT: Tensor, mask_BT: Tensor | None) ->
 
 def record(
     found: Likelihood,
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     config: Config,
     dataset: Dataset,
     masks: int | None,

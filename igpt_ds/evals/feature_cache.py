@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from igpt_ds.atomic import fsync_directory, publish_directory, publish_text, writing
-from igpt_ds.checkpoint import Checkpoint
-from igpt_ds.config import Config
+from igpt_ds.config import Config, identity
 from igpt_ds.errors import UserError
 from igpt_ds.evals.features import Network, extract, from_rank_0
 from igpt_ds.loader import source_rows
 from igpt_ds.shards import Dataset
+from igpt_ds.weights import Weights
 
 FORMAT = 1
 
@@ -48,9 +48,9 @@ class Features:
         return self.layers[self.numbers.index(layer)]
 
 
-def fingerprint(config: Config, checkpoint: Checkpoint | None) -> str:
+def fingerprint(config: Config, checkpoint: Weights | None) -> str:
     """Tells networks apart: a hash of the weights' files, or of what an untrained network is drawn from."""
-    facts: dict[str, Any] = {"model": asdict(config.model), "objective": asdict(config.objective)}
+    facts: dict[str, Any] = {"model": identity(config)["model"], "objective": asdict(config.objective)}
     facts |= {"files": checkpoint.files} if checkpoint else {"untrained": config.seed}
     return _sha256(facts)
 

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from igpt_ds.checkpoint import Checkpoint
 from igpt_ds.config import Config, replace
 from igpt_ds.ds_config import Division, load_ds_config, resolve
 from igpt_ds.errors import RunError, UserError
@@ -29,6 +28,7 @@ from igpt_ds.model import ImageGPT, initialise
 from igpt_ds.objectives import load_objective
 from igpt_ds.place import Place
 from igpt_ds.shards import Dataset
+from igpt_ds.weights import Weights
 
 if TYPE_CHECKING:
     from igpt_ds.engine import Engine
@@ -56,8 +56,8 @@ class Recipe:
     precision: Precision = "float32"
 
 
-def load_model(config: Config, checkpoint: Checkpoint | None) -> ImageGPT:
-    """The network of a checkpoint in evaluation mode, or an untrained one, on the GPU where there is one: float32."""
+def load_model(config: Config, checkpoint: Weights | None) -> ImageGPT:
+    """The network of some weights, or an untrained one, in evaluation mode, on the GPU where there is one: float32."""
     model = ImageGPT(config)
     if checkpoint is None:
         initialise(model, config.seed)
@@ -102,7 +102,7 @@ class Network:
     def __init__(
         self,
         config: Config,
-        checkpoint: Checkpoint | None,
+        checkpoint: Weights | None,
         recipe: Recipe,
         where: Place,
         ds: str | None = None,

@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_ds.checkpoint import Checkpoint, step_directory
 from igpt_ds.config import Config
 from igpt_ds.errors import UserError
 from igpt_ds.evals.classifier import Classifier, Rows
 from igpt_ds.evals.feature_cache import Features, cached
 from igpt_ds.evals.features import Network
 from igpt_ds.evals.mask_ensemble import mask_seed, vote
-from igpt_ds.run import Run, checkpoint_config
+from igpt_ds.formats import open_weights
+from igpt_ds.run import LOGGER
 from igpt_ds.shards import Dataset
 from igpt_ds.sources import open_split, resolve_data
+from igpt_ds.weights import Weights, at_resolution, check_palette, config_of
 
 MASKS = 5  # paper section 4.6
 
@@ -29,17 +30,13 @@ class Splits:
     validation: Dataset
     test: Dataset | None = None
 
-    def check(self, checkpoint: Checkpoint, images: int | None = None) -> None:
+    def check(self, checkpoint: Weights, images: int | None = None) -> None:
         """Raises:
         UserError: no labels, other classes among the splits, fewer than two classes, or data of another palette than
             the checkpoint's.
         """
         for dataset in filter(None, (self.train, self.validation, self.test)):
-            if dataset.palette.sha256 != checkpoint.identity["palette_sha256"]:
-                raise UserError(
-                    f"{dataset.path}: another palette than the one {checkpoint.path} was trained with: "
-                    f"build the data with the run's palette.npy"
-                )
+            check_palette(checkpoint, dataset.palette.sha256, dataset.path, LOGGER.warning)
             if dataset.manifest.classes is None:
                 raise UserError(f"{dataset.path}: images without labels: build the data from class folders")
             if dataset.manifest.classes != self.train.manifest.classes:
@@ -115,12 +112,12 @@ def ensemble(found: Classifier, scored: Scored, layers: tuple[int, ...], config:
 
 def open_run(
     path: Path, step: int | None, data: str | None, test: bool, images: int | None = None
-) -> tuple[Checkpoint, Config, Splits]:
-    """What an evaluation of a run on labelled data needs, checked.
+) -> tuple[Weights, Config, Splits]:
+    """What an evaluation of weights on labelled data needs, checked.
 
     Args:
-        path: of the run directory.
-        step: of the checkpoint; None for the newest whole one.
+        path: of a run directory, or of weights of any format.
+        step: of a run's checkpoint; None for the newest whole one.
         data: folder of the splits; None for the run's first source.
         test: whether DATA/test is to be there.
         images: of each split, from its beginning, that are used; None for all.
@@ -128,20 +125,16 @@ def open_run(
     Raises:
         UserError: no such run, checkpoint or split, or splits that do not fit; see `Splits.check`.
     """
-    run = Run(path)
-    if step is None:
-        checkpoint = run.newest_checkpoint()
-    else:
-        checkpoint = Checkpoint.open(step_directory(run.checkpoints, step))
-        checkpoint.verify()
-    config = checkpoint_config(checkpoint)
+    checkpoint = open_weights(path, step)
+    config = config_of(checkpoint)
     if not data and not config.data.sources:
         raise UserError(f"{path}: its checkpoint names no data: give --data")
     folder = data or config.data.sources[0]
     opened = [open_split(folder, split) for split in ("train", "val", *(["test"] if test else []))]
     splits = Splits(*opened)
     splits.check(checkpoint, images)
-    return checkpoint, resolve_data(config, opened), splits
+    checkpoint = at_resolution(checkpoint, splits.train.manifest.resolution, LOGGER.warning)
+    return checkpoint, resolve_data(config_of(checkpoint), opened), splits
 
 
 def masks_of(config: Config, asked: int | None) -> int:
