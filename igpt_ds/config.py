@@ -77,6 +77,9 @@ class TrainingConfig:
     sequence_parallel: int = 1  # ranks that share an image's positions (DeepSpeed Ulysses), for more ranks than images
     log_every: int = 10
     validate_every: int = 1000  # 0: never
+    # Steps between sheets of samples in the run directory (next_pixel only; 0: never). A sheet takes as many steps of
+    # one token as an image and a half have pixels; the default gives a run of the paper's length a hundred sheets.
+    sample_every: int = 10_000
     stop_at: int | None = None  # end cleanly after this step, with a checkpoint
 
 
@@ -351,6 +354,7 @@ def _contradictions(config: Config) -> list[str]:
         "training.warmup_steps": training.warmup_steps,
         "training.gradient_clip": training.gradient_clip,
         "training.validate_every": training.validate_every,
+        "training.sample_every": training.sample_every,
         "health.hang_timeout": config.health.hang_timeout,
         "health.spike_sigma": config.health.spike_sigma,
         "health.max_rollbacks": config.health.max_rollbacks,

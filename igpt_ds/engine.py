@@ -9,6 +9,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 # No GPU: say so before DeepSpeed looks for an accelerator of its own choice.
@@ -37,9 +38,11 @@ from igpt_ds.checkpoint import MOMENTS, Shard
 from igpt_ds.config import Config
 from igpt_ds.ds_config import Division
 from igpt_ds.errors import UserError
+from igpt_ds.memory import free_bytes
 from igpt_ds.model import Block, ImageGPT, Output, initialise
 from igpt_ds.objectives import classify, load_objective
 from igpt_ds.place import Place
+from igpt_ds.sampling import Drawing, images_at_once, over_ranks, sample
 from igpt_ds.weights import Weights
 
 Batch = dict[str, Tensor]
@@ -245,6 +248,51 @@ class Engine:
         found = self.deepspeed(tokens_BT.to(self.device), mask_BT, features=layers, logits=False, norm=norm).features
         return [found[layer] for layer in layers]
 
+    @torch.no_grad()
+    def sample(self, prefix_BT: Tensor, drawing: Drawing, beat: Callable[[], None] = lambda: None) -> Tensor | None:
+        """Complete prefixes (int64 [B, T], see sampling.py), the images divided over the ranks; a collective.
+
+        A step of a divided network gathers all of it for one token. So a copy of it is drawn from, which is whole for
+        that time, where every rank has the memory; where one has not, the divided network, all ranks in step.
+
+        Returns:
+            int64 [B, n] on rank 0, None on the others; None on all where a rank lacks the memory for a single image.
+        """
+        self.deepspeed.eval()
+        weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.module.parameters())
+        # The same on every rank, so that all go the same way and take the same number of steps.
+        free = self._least(free_bytes(self.device, self.place.neighbours) // 2)
+        model, network = self.module, None
+        if self.stage == 3 and free < weights:
+            network = self.deepspeed
+        elif self.stage == 3:
+            model, free = self._whole_copy(), free - weights
+        images = images_at_once(model, free)
+
+        def draw_rows(prefix_BT: Tensor, first: int) -> Tensor:
+            parts = [
+                sample(model, prefix_BT[i : i + images], drawing, first + i, None, network, beat)
+                for i in range(0, len(prefix_BT), images)
+            ]
+            return torch.cat(parts)
+
+        found = over_ranks(draw_rows, prefix_BT, self.place, self._control) if images else None
+        self.deepspeed.train()
+        return found
+
+    def _whole_copy(self) -> ImageGPT:
+        """The network as it stands under ZeRO-3, whole on every rank and in evaluation mode; a collective."""
+        weights = {}
+        for name, p in self.module.named_parameters():
+            # Small parameters are kept whole, and would not be any more when such a context ends.
+            divided = p.numel() < getattr(p, "ds_numel", 0)
+            with deepspeed.zero.GatheredParameters([p]) if divided else nullcontext():
+                weights[name] = p.detach().clone()
+        with torch.device("meta"):
+            model = ImageGPT(self.config)
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
     # --- between the ranks -------------------------------------------------------------------------------------
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
@@ -252,6 +300,11 @@ class Engine:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self._control)
         return tensor.tolist()
+
+    def _least(self, value: int) -> int:
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._control)
+        return int(tensor)
 
     def from_rank_0(self, value: T) -> T:
         """Rank 0's value on every rank."""

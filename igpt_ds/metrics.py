@@ -14,10 +14,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from igpt_ds.atomic import publish_text, writing
 from igpt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -74,6 +77,14 @@ class Metrics:
             self._events.flush()
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    def show(self, name: str, pixels_HWC: "np.ndarray", step: int) -> None:
+        """Give TensorBoard (and Weights & Biases) a picture: uint8 [height, width, 3]."""
+        with writing(self._path), _full_disk_allowed():
+            self._events.add_image(name, pixels_HWC, step, dataformats="HWC")
+            self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log({name: require_wandb().Image(pixels_HWC)}, step=step)
 
     def _append(self) -> None:
         assert self._descriptor is not None

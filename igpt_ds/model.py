@@ -27,6 +27,7 @@ from igpt_ds.config import Config
 from igpt_ds.hashing import stable_hash
 
 NORM_EPSILON = 1e-5  # released code
+SPAN = 128  # positions by which a cache's fixed shapes grow
 
 
 class Output(NamedTuple):
@@ -44,21 +45,50 @@ class Output(NamedTuple):
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, one pair of [B, H, n, E] tensors a layer, for sampling."""
+    """Keys and values of the tokens seen so far, one pair of [B, H, n, E] tensors a layer, for sampling.
+
+    A head's keys lie together in memory, in the order of the positions. Each call attends to the filled part, which
+    grows by its tokens; or, after `at`, is a step of one token that attends to the first `span` positions, those not
+    filled masked out, and reads from the device where it stands. So all positions of a span take the same kernels over
+    the same memory, as CUDA graphs and torch.compile want it.
+    """
 
     def __init__(self, model: "ImageGPT", images: int):
         shape = (images, model.heads, model.sequence_length, model.width // model.heads)
         like = model.head.weight
-        self.keys = [like.new_empty(shape) for _ in model.blocks]
-        self.values = [like.new_empty(shape) for _ in model.blocks]
-        self.length = 0  # positions filled
+        # Not empty: what a mask hides is still multiplied, by 0.
+        self.keys = [like.new_zeros(shape) for _ in model.blocks]
+        self.values = [like.new_zeros(shape) for _ in model.blocks]
+        self.length = 0  # positions filled by calls without `at`
+        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self.span: int | None = None
+
+    def at(self, position: int) -> int:
+        """Make the next call a step of fixed shapes at this position, all before which are filled; return its span."""
+        self.position.fill_(position)
+        self.span = min(-(-(position + 1) // SPAN) * SPAN, self.keys[0].shape[2])
+        return self.span
 
     def append(self, layer: int, k_BHTE: Tensor, v_BHTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions of one layer; return all keys and values up to them."""
-        end = self.length + k_BHTE.shape[2]
-        self.keys[layer][:, :, self.length : end] = k_BHTE
-        self.values[layer][:, :, self.length : end] = v_BHTE
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        """Store the new positions of one layer; return the keys and values to attend to."""
+        keys, values, end = self.keys[layer], self.values[layer], self.span
+        if end is None:
+            end = self.length + k_BHTE.shape[2]
+            keys[:, :, self.length : end] = k_BHTE
+            values[:, :, self.length : end] = v_BHTE
+        else:
+            keys.index_copy_(2, self.position, k_BHTE)
+            values.index_copy_(2, self.position, v_BHTE)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def mask(self, tokens: int) -> Tensor | None:
+        """What the new positions may see of the keys, bool [T, keys]; None where the causal mask or none says it."""
+        if self.span is not None:
+            return (torch.arange(self.span, device=self.position.device) <= self.position).unsqueeze(0)
+        if self.length == 0 or tokens == 1:
+            return None
+        shape = (tokens, self.length + tokens)
+        return torch.ones(shape, dtype=torch.bool, device=self.position.device).tril(self.length)
 
 
 class Norm(nn.Module):
@@ -103,10 +133,8 @@ class Attention(nn.Module):
             return self.out(attend(q_BTHE, k_BTHE, v_BTHE).reshape(B, T, D))
         q_BHTE, k_BHTE, v_BHTE = (part.transpose(1, 2) for part in (q_BTHE, k_BTHE, v_BTHE))
         # A first chunk is causal within itself; a later one sees all that is cached, too.
-        causal, mask_TT = cache.length == 0, None
+        causal, mask_TT = cache.length == 0 and cache.span is None, cache.mask(T)
         k_BHTE, v_BHTE = cache.append(layer, k_BHTE, v_BHTE)
-        if not causal and T > 1:
-            mask_TT = torch.ones(T, k_BHTE.shape[2], dtype=torch.bool, device=x_BTD.device).tril(cache.length)
         y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask_TT, is_causal=causal)
         return self.out(y_BHTE.transpose(1, 2).reshape(B, T, D))
 
@@ -224,7 +252,7 @@ class ImageGPT(nn.Module):
                 h_BTD, f_BD = block(h_BTD, layer in wanted, cache, layer)
             if f_BD is not None:
                 pooled[layer] = f_BD
-        if cache is not None:
+        if cache is not None and cache.span is None:
             cache.length += h_BTD.shape[1]
         logits_BTK = class_logits_BC = None
         if last == top:
@@ -244,7 +272,7 @@ class ImageGPT(nn.Module):
         """Let torch.compile fuse each block; one compilation serves all, since they differ in their weights only."""
         for block in self.blocks:
             # Not the module: ZeRO-3's gathering hooks stay outside.
-            block.forward = torch.compile(block.forward)
+            block.forward = _compiled(block.forward)
 
     def share_positions(
         self, part: slice, between_ranks: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
@@ -263,6 +291,8 @@ class ImageGPT(nn.Module):
     def _embed(self, tokens_BT: Tensor, mask_BT: Tensor | None, cache: Cache | None) -> Tensor:
         x_BTD = F.embedding(tokens_BT, self.token_embedding)
         first = 0
+        if cache is not None and cache.span is not None:
+            return x_BTD + self.position_embedding[cache.position]
         if not self.causal:
             # Masked embeddings are zeroed before the positions are added (paper section 2.2).
             if mask_BT is not None:
@@ -275,6 +305,18 @@ class ImageGPT(nn.Module):
             first = cache.length
         x_BTD = x_BTD + self.position_embedding[first : first + x_BTD.shape[1]]
         return x_BTD[:, self.part] if cache is None else x_BTD
+
+
+def _compiled(forward: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """A block's forward pass, compiled but for sampling, whose growing cache would be compiled at every length."""
+    fused = torch.compile(forward)
+
+    def either(
+        h_BTD: Tensor, pool: bool = False, cache: Cache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        return fused(h_BTD, pool) if cache is None else forward(h_BTD, pool, cache, layer)
+
+    return either
 
 
 def _keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -5,6 +5,7 @@ RUN/config.toml             the configuration, data facts resolved
     palette.npy             the colours of the tokens
     metrics.jsonl           see metrics.py
     events/                 for TensorBoard
+    samples/                see evals/samples_of_training.py
     log.rank00000.txt       one log a rank
     heartbeats/             see watchdog.py
     checkpoints/            see checkpoint.py
@@ -53,6 +54,10 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
 
     def require_writable(self) -> None:
         """Try to write where the run directory is or is to be.

@@ -193,6 +193,8 @@ def train(
             save_due, last = save_due or best, last or ended
             saving = (save_due or last) and (last or not progress.stability.bad)
 
+        draw_samples(engine, job, run, progress, metrics, watchdog, meter)
+
         if saver.pending is not None and not writing:
             finish_save(saver, job, run, progress)
         if saving:
@@ -217,6 +219,25 @@ def tell_bad_step(progress: Progress, verdict: str, nats: float, gradient_norm: 
     LOGGER.warning(f"step {progress.step:>8}  {verdict}: {reason} ({progress.stability.bad} bad steps in a row)")
     if metrics is not None:
         metrics.write({"step": progress.step, "event": verdict, "reason": reason})
+
+
+def draw_samples(
+    engine: "Engine",
+    job: Job,
+    run: Run,
+    progress: Progress,
+    metrics: Metrics | None,
+    watchdog: Watchdog,
+    meter: Meter,
+) -> None:
+    """Draw a sheet of samples where one is due; of a pre-training token by token that is doing well."""
+    config, every = job.config, job.config.training.sample_every
+    able = config.causal and config.finetune is None and not progress.stability.bad
+    if able and every and progress.step % every == 0:
+        from igpt_ds.evals.samples_of_training import draw_sheet
+
+        draw_sheet(engine, job, run, progress.step, metrics, watchdog)
+        meter.restart()
 
 
 def shown(measured: dict[str, float]) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """The network against the paper's formulas in NumPy float64, its figures, and what each position may see."""
 
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -264,9 +263,10 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(objective: 
         assert torch.equal(gradient, gradients[2][name]), name
 
 
-@pytest.mark.skipif(os.environ.get("TORCHDYNAMO_DISABLE") == "1", reason="torch.compile is switched off")
+@torch._dynamo.config.patch(disable=False)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_give_the_same_gradients() -> None:
+def test_compiled_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     config = small_config(AUTO_REGRESSIVE, "training.activation_checkpointing=selective")
     gradients = []
     for compiled in (False, True):

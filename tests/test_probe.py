@@ -19,7 +19,6 @@ from igpt_ds.evals.feature_cache import Features
 from igpt_ds.evals.probe import Collected, Settings, centred, choose, judge
 from igpt_ds.evals.splits import Scored, Splits
 from igpt_ds.manifest import Manifest
-from igpt_ds.palette import Palette
 from igpt_ds.shards import Dataset
 from tests.commands import call
 from tests.models import random_model, save_model, small_config
@@ -283,23 +282,3 @@ def refused_after_damage(run: Path, refused: Callable[..., str]) -> str:
     content[-100] ^= 1
     weights.write_bytes(content)
     return refused("probe", run)
-
-
-def test_sample_command_draws_and_refuses(
-    run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = run.parent / "sheet.png"
-    assert call(monkeypatch, "sample", run, "--n", 4, "--out", out) == 0
-    with Image.open(out) as sheet:
-        assert sheet.size == (134, 134)
-    assert call(monkeypatch, "sample", run, "--n", 2, "--complete", digits, "--out", out) == 0
-    with Image.open(out) as sheet:
-        assert sheet.size == (6 * 66 + 2, 2 * 66 + 2)
-    assert call(monkeypatch, "sample", run, "--n", 1, "--out", run / "config.toml" / "x.png") == 2
-    assert "cannot write" in capsys.readouterr().err
-    assert call(monkeypatch, "sample", run, "--out", out, "--temperature", "nan") == 2
-    assert "--temperature nan" in capsys.readouterr().err
-    palette = Dataset.open(digits / "train").palette
-    Palette(-palette.colours).save(run / "palette.npy")
-    assert call(monkeypatch, "sample", run, "--out", out) == 2
-    assert "not the palette of" in capsys.readouterr().err

@@ -1,68 +1,122 @@
-"""Pictures that a model draws: free samples, and completions of images whose lower half is hidden (paper figure 1)."""
+"""Pictures that a model draws: free samples, and completions of images of which it is given the upper rows.
 
+On every tile what was given stands between two orange lines.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from igpt_ds.atomic import publish_file
 from igpt_ds.errors import UserError
+from igpt_ds.memory import free_bytes
 from igpt_ds.model import ImageGPT
 from igpt_ds.palette import Palette
-from igpt_ds.sampling import sample
+from igpt_ds.place import Place
+from igpt_ds.sampling import Drawing, images_at_once, over_ranks, sample
 from igpt_ds.shards import Dataset
 
-BATCH = 64  # images drawn at once
 COMPLETIONS = 4  # of each image
-GAP = 2  # pixels of white between two pictures
+GAP = 6  # pixels of white between two pictures
+MARK = 3  # pixels of the gap that a line beside given rows takes
 LEAST_SIDE = 64  # smaller images are enlarged, each pixel to a square
 HIDDEN = 192  # grey of what the model was not shown
+GIVEN = (230, 80, 0)  # orange: beside what it was shown
 
 
-def free_samples(model: ImageGPT, palette: Palette, count: int, seed: int, temperature: float) -> Image.Image:
-    """A nearly square sheet of `count` images drawn from nothing."""
-    tokens = _draw(model, torch.empty(count, 0, dtype=torch.int64), seed, temperature, "samples")
-    return contact_sheet(_images(tokens, palette), columns=round(count**0.5) or 1)
+def free_samples(model: ImageGPT, palette: Palette, count: int, drawing: Drawing, where: Place) -> Image.Image | None:
+    """A nearly square sheet of `count` images drawn from nothing, on rank 0; a collective of the ranks."""
+    tokens = _draw(model, torch.empty(count, 0, dtype=torch.int64), drawing, where, "samples")
+    return None if tokens is None else contact_sheet(decoded(tokens, palette), columns=round(count**0.5) or 1)
 
 
 def completions(
-    model: ImageGPT, dataset: Dataset, palette: Palette, count: int, seed: int, temperature: float
-) -> Image.Image:
-    """One row each for the first `count` images of a dataset: what the model saw, its completions, the original.
+    model: ImageGPT, tokens: np.ndarray, palette: Palette, rows: int, drawing: Drawing, where: Place
+) -> Image.Image | None:
+    """One line each for these images, uint16 [N, n]: what the model saw, its completions, the original; on rank 0."""
+    drawn = _draw(model, prefixes(tokens, rows), drawing, where, "completions")
+    if drawn is None:
+        return None
+    tiles, marked = completion_tiles(tokens, drawn, palette, rows)
+    return contact_sheet(tiles, COMPLETIONS + 2, marked)
+
+
+def prefixes(tokens: np.ndarray, rows: int) -> torch.Tensor:
+    """The first rows of each image, once for each of its completions: int64 [N COMPLETIONS, rows * side].
+
+    Raises:
+        UserError: the images have no rows left to draw, or none is given.
+    """
+    side = round(tokens.shape[1] ** 0.5)
+    if not 0 < rows < side:
+        raise UserError(f"--rows {rows}: the images have {side} rows: give at least 1 and leave 1: 1 to {side - 1}")
+    given = torch.from_numpy(tokens[:, : rows * side].astype(np.int64))
+    return given.repeat_interleave(COMPLETIONS, dim=0)
+
+
+def first_images(dataset: Dataset, count: int, sequence_length: int, palette: Palette) -> np.ndarray:
+    """Tokens of the first `count` images of a dataset, uint16 [count, n].
 
     Raises:
         UserError: the dataset has fewer images, or images of another size or palette than the model's.
     """
     if count > dataset.rows:
         raise UserError(f"{dataset.path}: has {dataset.rows} images: ask for at most --n {dataset.rows}")
-    if dataset.sequence_length != model.sequence_length:
+    if dataset.sequence_length != sequence_length:
         raise UserError(
-            f"{dataset.path}: images of {dataset.sequence_length} tokens, the model draws {model.sequence_length}: "
+            f"{dataset.path}: images of {dataset.sequence_length} tokens, the model draws {sequence_length}: "
             f"build the data at the model's resolution"
         )
     if dataset.palette.sha256 != palette.sha256:
         raise UserError(f"{dataset.path}: another palette than the run's: build the data with the run's palette.npy")
-    tokens = dataset.images(count)
-    side = dataset.manifest.resolution
-    prefix_BT = torch.from_numpy(tokens.astype(np.int64))[:, : side // 2 * side].repeat_interleave(COMPLETIONS, dim=0)
-    drawn = _images(_draw(model, prefix_BT, seed, temperature, "completions"), palette)
-    originals = _images(tokens, palette)
-    given = originals.copy()
-    given[:, side // 2 :] = HIDDEN
-    drawn = drawn.reshape(count, COMPLETIONS, side, side, 3)
-    rows = np.concatenate([given[:, None], drawn, originals[:, None]], axis=1)
-    return contact_sheet(rows.reshape(-1, side, side, 3), columns=COMPLETIONS + 2)
+    return dataset.images(count)
 
 
-def contact_sheet(images: np.ndarray, columns: int) -> Image.Image:
-    """Images (uint8 [N, side, side, 3]) side by side on white, small ones enlarged by a whole factor."""
-    side = images.shape[1] * max(1, -(-LEAST_SIDE // images.shape[1]))
+def pictures(paths: Sequence[Path], sequence_length: int, palette: Palette) -> np.ndarray:
+    """Tokens of PNG files of the model's resolution, by the run's palette: uint16 [N, n].
+
+    Larger pictures are cut and scaled by igpt-data shards, as all data are, and by nothing else.
+
+    Raises:
+        UserError: a file is missing, no whole PNG, or of another size.
+    """
+    side = round(sequence_length**0.5)
+    found = []
+    for path in paths:
+        try:
+            with Image.open(path, formats=("PNG",)) as image:
+                if image.size == (side, side):  # looked at before anything is decoded
+                    found.append(np.asarray(image.convert("RGB")))
+                    continue
+                size = image.size
+        except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+            raise UserError(f"{path}: cannot be read as a PNG: {error}: give whole PNG files") from error
+        raise UserError(
+            f"{path}: {size[0]} x {size[1]} pixels, the model draws {side} x {side}: scale it, or build the pictures "
+            f"into a dataset with igpt-data shards and give it with --complete"
+        )
+    return palette.encode(np.stack(found)).reshape(len(found), sequence_length)
+
+
+def contact_sheet(images: np.ndarray, columns: int, given: Sequence[int] = ()) -> Image.Image:
+    """Images (uint8 [N, side, side, 3]) side by side on white, small ones enlarged by a whole factor.
+
+    Args:
+        given: rows of each image that the model was shown, marked by a line on either side.
+    """
+    scale = max(1, -(-LEAST_SIDE // images.shape[1]))
+    side = images.shape[1] * scale
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + GAP) + GAP, rows * (side + GAP) + GAP), "white")
     for index, pixels in enumerate(images):
-        tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(tile, (GAP + index % columns * (side + GAP), GAP + index // columns * (side + GAP)))
+        left, top = GAP + index % columns * (side + GAP), GAP + index // columns * (side + GAP)
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        if given:
+            for x in (left - MARK, left + side):
+                sheet.paste(GIVEN, (x, top, x + MARK, top + given[index] * scale))
     return sheet
 
 
@@ -72,15 +126,44 @@ def save_png(sheet: Image.Image, path: Path) -> None:
         sheet.save(file, format="png")
 
 
-def _draw(model: ImageGPT, prefix_BT: torch.Tensor, seed: int, temperature: float, title: str) -> np.ndarray:
-    # Image i has the generator (seed, i) whatever the batch.
-    parts = [
-        sample(model, prefix_BT[first : first + BATCH], seed, temperature, first, title)
-        for first in range(0, len(prefix_BT), BATCH)
-    ]
-    return torch.cat(parts).numpy()
+def completion_tiles(
+    tokens: np.ndarray, drawn: np.ndarray, palette: Palette, rows: int
+) -> tuple[np.ndarray, list[int]]:
+    """What was given, the completions and the original of each image, for `contact_sheet`.
+
+    Args:
+        tokens: the images, uint16 [N, n].
+        drawn: integers [N COMPLETIONS, n].
+
+    Returns:
+        Tiles, uint8 [N (COMPLETIONS + 2), side, side, 3], and the rows that are given on each.
+    """
+    originals, completed = decoded(tokens, palette), decoded(drawn, palette)
+    side = originals.shape[1]
+    given = originals.copy()
+    given[:, rows:] = HIDDEN
+    completed = completed.reshape(len(tokens), COMPLETIONS, side, side, 3)
+    tiles = np.concatenate([given[:, None], completed, originals[:, None]], axis=1)
+    return tiles.reshape(-1, side, side, 3), [*[rows] * (1 + COMPLETIONS), 0] * len(tokens)
 
 
-def _images(tokens: np.ndarray, palette: Palette) -> np.ndarray:
+def decoded(tokens: np.ndarray, palette: Palette) -> np.ndarray:
+    """Pixels of images: integers [N, n] -> uint8 [N, side, side, 3]."""
     side = round(tokens.shape[1] ** 0.5)
     return palette.decode(tokens).reshape(len(tokens), side, side, 3)
+
+
+def _draw(model: ImageGPT, prefix_BT: torch.Tensor, drawing: Drawing, where: Place, title: str) -> np.ndarray | None:
+    """Tokens int64 [B, n] on rank 0."""
+    bar = title if where.rank == 0 else None  # one for all ranks
+
+    def draw_rows(prefix_BT: torch.Tensor, first: int) -> torch.Tensor:
+        free = free_bytes(model.head.weight.device, where.neighbours) // 2
+        size = max(1, images_at_once(model, free))
+        parts = [
+            sample(model, prefix_BT[i : i + size], drawing, first + i, bar) for i in range(0, len(prefix_BT), size)
+        ]
+        return torch.cat(parts)
+
+    found = over_ranks(draw_rows, prefix_BT, where)
+    return None if found is None else found.numpy()
