@@ -16,6 +16,7 @@ from igpt_ds.commands.evaluate import evaluate
 from igpt_ds.commands.figures import figures
 from igpt_ds.commands.finetune import finetune
 from igpt_ds.commands.low_data import low_data
+from igpt_ds.commands.plan import plan
 from igpt_ds.commands.pretrain import pretrain
 from igpt_ds.commands.probe import probe
 from igpt_ds.commands.report import report
@@ -42,6 +43,7 @@ def cli(local_rank: int | None) -> None:
 
 
 VERBS = (
+    plan,
     pretrain,
     finetune,
     sweep,

@@ -22,6 +22,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import (
+    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
@@ -319,6 +320,8 @@ class Engine:
     def close(self) -> None:
         """Free the model and its optimiser; the process group stays (see `leave`)."""
         self.deepspeed.destroy()
+        # hpZ's groups stay, and DeepSpeed fails where a second engine would make them again.
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
     # --- the state that a checkpoint holds ---------------------------------------------------------------------
 
@@ -376,6 +379,9 @@ class Engine:
             # Small parameters stay gathered between steps: let go of the old ones, gather the slices anew.
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+        if self.stage == 3:
+            # hpZ's copies, which an evaluation may have made, are of the weights that were here before.
+            self.deepspeed.optimizer.invalidate_secondary_tensor()
         self.deepspeed.global_steps = 0 if weights_only else checkpoint.step
 
     def _slice(self, p: Any) -> tuple[int, int]:
@@ -413,8 +419,8 @@ class Engine:
         owner = self.deepspeed.optimizer
         if self.stage == 3:
             flat = owner.fp32_partitioned_groups_flat
-        elif self.stage == 1 and self.config.training.precision == "bfloat16":
-            flat = owner.fp32_groups_flat_partition  # an optimiser class of its own
+        elif hasattr(owner, "fp32_groups_flat_partition"):
+            flat = owner.fp32_groups_flat_partition  # stage 1 in bfloat16: an optimiser class of its own
         elif self.stage > 0:
             flat = owner.single_partition_of_fp32_groups
         else:

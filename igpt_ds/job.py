@@ -13,6 +13,10 @@ from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
 from igpt_ds.errors import UserError
 from igpt_ds.finetune import resolve_classes
 from igpt_ds.order import Order
+from igpt_ds.planner.layout import Layout
+from igpt_ds.planner.memory import bytes_per_rank
+from igpt_ds.planner.report import Machine, make_plan
+from igpt_ds.planner.text import plan_text
 from igpt_ds.run import LOGGER, Run
 from igpt_ds.shards import Dataset
 from igpt_ds.sources import open_split, resolve_data
@@ -25,6 +29,7 @@ class Job:
     Attributes:
         test_set: what a fine-tuning's best checkpoint is to be tested on at the end.
         masks: independent masks whose modal prediction is reported as well then (BERT only); 0: none.
+        ranks_per_node: GPUs of a machine.
     """
 
     config: Config
@@ -35,6 +40,12 @@ class Job:
     order: Order
     test_set: Dataset | None = None
     masks: int = 0
+    ranks_per_node: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """The job on its machines, for the planner."""
+        return Layout(self.config, self.ds["zero_optimization"], self.division, self.ranks_per_node)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that goes on from it."""
@@ -120,10 +131,13 @@ def check_beginning(job: Job, run: Run | None) -> None:
             )
 
 
-def prepare(config: Config, ds_source: str, world: int, *, test: bool = False, masks: int = 0) -> Job:
+def prepare(
+    config: Config, ds_source: str, world: int, *, ranks_per_node: int = 1, test: bool = False, masks: int = 0
+) -> Job:
     """Open and check everything that can be checked before any process group exists.
 
     Args:
+        ranks_per_node: of one machine.
         test, masks: of a fine-tuning; see `Job`.
 
     Raises:
@@ -136,7 +150,7 @@ def prepare(config: Config, ds_source: str, world: int, *, test: bool = False, m
     division = divide_batch(
         config.training.batch, config.training.micro_batch, world, config.training.sequence_parallel
     )
-    ds = resolve(load_ds_config(ds_source), config, division)
+    ds = resolve(load_ds_config(ds_source), config, division, ranks_per_node)
     train_sets = [open_split(source, "train") for source in config.data.sources]
     validation_set = open_split(config.data.sources[0], "val") if config.training.validate_every else None
     test_set = open_split(config.data.sources[0], "test") if test else None
@@ -156,18 +170,30 @@ def prepare(config: Config, ds_source: str, world: int, *, test: bool = False, m
         config.data.weights or None,
         config.data.window,
     )
-    return Job(config, ds, division, train_sets, validation_set, order, test_set, masks)
+    return Job(config, ds, division, train_sets, validation_set, order, test_set, masks, ranks_per_node)
+
+
+def dry_run(job: Job, machine: Machine) -> str:
+    """What would be trained, and the plan of it: memory, messages, time and disk."""
+    told = ("objective", "begins with", "classes", "data", "length")
+    rows = [f"{key:<10}  {text}" for key, text in _rows(job) if key in told]
+    images = sum(dataset.rows for dataset in job.train_sets)
+    return "\n".join([*rows, plan_text(make_plan(job.layout, machine, images))])
 
 
 def summary(job: Job) -> str:
-    """What is about to be trained, for the log and for --dry-run."""
+    """What is about to be trained, for the log."""
+    return "\n".join(f"{key:<10} {text}" for key, text in _rows(job))
+
+
+def _rows(job: Job) -> list[tuple[str, str]]:
     config, division = job.config, job.division
     stage = job.ds["zero_optimization"]["stage"]
-    memory = plan.bytes_per_rank(config, stage, division)
+    memory = bytes_per_rank(job.layout)
     flops = plan.flops_per_image(config) * config.training.batch
     share = job.order.weights[0] / sum(job.order.weights)
     epochs = config.training.steps * config.training.batch * share / job.order.epoch_rows(0)
-    rows = [
+    return [
         (
             "model",
             f"{config.name}: {plan.parameter_count(config):,} parameters, {config.model.layers} layers of "
@@ -195,12 +221,11 @@ def summary(job: Job) -> str:
         ),
         (
             "memory",
-            f"{memory.total / 2**30:.3g} GiB a rank by plan, ZeRO stage {stage}: weights "
-            f"{memory.weights / 2**30:.3g}, gradients {memory.gradients / 2**30:.3g}, master and moments "
-            f"{memory.master_and_moments / 2**30:.3g}, activations {memory.activations / 2**30:.3g}",
+            f"{memory.total / 2**30:.3g} GiB a rank by plan, ZeRO stage {stage}: weights, gradients and Adam's states "
+            f"{memory.states / 2**30:.3g}, buffers {memory.buffers / 2**30:.3g}, activations "
+            f"{memory.activations / 2**30:.3g}, weights gathered {memory.live / 2**30:.3g}",
         ),
     ]
-    return "\n".join(f"{key:<10} {text}" for key, text in rows)
 
 
 def _replicas(division: Division) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from igpt_ds import plan
 from igpt_ds.config import Config
+from igpt_ds.planner.devices import peak_flops
 
 if TYPE_CHECKING:
     from igpt_ds.engine import Engine
@@ -23,7 +24,7 @@ class Meter:
         self._config, self._engine = config, engine
         self._cuda = engine.device.type == "cuda"
         name = torch.cuda.get_device_name(engine.device) if self._cuda else ""
-        self._peak = plan.peak_flops(name)
+        self._peak = peak_flops(name)
         self.restart()
 
     def restart(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.config import load_config, presets
-from igpt_ds.ds_config import FOLDER, Division, divide_batch, load_ds_config, resolve
+from igpt_ds.ds_config import FOLDER, Division, bucket_sizes, divide_batch, load_ds_config, resolve
 from igpt_ds.errors import UserError
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -48,22 +48,92 @@ def test_every_zero_stage_has_a_file() -> None:
     assert [load_ds_config(f"zero{stage}")["zero_optimization"]["stage"] for stage in range(4)] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("world", [1, 4, 16])
 @pytest.mark.parametrize("preset", presets())
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_resolves_for_every_preset(name: str, preset: str) -> None:
+def test_every_file_resolves_for_every_preset(name: str, preset: str, world: int) -> None:
     tree, config = load_ds_config(name), load_config(preset)
-    division = divide_batch(config.training.batch, None, 4)
+    division = divide_batch(config.training.batch, None, world)
     if config.training.precision == "bfloat16" and tree["zero_optimization"]["stage"] == 0:
         with pytest.raises(UserError, match="ZeRO stage 1 to 3"):
             resolve(tree, config, division)
         return
-    resolved = resolve(tree, config, division)
+    resolved = resolve(tree, config, division, 4)
     assert "auto" not in leaves(resolved)
     assert resolved["train_batch_size"] == config.training.batch
-    assert resolved["train_micro_batch_size_per_gpu"] == config.training.batch // 4
+    assert resolved["train_micro_batch_size_per_gpu"] == config.training.batch // world
     assert resolved["gradient_accumulation_steps"] == 1
     assert resolved["bf16"]["enabled"] is (config.training.precision == "bfloat16")
-    assert resolved["zero_optimization"] == tree["zero_optimization"]
+    stated = {key: value for key, value in tree["zero_optimization"].items() if value != "auto"}
+    assert stated.items() <= resolved["zero_optimization"].items()
+    # Groups of a node, where there is more than one.
+    if "zero_hpz_partition_size" in tree["zero_optimization"]:
+        assert resolved["zero_optimization"]["zero_hpz_partition_size"] == (4 if world > 4 else 1)
+    # DeepSpeed would insist on an Adam of its own.
+    assert resolved.get("zero_force_ds_cpu_optimizer", True) is ("offload_optimizer" not in tree["zero_optimization"])
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_buckets_are_whole_blocks(preset: str) -> None:
+    config = load_config(preset)
+    sizes = bucket_sizes(config)
+    d, layers = config.model.width, config.model.layers
+    block, bucket = 12 * d * d + 2 * d, sizes["reduce_bucket_size"]
+    assert sizes["stage3_prefetch_bucket_size"] == sizes["allgather_bucket_size"] == bucket
+    blocks, rest = divmod(bucket - 512 * d, block)
+    # One of the largest models, more of small ones, all of tiny ones.
+    assert rest == 0 and 1 <= blocks <= layers
+    assert blocks == layers or (blocks - 1) * block < 16 * 2**20 <= blocks * block
+    # From its recomputation to its backward pass a matrix is kept: 18 d² elements lie between.
+    assert sizes["stage3_max_reuse_distance"] > 18 * d * d
+    assert sizes["stage3_max_live_parameters"] > 2 * bucket
+    if config.name == "igpt-xl":
+        assert (blocks, block) == (1, 113_252_352)
+
+
+def test_sizes_that_are_stated_stand() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": 7, "stage3_prefetch_bucket_size": "auto"}
+    resolved = resolve({**AUTO, "zero_optimization": zero}, FLOAT32, DIVISION)["zero_optimization"]
+    assert resolved["reduce_bucket_size"] == 7
+    assert resolved["stage3_prefetch_bucket_size"] == bucket_sizes(FLOAT32)["stage3_prefetch_bucket_size"]
+    assert "stage3_max_live_parameters" not in resolved
+
+
+@pytest.mark.parametrize(
+    ("zero", "told"),
+    [
+        ({"stage": 3, "zero_hpz_partition_size": 3}, "8 ranks are no whole number of such groups"),
+        ({"stage": 3, "zero_hpz_partition_size": 0}, "write the number of GPUs of a node"),
+        ({"stage": 3, "zero_hpz_partition_size": True}, "write the number of GPUs of a node"),
+        ({"stage": 2, "zero_hpz_partition_size": "auto"}, "only stage 3 divides weights"),
+    ],
+)
+def test_groups_that_cannot_be(zero: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        resolve({**AUTO, "zero_optimization": zero}, FLOAT32, Division(8, 1, 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("zero", "told"),
+    [
+        ({"stage": 3, "offload_param": {"devise": "cpu"}}, "unknown key zero_optimization.offload_param.devise "),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "zero_optimization.offload_optimizer.device is 'nvme'"),
+        ({"stage": 3, "offload_optimizer": True}, "zero_optimization.offload_optimizer must be an object"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "zero_optimization.offload_param needs stage 3"),
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "offload_optimizer needs stage 1 or 2 or 3"),
+        ({"stage": 3, "offload_param": {"device": "cpu", "pin_memory": 1}}, "pin_memory must be true or false"),
+    ],
+)
+def test_offload_that_cannot_be(tmp_path: Path, zero: dict[str, object], told: str) -> None:
+    assert told in refusal(tmp_path, {**AUTO, "zero_optimization": zero})
+
+
+def test_a_batch_caps_the_ranks_and_the_ways_past_it_are_named() -> None:
+    with pytest.raises(UserError) as caught:
+        divide_batch(64, None, 128)
+    told = str(caught.value)
+    assert "training.batch=64: caps data parallelism at 64 ranks, not 128" in told
+    assert "start 64 ranks" in told and "training.batch=128" in told and "training.sequence_parallel=2" in told
 
 
 def test_owned_facts_are_filled_in_and_the_file_is_left_as_it_was() -> None:
@@ -100,7 +170,7 @@ def test_a_fact_with_another_owner_is_refused(key: str, value: object) -> None:
         resolve({**AUTO, key: value}, FLOAT32, DIVISION)
 
 
-@pytest.mark.parametrize("key", ["overlap_comm", "reduce_bucket_size"])
+@pytest.mark.parametrize("key", ["overlap_comm", "sub_group_size"])
 def test_an_auto_that_nobody_resolves_is_refused(key: str) -> None:
     with pytest.raises(UserError, match=f'"auto" at zero_optimization.{key}'):
         resolve({**AUTO, "zero_optimization": {"stage": 3, key: "auto"}}, FLOAT32, DIVISION)

@@ -14,6 +14,11 @@ LEAVES = {f"igpt_ds.{name}" for name in ("errors", "atomic", "storage", "blocks"
 WITHOUT_TORCH = LEAVES | {
     f"igpt_ds.{name}" for name in ("hashing", "order", "config", "ds_config", "schedule", "plan", "place", "health")
 }
+# What a job will need is told in a moment, on any machine.
+WITHOUT_TORCH |= {"igpt_ds.commands.plan"} | {
+    f"igpt_ds.planner.{name}"
+    for name in ("devices", "layout", "gathering", "memory", "communication", "step_time", "advice", "report", "text")
+}
 # What shows recorded figures never loads a model.
 FROM_RECORDS = {
     f"igpt_ds.{name}"
@@ -154,6 +159,7 @@ HEAVY = {"torch", "deepspeed", "sklearn", "scipy", "matplotlib", "transformers",
         ["igpt_ds.cli", "--help"],
         ["igpt_ds.cli", "pretrain", "--help"],
         ["igpt_ds.cli", "convert", "--help"],
+        ["igpt_ds.cli", "plan", "xl", "--nodes", "8", "--json"],
         ["igpt_ds.cli", "--version"],
         ["data_prep.cli", "--help"],
         ["data_prep.cli", "shards", "--help"],

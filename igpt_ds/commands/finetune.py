@@ -33,6 +33,8 @@ from igpt_ds.errors import UserError
 @click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, and end.")
 @click.option("--ranks", type=click.IntRange(min=1), help="With --dry-run: the number of GPUs to plan for.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="With --dry-run: GPUs of a machine [8, or all].")
+@click.option("--device", default="h200", metavar="NAME", help="With --dry-run: their kind, see igpt-ds plan [h200].")
 def finetune(
     start: Path | None,
     scratch: bool,
@@ -50,6 +52,8 @@ def finetune(
     print_config: bool,
     dry_run: bool,
     ranks: int | None,
+    gpus_per_node: int | None,
+    device: str,
 ) -> None:
     """Fine-tune a model to classify; a run that holds a checkpoint goes on by itself.
 
@@ -73,6 +77,7 @@ def finetune(
     from igpt_ds import job as jobs
     from igpt_ds.config import to_toml
     from igpt_ds.place import place
+    from igpt_ds.planner.report import Machine
     from igpt_ds.run import Run
 
     if run_path is None and not (print_config or dry_run):
@@ -85,10 +90,11 @@ def finetune(
         return
     where = place()
     world = ranks if dry_run and ranks else where.world
-    job = jobs.prepare(config, ds_source, world, test=test, masks=masks or 0)
+    per_node = gpus_per_node or min(world, 8) if dry_run else where.neighbours
+    job = jobs.prepare(config, ds_source, world, ranks_per_node=per_node, test=test, masks=masks or 0)
     tuning.check_start(job.config, run, job.train_sets[0].palette.sha256)
     if run is None or dry_run:
-        click.echo(jobs.summary(job))
+        click.echo(jobs.dry_run(job, Machine(device)))
         return
     from igpt_ds.train import pretrain as train
 

@@ -34,6 +34,8 @@ from igpt_ds.errors import UserError
 @click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, and end.")
 @click.option("--ranks", type=click.IntRange(min=1), help="With --dry-run: the number of GPUs to plan for.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="With --dry-run: GPUs of a machine [8, or all].")
+@click.option("--device", default="h200", metavar="NAME", help="With --dry-run: their kind, see igpt-ds plan [h200].")
 def pretrain(
     preset: str | None,
     data: tuple[str, ...],
@@ -48,6 +50,8 @@ def pretrain(
     print_config: bool,
     dry_run: bool,
     ranks: int | None,
+    gpus_per_node: int | None,
+    device: str,
 ) -> None:
     """Pre-train a model; a run that holds a checkpoint goes on by itself.
 
@@ -66,6 +70,7 @@ def pretrain(
     from igpt_ds import job as jobs
     from igpt_ds.config import to_toml
     from igpt_ds.place import place
+    from igpt_ds.planner.report import Machine
     from igpt_ds.run import Run
 
     run = Run(run_path) if run_path else None
@@ -76,10 +81,12 @@ def pretrain(
     if run is None and not dry_run:
         raise UserError("pretrain: no --run: name the directory that the run is to write")
     where = place()
-    job = jobs.prepare(config, ds_source, ranks if dry_run and ranks else where.world)
+    world = ranks if dry_run and ranks else where.world
+    per_node = gpus_per_node or min(world, 8) if dry_run else where.neighbours
+    job = jobs.prepare(config, ds_source, world, ranks_per_node=per_node)
     jobs.check_beginning(job, None if fresh else run)
     if run is None or dry_run:
-        click.echo(jobs.summary(job))
+        click.echo(jobs.dry_run(job, Machine(device)))
         return
     from igpt_ds.train import pretrain as run_pretrain
 

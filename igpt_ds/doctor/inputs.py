@@ -54,20 +54,27 @@ class Plan:
         return self.config.data.sources if self.config else ()
 
 
-def make_plan(request: Request, ranks: int) -> Plan:
-    """Go as far as `igpt-ds pretrain` would without a GPU; faults are kept, not raised."""
+def make_plan(request: Request, ranks: int, ranks_per_node: int | None = None) -> Plan:
+    """Go as far as `igpt-ds pretrain` would without a GPU; faults are kept, not raised.
+
+    Args:
+        ranks_per_node: None: 8, as most nodes have, or all where there are fewer.
+    """
     from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
     from igpt_ds.job import choose_config, prepare
+    from igpt_ds.planner.layout import Layout
+    from igpt_ds.planner.memory import bytes_per_rank
     from igpt_ds.run import Run
 
     run = Run(request.run) if request.run else None
     if request.preset is None and not (run and run.config.exists()):
         return Plan(ranks=ranks)
     config, job, fault = None, None, ""
+    per_node = ranks_per_node or min(ranks, 8)
     try:
         config = choose_config(request.preset, run, request.data, request.overrides)
         if config.data.sources:
-            job = prepare(config, request.ds_source, ranks)
+            job = prepare(config, request.ds_source, ranks, ranks_per_node=per_node)
             config = job.config
     except UserError as error:
         fault = str(error)
@@ -78,11 +85,11 @@ def make_plan(request: Request, ranks: int) -> Plan:
         division = divide_batch(
             config.training.batch, config.training.micro_batch, ranks, config.training.sequence_parallel
         )
-        stage = resolve(load_ds_config(request.ds_source), config, division)["zero_optimization"]["stage"]
+        zero = resolve(load_ds_config(request.ds_source), config, division, per_node)["zero_optimization"]
         if config.data.resolution and config.data.palette_size:
             need = Need(
                 checkpoint=_BYTES_A_PARAMETER * plan.parameter_count(config),
-                rank=plan.bytes_per_rank(config, stage, division).total,
+                rank=bytes_per_rank(Layout(config, zero, division, per_node)).total,
                 bfloat16=config.training.precision == "bfloat16",
                 kept=config.checkpoint.keep,
             )

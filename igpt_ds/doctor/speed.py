@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from igpt_ds import plan
 from igpt_ds.doctor.report import Check, named, time_text
+from igpt_ds.planner.devices import peak_flops
 
 _WARN_BELOW, _FAIL_BELOW = 0.9, 0.7  # of the median rank
 _LOW_SHARE = 0.4  # of the data sheet's peak: a healthy GPU reaches 0.6 and more
@@ -45,7 +45,7 @@ def matmul(device: int | None, seconds: float = 1.0) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
     name = "" if device is None else torch.cuda.get_device_name(device)
     # The first ones choose and load the kernel.
-    return {"rate": 2 * size**3 / statistics.median(times[3:]), "peak": plan.peak_flops(name), "kind": str(kind)[6:]}
+    return {"rate": 2 * size**3 / statistics.median(times[3:]), "peak": peak_flops(name), "kind": str(kind)[6:]}
 
 
 def judge_matmul(facts: Sequence[tuple[str, dict[str, Any]]]) -> Check:

@@ -1,0 +1,62 @@
+"""`igpt-ds plan`: what a training will need, before a GPU is used."""
+
+import json
+
+import click
+
+from igpt_ds.commands import CONTEXT
+from igpt_ds.planner.devices import DEVICES, INTERCONNECTS
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("preset", metavar="PRESET")
+@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
+@click.option("--ds", "ds_source", default="zero3", show_default=True, metavar="NAME", help="DeepSpeed configuration.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Machines.")
+@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(min=1), help="GPUs of each.")
+@click.option("--device", default="h200", show_default=True, metavar="NAME", help=f"{', '.join(DEVICES)}.")
+@click.option(
+    "--interconnect",
+    default="ib-ndr",
+    show_default=True,
+    metavar="NAME",
+    help=f"Between nodes: {', '.join(INTERCONNECTS)}, or a GPU's GB/s.",
+)
+@click.option(
+    "--mfu",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Of the computation alone, by model FLOPs [0.5, less what is recomputed].",
+)
+@click.option("--images", type=click.IntRange(min=1), help="Images of the data, for its size on disk [ImageNet's].")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the tables.")
+def plan(
+    preset: str,
+    overrides: tuple[str, ...],
+    ds_source: str,
+    nodes: int,
+    gpus_per_node: int,
+    device: str,
+    interconnect: str,
+    mfu: float | None,
+    images: int | None,
+    as_json: bool,
+) -> None:
+    """Memory, messages, time and disk of a training; what limits it, and what would be faster. Needs no GPU.
+
+    \b
+    The paper's largest model on 8 nodes:
+        igpt-ds plan xl --nodes 8 --gpus-per-node 8 --device h200
+    On one node of older GPUs, in another way:
+        igpt-ds plan l --gpus-per-node 4 --device a100 --ds zero2 --set training.precision=bfloat16
+
+    PRESET is tiny, s, m, l, l48, xl, s-bert, ... or a file.toml. Sizes are exact or tested against measurements; times
+    follow from data sheets and stated assumptions. docs/plan.md has the arithmetic.
+    """
+    from igpt_ds.config import load_config
+    from igpt_ds.planner.layout import lay_out
+    from igpt_ds.planner.report import IMAGENET, Machine, make_plan
+    from igpt_ds.planner.text import plan_text
+
+    layout = lay_out(load_config(preset, overrides), ds_source, nodes, gpus_per_node)
+    found = make_plan(layout, Machine(device, interconnect, mfu), images or IMAGENET)
+    click.echo(json.dumps(found, indent=2) if as_json else plan_text(found))

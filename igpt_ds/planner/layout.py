@@ -1,0 +1,117 @@
+"""Who holds what: a configuration and a DeepSpeed configuration laid out over nodes of GPUs."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from igpt_ds.config import Config
+from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
+from igpt_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A job's place on its machines.
+
+    Attributes:
+        config: resolution and palette size resolved.
+        zero: the resolved `zero_optimization` (see `ds_config.resolve`).
+        division: of the batch over the ranks.
+        ranks_per_node: GPUs of a node.
+    """
+
+    config: Config
+    zero: dict[str, Any]
+    division: Division
+    ranks_per_node: int
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return int(self.zero["stage"])
+
+    @property
+    def nodes(self) -> int:
+        """Machines; a last one may be half empty."""
+        return -(-self.ranks // self.ranks_per_node)
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.division.world
+
+    @property
+    def sequence_parallel(self) -> int:
+        """Ranks that share an image."""
+        return self.division.sequence_parallel
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the network computes in bfloat16."""
+        return self.config.training.precision == "bfloat16"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight, an activation or a gradient on its way."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def checkpointing(self) -> str:
+        """What of a block is computed again in the backward pass: none, selective (all but attention) or full."""
+        return self.config.training.activation_checkpointing
+
+    @property
+    def hpz_group(self) -> int:
+        """Ranks that share a second copy of the weights (hpZ); 1: there is none."""
+        return int(self.zero.get("zero_hpz_partition_size", 1))
+
+    def option(self, key: str, default: Any) -> Any:
+        """A key of `zero`, or DeepSpeed's default."""
+        return self.zero.get(key, default)
+
+    def with_training(self, **changes: Any) -> "Layout":
+        """The same with other facts of [training]."""
+        return replace(self, config=replace(self.config, training=replace(self.config.training, **changes)))
+
+
+def lay_out(config: Config, ds_source: str, nodes: int, ranks_per_node: int) -> Layout:
+    """Divide a job over so many GPUs.
+
+    Raises:
+        UserError: resolution or palette are not known; the batch cannot be spread over so many ranks; see
+            `ds_config.resolve`.
+    """
+    missing = [key for key in ("resolution", "palette_size") if getattr(config.data, key) is None]
+    if missing:
+        examples = " ".join(f"--set data.{key}={32 if key == 'resolution' else 512}" for key in missing)
+        raise UserError(f"plan: {config.name} takes {' and '.join(missing)} from its data: add {examples}")
+    if config.finetune is not None and config.finetune.classes is None:
+        raise UserError(f"plan: {config.name} takes its classes from its data: add --set finetune.classes=10")
+    recipe = config.training
+    division = divide_batch(recipe.batch, recipe.micro_batch, nodes * ranks_per_node, recipe.sequence_parallel)
+    ds = resolve(load_ds_config(ds_source), config, division, ranks_per_node)
+    return Layout(config, ds["zero_optimization"], division, ranks_per_node)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the modules, in the order in which a forward pass needs them.
+
+    Attributes:
+        root: what the network itself holds: token embedding, start vector, positions.
+        block: norm, qkv, attention's output, norm, up, down; each block's alike.
+        after: norm, head, class head.
+    """
+
+    root: tuple[int, ...]
+    block: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def module_sizes(config: Config) -> Sizes:
+    """The network's modules (see model.py)."""
+    d, k = config.model.width, config.palette_size
+    return Sizes(
+        root=(k * d, *([d] if config.causal else []), config.sequence_length * d),
+        block=(d, 3 * d * d, d * d, d, 4 * d * d, 4 * d * d),
+        after=(d, k * d, *([config.classes * d] if config.classes else [])),
+    )
