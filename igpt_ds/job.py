@@ -152,7 +152,9 @@ def prepare(
     )
     ds = resolve(load_ds_config(ds_source), config, division, ranks_per_node)
     train_sets = [open_split(source, "train") for source in config.data.sources]
-    validation_set = open_split(config.data.sources[0], "val") if config.training.validate_every else None
+    validation_set = None
+    if config.training.validate_every:
+        validation_set = open_split(config.data.sources[0], "val", " or set training.validate_every=0")
     test_set = open_split(config.data.sources[0], "test") if test else None
     if config.finetune is not None and config.finetune.fold_validation:
         train_sets += [open_split(source, "val") for source in config.data.sources]

@@ -7,8 +7,11 @@ from igpt_ds.errors import UserError
 from igpt_ds.shards import Dataset
 
 
-def open_split(folder: str | Path, split: str) -> Dataset:
+def open_split(folder: str | Path, split: str, or_else: str = "") -> Dataset:
     """Open FOLDER/SPLIT.
+
+    Args:
+        or_else: what a user can do who has no such split, but to build it.
 
     Raises:
         UserError: it is not there, half-built or damaged.
@@ -17,8 +20,7 @@ def open_split(folder: str | Path, split: str) -> Dataset:
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such directory: build it with igpt-data shards, or mend --data")
     if not path.is_dir():
-        remedy = " or set training.validate_every=0" if split == "val" else ""
-        raise UserError(f"{folder}: has no {split}/ dataset: build it with igpt-data shards{remedy}")
+        raise UserError(f"{folder}: has no {split}/ dataset: build it with igpt-data shards{or_else}")
     return Dataset.open(path)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Pre-train with several learning rates, a job each (the paper tries 0.01, 0.003, 0.001, ... and keeps the best):
+# Train with several learning rates, a job each (the paper tries 0.01, 0.003, 0.001, ... and keeps the best):
 #   DATA=/data/imagenet32 RUN=runs/sweep PRESET=s sbatch slurm/sweep_lr.sh --set training.stop_at=20000
-#   RATES="0.003 0.001" DATA=... RUN=... sbatch --array=0-1 slurm/sweep_lr.sh
-# Variables: RATES, DATA, RUN (each rate trains in RUN/lr-RATE), PRESET [s], DS_CONFIG [zero3], and those of env.sh:
-# VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds pretrain`.
+#   FROM=runs/l DATA=/data/cifar10 RUN=sweeps/cifar10 RATES="0.003 0.001" sbatch --array=0-1 slurm/sweep_lr.sh
+# Variables: RATES, DATA, RUN (each rate trains in RUN/lr-RATE), PRESET [s] or, to fine-tune, FROM (a run or weights),
+# DS_CONFIG [zero3], and those of env.sh: VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds`.
 #SBATCH --job-name=igpt-sweep
 #SBATCH --array=0-3
 #SBATCH --nodes=1
@@ -26,5 +26,7 @@ read -r -a rates <<<"${RATES:-0.01 0.003 0.001 0.0003}"
 rate=${rates[SLURM_ARRAY_TASK_ID]:?the array has more tasks than RATES has rates}
 RUN=$RUN/lr-$rate
 mapfile -t data < <(data_options)
-run_ranks python -m igpt_ds pretrain --preset "${PRESET:-s}" --ds "${DS_CONFIG:-zero3}" "${data[@]}" --run "$RUN" \
+verb=(pretrain --preset "${PRESET:-s}")
+[[ -z ${FROM:-} ]] || verb=(finetune --from "$FROM")
+run_ranks python -m igpt_ds "${verb[@]}" --ds "${DS_CONFIG:-zero3}" "${data[@]}" --run "$RUN" \
   --set "training.learning_rate=$rate" "$@"

@@ -122,6 +122,25 @@ def _command(pid: int) -> str:
         return ""
 
 
+def test_ranks_that_share_every_image_train_and_validate_as_one_alone(
+    alone: Path, digits: Path, tmp_path: Path
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "output.txt"
+    sharing = ["--set", "training.sequence_parallel=2", "--set", "training.stop_at=20"]
+    text = run_command(pretrain(digits, run, *LENGTH, *sharing), output, world=2)
+    assert "16 = 1 replicas of 2 ranks x 16 x 1 accumulated" in text
+    whole, found = curve(alone), curve(run)
+    assert len(found) == 20
+    for step, values in found.items():
+        assert values == pytest.approx(whole[step], rel=1e-5), step
+
+    def validation(run: Path) -> dict[str, Any]:
+        return next(line for line in read_metrics(run / "metrics.jsonl") if "val_loss" in line)
+
+    assert validation(run)["val_images"] == validation(alone)["val_images"]
+    assert validation(run)["val_loss"] == pytest.approx(validation(alone)["val_loss"], rel=1e-5)
+
+
 def test_stop_at_and_going_on_and_being_done_and_fresh(
     alone: Path,
     digits: Path,
