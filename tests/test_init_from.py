@@ -286,4 +286,4 @@ def test_beginnings_that_do_not_serve(
 
 def test_a_dry_run_names_the_beginning(sources: Path, digits: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     status, out, _ = call(*pretrain(digits, Path("unused"), "--init-from", sources / "hf", "--dry-run"))
-    assert status == 0 and f"begins with {sources / 'hf'}" in out
+    assert status == 0 and f"begins with  {sources / 'hf'}\n" in out
