@@ -3,8 +3,8 @@
 The target: at batch 64 not slower than the bare pread by more than a factor 1.5; packed9 may add its decoding, whose
 target is 1.6 microseconds a row of 1024 tokens. The bare pread is a loop over (descriptor, offset) pairs that are
 known beforehand, and drops what it has read. What is timed beside it, in turn, medians of the rounds, each on the
-same rows in the sample order's order (the streams with workers, which are threads, in turns of their own with the bare pread, for they
-read ahead while nobody waits for them):
+same rows in the sample order's order (the streams with workers in turns of their own with the bare pread, for their
+threads read ahead while nobody waits for them):
 
     unpack       packed9 to uint16, in memory
     read_many    the rows' tokens as one uint16 array, checked against the palette
