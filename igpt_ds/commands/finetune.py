@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from igpt_ds.commands import CONTEXT
+from igpt_ds.commands import CONTEXT, training_options
 from igpt_ds.errors import UserError
 
 
@@ -26,15 +26,7 @@ from igpt_ds.errors import UserError
     "--masks", type=click.IntRange(min=1), help="BERT: also the modal prediction of so many masks (paper: 5)."
 )
 @click.option("--ds", "ds_source", default="zero3", show_default=True, metavar="NAME", help="As pretrain.")
-@click.option("--fresh", is_flag=True, help="Start anew instead of going on from the newest checkpoint.")
-@click.option("--force", is_flag=True, help="With --fresh: delete the run that is there.")
-@click.option("--allow-change", metavar="FACT", multiple=True, help="Go on though it differs: batch, data_order, ...")
-@click.option("--wandb", "wandb_project", metavar="PROJECT", help="Also log to Weights & Biases.")
-@click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end.")
-@click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, and end.")
-@click.option("--ranks", type=click.IntRange(min=1), help="With --dry-run: the number of GPUs to plan for.")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), help="With --dry-run: GPUs of a machine [8, or all].")
-@click.option("--device", default="h200", metavar="NAME", help="With --dry-run: their kind, see igpt-ds plan [h200].")
+@training_options
 def finetune(
     start: Path | None,
     scratch: bool,
