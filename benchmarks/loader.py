@@ -38,21 +38,21 @@ READ_AHEAD = ("workers 1", "workers 2")
 Action = Callable[[int], object]
 
 
-def build(directory: Path, resolution: int, storage: str) -> Dataset:
-    """A dataset of random tokens."""
+def build(directory: Path, resolution: int, storage: str, shards: int = SHARDS, rows: int | None = None) -> Dataset:
+    """A dataset of random tokens; without a number of rows, shards of 32 MiB."""
     directory.mkdir()
     generator = np.random.default_rng(0)
     palette = Palette(generator.uniform(-1, 1, (K, 3)).astype(np.float32))
     palette.save(directory / "palette.npy")
-    rows = SHARD_TOKENS // resolution**2
+    rows = rows or SHARD_TOKENS // resolution**2
     ids = np.array([f"{i:08d}" for i in range(rows)], np.bytes_)
     records = []
-    for number in range(SHARDS):
+    for number in range(shards):
         tokens = generator.integers(0, K, (rows, resolution**2), np.uint16)
         name = f"s-{number:05d}"
         records.append(write_shard(directory, name, tokens, ids, None, rows_per_block=256, view=0, storage=storage))
     Manifest(
-        rows=SHARDS * rows,
+        rows=shards * rows,
         sequence_length=resolution**2,
         resolution=resolution,
         rows_per_block=256,

@@ -80,50 +80,11 @@ def bare(config: Config) -> Step:
 
 def hugging_face(config: Config) -> Step:
     """Hugging Face's network with our weights."""
-    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+    from tests.hugging_face import counterpart
 
-    d, shape = config.model.width, config.model
-    model = ImageGPTForCausalImageModeling(
-        ImageGPTConfig(
-            vocab_size=config.palette_size + 1,
-            n_positions=config.sequence_length,
-            n_embd=d,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            tie_word_embeddings=False,
-            scale_attn_by_inverse_layer_idx=False,
-        )
-    )
     source = ImageGPT(config)
     initialise(source, config.seed)
-    weights = source.state_dict()
-    found = {
-        "transformer.wte.weight": torch.cat([weights["token_embedding"], weights["start"][None]]),
-        "transformer.wpe.weight": weights["position_embedding"],
-        "transformer.ln_f.weight": weights["norm.gain"],
-        "lm_head.weight": weights["head.weight"],
-    }
-    names = {
-        "ln_1.weight": "norm_attention.gain",
-        "attn.c_attn.weight": "attention.qkv.weight",
-        "attn.c_proj.weight": "attention.out.weight",
-        "ln_2.weight": "norm_mlp.gain",
-        "mlp.c_fc.weight": "mlp.up.weight",
-        "mlp.c_proj.weight": "mlp.down.weight",
-    }
-    for layer in range(shape.layers):
-        for theirs, name in names.items():
-            weight = weights[f"blocks.{layer}.{name}"]
-            found[f"transformer.h.{layer}.{theirs}"] = weight.T.contiguous() if weight.dim() == 2 else weight
-    missing, unexpected = model.load_state_dict(found, strict=False)
-    assert not unexpected and all(name.endswith("bias") for name in missing), (missing, unexpected)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.zeros_(parameter)
+    model = counterpart(source)
     if config.training.activation_checkpointing == "full":
         model.gradient_checkpointing_enable()
     model.train()
@@ -131,7 +92,7 @@ def hugging_face(config: Config) -> Step:
     shifted_BT = torch.cat([torch.full_like(tokens_BT[:, :1], config.palette_size), tokens_BT[:, :-1]], dim=1)
 
     def loss() -> torch.Tensor:
-        logits_BTK = model(input_ids=shifted_BT).logits
+        logits_BTK = model(input_ids=shifted_BT, use_cache=False).logits
         return F.cross_entropy(logits_BTK.flatten(0, 1), tokens_BT.flatten())
 
     return _stepping(model, loss, config)

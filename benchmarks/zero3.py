@@ -16,48 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.loader import K, build
 from igpt_ds.config import load_config, replace
 from igpt_ds.job import Job, prepare
-from igpt_ds.manifest import Manifest
 from igpt_ds.metrics import Metrics, read_metrics
-from igpt_ds.palette import Palette
 from igpt_ds.place import place
 from igpt_ds.run import Run
-from igpt_ds.shards import write_shard
-
-IMAGES, COLOURS = 512, 512
-
-
-def build_data(folder: Path, resolution: int) -> Path:
-    """A dataset of random tokens."""
-    generator, split = np.random.default_rng(0), folder / "train"
-    split.mkdir(parents=True)
-    palette = Palette(generator.uniform(-1, 1, (COLOURS, 3)).astype(np.float32))
-    palette.save(split / "palette.npy")
-    tokens = generator.integers(0, COLOURS, (IMAGES, resolution**2), np.uint16)
-    ids = [f"{i:06d}" for i in range(IMAGES)]
-    Manifest(
-        rows=IMAGES,
-        sequence_length=resolution**2,
-        resolution=resolution,
-        rows_per_block=256,
-        storage="uint16",
-        palette={"k": COLOURS, "sha256": palette.sha256},
-        source="random",
-        split="train",
-        views=1,
-        transform={},
-        seed=0,
-        classes=None,
-        versions={},
-        rejected=0,
-        shards=[write_shard(split, "train-00000", tokens, ids, None, rows_per_block=256, view=0)],
-    ).save(split)
-    return folder
 
 
 class Bare:
@@ -74,7 +41,7 @@ class Bare:
         adam = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
         self.engine: Any = deepspeed.initialize(model=model, optimizer=adam, config=job.ds)[0]
         shape = (job.division.micro_batch, job.config.sequence_length)
-        self.tokens_BT = torch.randint(0, COLOURS, shape)
+        self.tokens_BT = torch.randint(0, K, shape)
 
     def run(self, steps: int) -> float:
         """Seconds a step."""
@@ -99,7 +66,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     where = place()
     with tempfile.TemporaryDirectory() as folder:
-        data = build_data(Path(folder) / f"data-{where.rank}", 32)
+        data = Path(folder) / f"data-{where.rank}"
+        data.mkdir()
+        build(data / "train", 32, "uint16", shards=1, rows=512)
         facts = {
             "model.layers": arguments.layers,
             "training.batch": arguments.micro_batch * where.world,

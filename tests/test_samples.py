@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,17 +28,10 @@ from tests.models import random_model, save_model, small_config
 from tests.ranks import run_ranks
 from tests.test_bad_input import refused  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALONE = Place(0, 1, 0)
 TILE, STRIDE = 64, 64 + samples.GAP
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

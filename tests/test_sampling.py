@@ -1,7 +1,6 @@
 """Drawing tokens: the cache against the full network and Hugging Face, the distribution against closed forms."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,17 +16,10 @@ from igpt_ds.sampling import MOST_IMAGES, Drawing, draw, images_at_once, over_ra
 from tests.hugging_face import counterpart
 from tests.models import random_model, small_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NOTHING = torch.empty(3, 0, dtype=torch.int64)
 GREEDY = Drawing(temperature=0)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices: threads that wait for one another on a busy machine cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
