@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
 from igpt_ds.engine import Engine, leave
 from igpt_ds.place import place
@@ -46,7 +46,7 @@ def main() -> None:
         for number in range(3):
             plain += [step(), step()]
             began = time.perf_counter()
-            saver.begin(number, engine.shards(), facts)
+            saver.begin(number, engine.state.shards(), facts)
             pauses.append(time.perf_counter() - began)
             while saver.busy:
                 during.append(step())

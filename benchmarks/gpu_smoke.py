@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels import require_fused
-from igpt_ds.config import Config, load_config
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config
 from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
 from igpt_ds.model import ImageGPT, initialise
 from igpt_ds.place import Place

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from benchmarks.kernels import require_fused
 from igpt_ds import plan
-from igpt_ds.config import Config, load_config, replace
+from igpt_ds.config import Config, replace
+from igpt_ds.config_file import load_config
 from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
 from igpt_ds.model import ImageGPT
 from igpt_ds.place import Place

@@ -8,8 +8,7 @@ threads read ahead while nobody waits for them):
 
     unpack       packed9 to uint16, in memory
     read_many    the rows' tokens as one uint16 array, checked against the palette
-    arrays       the same with the sample order asked where the rows lie: what a worker does
-    workers 0    the same as int64 tensors, in the training process
+    workers 0    the same as a batch, with the sample order asked where the rows lie, in the training process
     workers 1, 2 the same, read ahead by threads
 
 16 shards of 32 MiB of tokens a dataset, so that the bytes come from the page cache but not from the processor's.
@@ -26,8 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt_ds.loader import Batch, MicroBatches, source_rows, train_batches
+from igpt_ds.loader import Batch, source_rows, train_batches
 from igpt_ds.manifest import Manifest
+from igpt_ds.memory import keep_freed_memory
 from igpt_ds.order import Order
 from igpt_ds.palette import Palette
 from igpt_ds.shards import Dataset, write_shard
@@ -74,7 +74,6 @@ def build(directory: Path, resolution: int, storage: str, shards: int = SHARDS, 
 def contestants(dataset: Dataset, batches: int, rounds: int) -> dict[str, Action]:
     """What is timed: called with the round's number, each reads that round's batches."""
     order = Order(1, [source_rows(dataset)])
-    micro_batches = MicroBatches([dataset], order, batch=BATCH, micro_batch=BATCH, rank=0, world=1)
     storage, n = STORAGES[dataset.manifest.storage], dataset.sequence_length
     size = np.dtype(storage.dtype).itemsize * storage.width(n)
     places = [np.array([order(i * BATCH + j)[1:] for j in range(BATCH)]) for i in range(batches * rounds)]
@@ -106,12 +105,8 @@ def contestants(dataset: Dataset, batches: int, rounds: int) -> dict[str, Action
         for index in of_round(number):
             dataset.read_many(places[index])
 
-    def arrays(number: int) -> None:
-        for index in of_round(number):
-            micro_batches.arrays(index)
-
     decoding = {"unpack": unpack} if storage.name == "packed9" else {}
-    return {"bare pread": bare, **decoding, "read_many": read_many, "arrays": arrays}
+    return {"bare pread": bare, **decoding, "read_many": read_many}
 
 
 def stream(dataset: Dataset, batches: int, workers: int) -> tuple[Generator[Batch, None, None], Action]:
@@ -149,6 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--where", type=Path, help="folder for the datasets (0.6 GB, one at a time)")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as igpt-ds does
     print(f"{'storage':<9}{'tokens':>7}  {'what':<12}{'rows/s':>12}{'us/row':>9}{'ratio':>7}")
     for storage, resolution in itertools.product(STORAGES, (32, 64)):
         with tempfile.TemporaryDirectory(dir=arguments.where) as folder:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.evals import classifier
 from igpt_ds.evals.classifier import Rows
 from igpt_ds.model import ImageGPT, initialise

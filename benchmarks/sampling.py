@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.model import ImageGPT, initialise
 from igpt_ds.sampling import Drawing, sample
 from tests.hugging_face import counterpart

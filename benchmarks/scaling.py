@@ -28,7 +28,8 @@ from datetime import date
 from pathlib import Path
 
 from igpt_ds import plan
-from igpt_ds.config import Config, load_config
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config
 from igpt_ds.tables import Table
 from tests.ranks import ROOT, free_port, run_ranks
 

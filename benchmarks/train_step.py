@@ -1,13 +1,13 @@
 """One training step: ours, a bare PyTorch loop over the same network, and Hugging Face's ImageGPT.
 
-    python -m benchmarks.train_step [time] [memory]
+    python -m benchmarks.train_step
 
 iGPT-S's width in 6 layers, 8 images of 1 024 tokens, 512 colours, float32, dropout 0; the same weights, tokens, Adam
-and rate. A step is forward, backward and update. `ours` is `Engine.train_step` on one rank; `bare` the same module with
-cross entropy, backward and torch's AdamW; `hugging face` its eager attention (it supports no fused one). First all
-three losses must be equal; then they take turns in one process, and the ratios are medians over the rounds.
-
-`memory` runs each alone in a process of its own, two steps, and reports the process's peak.
+and rate. A step is forward, backward and update. `ours` is `Engine.train_step` on one rank in a process set up as
+igpt-ds sets itself up (it keeps the memory that it frees); `bare` the same module with cross entropy, backward and
+torch's AdamW, as one would write it; `hugging face` its eager attention (it supports no fused one). Each has a process
+of its own and they take turns. First all three losses must be equal; the ratios are medians over the rounds, the
+memory is each process's peak.
 
 Targets: ours at least 1.5 times as fast as Hugging Face's, at least 0.97 of the bare loop; peak memory at most 0.7 of
 Hugging Face's, 0.75 where both recompute activations.
@@ -27,8 +27,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from igpt_ds.config import Config, load_config
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config
 from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
+from igpt_ds.memory import keep_freed_memory
 from igpt_ds.model import ImageGPT, initialise
 from igpt_ds.place import Place
 
@@ -56,6 +58,7 @@ def tokens_of(config: Config) -> torch.Tensor:
 
 def ours(config: Config) -> Step:
     """The harness's step on one rank, without ZeRO."""
+    keep_freed_memory()
     from igpt_ds.engine import Engine
 
     division = divide_batch(config.training.batch, None, 1)
@@ -121,66 +124,79 @@ def _stepping(model: torch.nn.Module, loss: Callable[[], torch.Tensor], config: 
 MAKERS: dict[str, Callable[[Config], Step]] = dict(zip(WHO, (ours, bare, hugging_face), strict=True))
 
 
-def measure_time(arguments: argparse.Namespace) -> None:
-    """Alternate; print medians and ratios."""
-    for checkpointing in (False, True):
-        config = configure(arguments, checkpointing)
-        steps = {who: MAKERS[who](config) for who in WHO}
-        losses = {who: [step() for _ in range(2)] for who, step in steps.items()}  # warms up as well
-        for who in WHO:
-            np.testing.assert_allclose(losses[who], losses["bare"], rtol=1e-4, err_msg=who)
-        seconds: dict[str, list[float]] = {who: [] for who in WHO}
-        for number in range(arguments.rounds):
-            for who in WHO[number % 3 :] + WHO[: number % 3]:
-                begin = time.perf_counter()
-                steps[who]()
-                seconds[who].append(time.perf_counter() - begin)
-        print(f"\nactivation checkpointing {'full' if checkpointing else 'none'}, losses {losses['ours']}")
-        for who in WHO:
-            print(f"  {who:<14}{statistics.median(seconds[who]):>8.3f} s a step")
-        for other, target in (("hugging face", 1.5), ("bare", 0.97)):
-            ratios = [theirs / mine for theirs, mine in zip(seconds[other], seconds["ours"], strict=True)]
-            print(f"  {other} / ours{statistics.median(ratios):>8.3f}    target at least {target}")
+class Contestant:
+    """One of WHO in a process of its own, which steps when it is told to."""
+
+    def __init__(self, who: str, words: list[str]) -> None:
+        command = [sys.executable, "-m", "benchmarks.train_step", "--alone", who, *words]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> dict[str, float]:
+        """{"loss": nats, "seconds": of the step, "peak": bytes of the process so far}."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return dict(json.loads(next(line for line in self._process.stdout if line.startswith("{"))))
+
+    def end(self) -> None:
+        """Nobody tells it to step any more."""
+        self._process.communicate()
 
 
-def measure_memory(arguments: argparse.Namespace) -> None:
-    """Peak of a process that does nothing else, by who and checkpointing."""
-    print(f"\n{'peak memory, MiB':<24}{'none':>10}{'full':>10}")
-    peaks: dict[str, list[float]] = {}
+def alone(step: Step) -> None:
+    """The contestant's side: a line in, a step, a line out."""
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - begin
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"loss": loss, "seconds": seconds, "peak": peak}), flush=True)
+    os._exit(0)
+
+
+def compare(arguments: argparse.Namespace, checkpointing: bool) -> None:
+    """Take turns; print medians and ratios."""
+    words = [f"--layers={arguments.layers}", f"--batch={arguments.batch}", f"--resolution={arguments.resolution}"]
+    contestants = {who: Contestant(who, words + ["--checkpointing"] * checkpointing) for who in WHO}
+    warm = {who: [contestant.step() for _ in range(2)] for who, contestant in contestants.items()}
+    losses = {who: [step["loss"] for step in steps] for who, steps in warm.items()}
     for who in WHO:
-        peaks[who] = []
-        for checkpointing in (False, True):
-            words = ["--alone", who, "--layers", arguments.layers, "--batch", arguments.batch]
-            words += ["--resolution", arguments.resolution, *(["--checkpointing"] if checkpointing else [])]
-            command = [sys.executable, "-m", "benchmarks.train_step", *map(str, words)]
-            peaks[who].append(json.loads(subprocess.check_output(command).splitlines()[-1])["peak"] / 2**20)
-        print(f"  {who:<22}{peaks[who][0]:>10.0f}{peaks[who][1]:>10.0f}")
-    ratios = [mine / theirs for mine, theirs in zip(peaks["ours"], peaks["hugging face"], strict=True)]
-    print(f"  {'ours / hugging face':<22}{ratios[0]:>10.3f}{ratios[1]:>10.3f}    targets at most 0.7 and 0.75")
+        np.testing.assert_allclose(losses[who], losses["bare"], rtol=1e-4, err_msg=who)
+    seconds: dict[str, list[float]] = {who: [] for who in WHO}
+    peaks: dict[str, float] = {}
+    for number in range(arguments.rounds):
+        for who in WHO[number % 3 :] + WHO[: number % 3]:
+            found = contestants[who].step()
+            seconds[who].append(found["seconds"])
+            peaks[who] = found["peak"]
+    for contestant in contestants.values():
+        contestant.end()
+    print(f"\nactivation checkpointing {'full' if checkpointing else 'none'}, losses {losses['ours']}")
+    for who in WHO:
+        print(f"  {who:<22}{statistics.median(seconds[who]):>8.3f} s a step{peaks[who] / 2**20:>8.0f} MiB at the peak")
+    for other, target in (("hugging face", 1.5), ("bare", 0.97)):
+        ratios = [theirs / mine for theirs, mine in zip(seconds[other], seconds["ours"], strict=True)]
+        print(f"  {other + ' / ours':<22}{statistics.median(ratios):>8.3f}    target at least {target}")
+    ratio, most = peaks["ours"] / peaks["hugging face"], 0.75 if checkpointing else 0.7
+    print(f"  {'ours / hugging face':<22}{ratio:>8.3f}    of the memory; target at most {most}", flush=True)
 
 
 def main() -> None:
-    """Measure what is asked for."""
+    """Compare without and with checkpointing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["time", "memory", []], help="default: both")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--alone", choices=WHO, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help="only with it, not both without and with it")
     arguments = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if arguments.alone:
-        step = MAKERS[arguments.alone](configure(arguments, arguments.checkpointing))
-        step(), step()
-        print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
-        os._exit(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    # Memory first: an engine here would leave its rank and port to the processes that are measured.
-    for what, act in {"memory": measure_memory, "time": measure_time}.items():
-        if not arguments.what or what in arguments.what:
-            act(arguments)
+        alone(MAKERS[arguments.alone](configure(arguments, arguments.checkpointing)))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}", flush=True)
+    for checkpointing in (True,) if arguments.checkpointing else (False, True):
+        compare(arguments, checkpointing)
 
 
 if __name__ == "__main__":

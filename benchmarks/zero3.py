@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.loader import K, build
-from igpt_ds.config import load_config, replace
+from igpt_ds.config import replace
+from igpt_ds.config_file import load_config
 from igpt_ds.job import Job, prepare
 from igpt_ds.metrics import Metrics, read_metrics
 from igpt_ds.place import place

@@ -24,6 +24,7 @@ from igpt_ds.commands.sample import sample
 from igpt_ds.commands.sweep import sweep
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.health import tell_job_script
+from igpt_ds.memory import keep_freed_memory
 
 
 @click.group(context_settings=CONTEXT)
@@ -63,6 +64,7 @@ for command in VERBS:
 
 def main() -> None:
     """Run a verb. Exit status: 0 done, 2 bad input (one line says what to do), 1 a fault of the run."""
+    keep_freed_memory()
     try:
         cli(prog_name="igpt-ds", standalone_mode=False)
     except UserError as error:

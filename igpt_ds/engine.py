@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed: build, step, evaluate, and hand out the state that a checkpoint holds.
+"""The one door to DeepSpeed: build, step, evaluate; with zero_state.py, the state that a checkpoint holds.
 
 Nothing else in the package imports deepspeed. A process that no launcher started trains too, as the only rank.
 """
@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -21,21 +21,10 @@ if not torch.cuda.is_available():
 import deepspeed
 import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
-from deepspeed.utils import (
-    groups,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import groups
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from igpt_ds.checkpoint import MOMENTS, Shard
 from igpt_ds.config import Config
 from igpt_ds.ds_config import Division
 from igpt_ds.errors import UserError
@@ -44,7 +33,7 @@ from igpt_ds.model import Block, ImageGPT, Output, initialise
 from igpt_ds.objectives import classify, load_objective
 from igpt_ds.place import Place
 from igpt_ds.sampling import Drawing, images_at_once, over_ranks, sample
-from igpt_ds.weights import Weights
+from igpt_ds.zero_state import ZeroState
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
@@ -113,6 +102,7 @@ class Engine:
         ds: resolved DeepSpeed dictionary (see `ds_config.resolve`).
 
     Attributes:
+        state: what a checkpoint holds.
         measures: the names of what a step and an evaluation measure; the first is the loss.
     """
 
@@ -147,11 +137,12 @@ class Engine:
         self.optimizer = _adam(model, config, self.device)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)
         self.module: ImageGPT = self.deepspeed.module
+        self.state = ZeroState(self.deepspeed, self.optimizer, self.stage, where, self.device)
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         assert self.device.type == "cpu" or fused, "DeepSpeed dropped the fused Adam"
         if config.finetune is not None:
             # Without L_GEN some parameters have no gradient, and get no moments from a step.
-            self._create_moments(0)
+            self.state.create_moments(0)
 
     # --- one step, one evaluation ------------------------------------------------------------------------------
 
@@ -159,12 +150,12 @@ class Engine:
         """Run the network on a batch, hiding what the objective hides.
 
         Args:
-            batch: "tokens" int64 [B, T] and "positions" int64 [B], see loader.py.
+            batch: "tokens" [B, T], of any type of integers, and "positions" int64 [B], see loader.py.
 
         Returns:
-            The output, the tokens on the device, and the mask (bool [B, T], or None).
+            The output, the tokens on the device (int64), and the mask (bool [B, T], or None).
         """
-        tokens_BT = batch["tokens"].to(self.device, non_blocking=True)
+        tokens_BT = batch["tokens"].to(self.device, torch.int64, non_blocking=True)
         mask_BT = self.objective.mask(tokens_BT, batch["positions"], self.config)
         generative = self.config.finetune is None or self.config.finetune.generative_weight > 0
         return self.deepspeed(tokens_BT, mask_BT, logits=generative), tokens_BT, mask_BT
@@ -231,7 +222,7 @@ class Engine:
     def predict(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
         """The class of each image under the masks of each seed, int64 [len(seeds), B] on the CPU; a collective."""
         self.deepspeed.eval()
-        tokens_BT = batch["tokens"].to(self.device)
+        tokens_BT = batch["tokens"].to(self.device, torch.int64)
         found = []
         for seed in seeds:
             config = dataclasses.replace(self.config, seed=seed)
@@ -246,7 +237,9 @@ class Engine:
         """The layers' pooled features, each float32 [B, D] on the device, see `ImageGPT.forward`; a collective."""
         self.deepspeed.eval()
         mask_BT = None if mask_BT is None else mask_BT.to(self.device)
-        found = self.deepspeed(tokens_BT.to(self.device), mask_BT, features=layers, logits=False, norm=norm).features
+        found = self.deepspeed(
+            tokens_BT.to(self.device, torch.int64), mask_BT, features=layers, logits=False, norm=norm
+        ).features
         return [found[layer] for layer in layers]
 
     @torch.no_grad()
@@ -322,120 +315,6 @@ class Engine:
         self.deepspeed.destroy()
         # hpZ's groups stay, and DeepSpeed fails where a second engine would make them again.
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-
-    # --- the state that a checkpoint holds ---------------------------------------------------------------------
-
-    def shards(self) -> Iterator[Shard]:
-        """This rank's part of weights and Adam moments, float32: over all ranks each number exactly once.
-
-        ZeRO-3 gives the slice that the rank owns. The lower stages give whole parameters, dealt to the ranks in
-        turn; gathering them is a collective, so every rank must run through to the end.
-        """
-        for index, (name, p) in enumerate(self.module.named_parameters()):
-            shape = tuple(getattr(p, "ds_shape", p.shape))
-            if self.stage == 3:
-                start, stop = self._slice(p)
-                yield Shard(
-                    name,
-                    shape,
-                    start,
-                    stop,
-                    {
-                        "weight": safe_get_local_fp32_param(p)[: stop - start],
-                        **{k: safe_get_local_optimizer_state(p, k)[: stop - start] for k in MOMENTS},
-                    },
-                )
-                continue
-            if self.stage == 0:
-                whole = {"weight": p.data, **{k: self.optimizer.state[p][k] for k in MOMENTS}}
-            else:
-                whole = {
-                    "weight": safe_get_full_fp32_param(p),
-                    **{k: safe_get_full_optimizer_state(p, k) for k in MOMENTS},
-                }
-            if index % self.place.world == self.place.rank:
-                yield Shard(name, shape, 0, p.numel(), {k: v.detach().reshape(-1) for k, v in whole.items()})
-
-    @torch.no_grad()
-    def load(self, checkpoint: Weights, weights_only: bool = False) -> None:
-        """Take weights, moments and step from a checkpoint made on any number of ranks at any ZeRO stage.
-
-        Args:
-            weights_only: leave moments and step as they are at a beginning, and parameters that the checkpoint does not
-                have, such as a new class head.
-        """
-        # Adam counts updates, and skipped steps made none.
-        self._create_moments(0 if weights_only else checkpoint.progress.get("updates", checkpoint.step))
-        kinds = ("weight",) if weights_only else ("weight", *MOMENTS)
-        for name, p in self.module.named_parameters():
-            if weights_only and name not in checkpoint.tensors:
-                continue
-            if self.stage == 3:
-                self._load_slice(checkpoint, name, p, kinds)
-            else:
-                self._load_whole(checkpoint, name, p, kinds)
-        persistent = self.deepspeed.optimizer.persistent_parameters if self.stage == 3 else []
-        if persistent:
-            # Small parameters stay gathered between steps: let go of the old ones, gather the slices anew.
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
-        if self.stage == 3:
-            # hpZ's copies, which an evaluation may have made, are of the weights that were here before.
-            self.deepspeed.optimizer.invalidate_secondary_tensor()
-        self.deepspeed.global_steps = 0 if weights_only else checkpoint.step
-
-    def _slice(self, p: Any) -> tuple[int, int]:
-        """First and last + 1 element of the flat parameter that this rank owns; the last ranks' may be short."""
-        part = p.ds_tensor.numel()
-        return min(p.ds_numel, part * self.place.rank), min(p.ds_numel, part * (self.place.rank + 1))
-
-    def _load_slice(self, checkpoint: Weights, name: str, p: Any, kinds: Sequence[str]) -> None:
-        start, stop = self._slice(p)
-
-        def padded(kind: str) -> Tensor:
-            values = torch.zeros(p.ds_tensor.numel(), dtype=torch.float32)
-            values[: stop - start] = checkpoint.read(name, kind, start, stop)
-            return values.to(self.device)
-
-        weight = padded("weight")
-        safe_set_local_fp32_param(p, weight)
-        p.ds_tensor.copy_(weight)
-        for kind in kinds[1:]:
-            safe_set_local_optimizer_state(p, padded(kind), kind)
-
-    def _load_whole(self, checkpoint: Weights, name: str, p: torch.nn.Parameter, kinds: Sequence[str]) -> None:
-        whole = {kind: checkpoint.read(name, kind, 0, p.numel()).view(p.shape).to(self.device) for kind in kinds}
-        p.copy_(whole["weight"])
-        if self.stage == 0:
-            for kind in kinds[1:]:
-                self.optimizer.state[p][kind].copy_(whole[kind])
-        else:
-            safe_set_full_fp32_param(p, whole["weight"])
-            for kind in kinds[1:]:
-                safe_set_full_optimizer_state(p, whole[kind], kind)
-
-    def _create_moments(self, updates: int) -> None:
-        """Give torch's Adam the state that it would otherwise create at its first step."""
-        owner = self.deepspeed.optimizer
-        if self.stage == 3:
-            flat = owner.fp32_partitioned_groups_flat
-        elif hasattr(owner, "fp32_groups_flat_partition"):
-            flat = owner.fp32_groups_flat_partition  # stage 1 in bfloat16: an optimiser class of its own
-        elif self.stage > 0:
-            flat = owner.single_partition_of_fp32_groups
-        else:
-            flat = list(self.module.parameters())
-        for tensor in flat:
-            state = self.optimizer.state[tensor]
-            for kind in MOMENTS:
-                if kind not in state:
-                    state[kind] = torch.zeros_like(tensor)
-            # The fused Adam keeps its counter on the GPU, the plain one on the CPU.
-            on = tensor.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
-            state["step"] = torch.tensor(float(updates), device=on)
-        if self.stage in (1, 2):
-            # Otherwise linked to the parameters only after the first step.
-            owner._lazy_init_hp_params_optimizer_state()
 
 
 def _share_positions(model: ImageGPT, ranks: int, where: Place) -> slice:

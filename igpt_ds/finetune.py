@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds.config import Config, from_tree, load_config, replace, to_tree
+from igpt_ds.config import Config, replace
+from igpt_ds.config_file import from_tree, load_config, to_tree
 from igpt_ds.errors import UserError
 from igpt_ds.run import Run
 from igpt_ds.shards import Dataset

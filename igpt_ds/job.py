@@ -8,7 +8,8 @@ from typing import Any
 
 from igpt_ds import plan
 from igpt_ds.checkpoint import list_checkpoints
-from igpt_ds.config import Config, identity, load_config
+from igpt_ds.config import Config, identity
+from igpt_ds.config_file import load_config
 from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
 from igpt_ds.errors import UserError
 from igpt_ds.finetune import resolve_classes

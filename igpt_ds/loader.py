@@ -30,7 +30,6 @@ from igpt_ds.errors import UserError
 from igpt_ds.order import NOTHING_LEFT_OUT, LeftOut, Order, SourceRows
 from igpt_ds.shards import Dataset
 
-Arrays = dict[str, np.ndarray]
 Batch = dict[str, torch.Tensor]
 Labels = Sequence[Sequence[np.ndarray]]  # by source and shard: int64 [rows]
 _AHEAD = 2  # micro-batches that a worker reads ahead
@@ -115,8 +114,11 @@ class MicroBatches:
         self._stride = world * micro_batch
         self.accumulation = batch // self._stride
 
-    def arrays(self, index: int) -> Arrays:
-        """As `self[index]`, before tensors are made of it: tokens are uint16."""
+    def __getitem__(self, index: int) -> Batch:
+        """{"tokens": uint16 [m, n], "positions": int64 [m]}, and "labels": int64 [m]; positions are the order's.
+
+        Tokens stay as they are stored until they are on the device: a quarter of the bytes to write here and to move.
+        """
         first = index * self._stride + self._first
         positions = np.arange(first, first + self._micro_batch)
         places = self._order.places(first, self._micro_batch)
@@ -129,14 +131,11 @@ class MicroBatches:
                 tokens[here] = self._datasets[source].read_many(places[here, 1:])
         if self._augment is not None:
             tokens = self._augment(tokens, positions)
-        if self._labels is None:
-            return {"tokens": tokens, "positions": positions}
-        labels = [self._labels[source][shard][row] for source, shard, row in places.tolist()]
-        return {"tokens": tokens, "positions": positions, "labels": np.array(labels, np.int64)}
-
-    def __getitem__(self, index: int) -> Batch:
-        """{"tokens": int64 [m, n], "positions": int64 [m]}, and "labels": int64 [m]; positions are the order's."""
-        return _tensors(self.arrays(index))
+        batch = {"tokens": torch.from_numpy(tokens), "positions": torch.from_numpy(positions)}
+        if self._labels is not None:
+            labels = [self._labels[source][shard][row] for source, shard, row in places.tolist()]
+            batch["labels"] = torch.from_numpy(np.array(labels, np.int64))
+        return batch
 
 
 def train_batches(
@@ -172,7 +171,7 @@ def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int
     """Every row of view 0 once over all ranks, in the dataset's order; equally many batches on every rank.
 
     Yields:
-        {"tokens": int64 [m, n], "weight": float32 [m], "positions": int64 [m]} and, where the dataset has
+        {"tokens": uint16 [m, n], "weight": float32 [m], "positions": int64 [m]} and, where the dataset has
         classes, "labels": int64 [m]. The position of a row is its index among the rows of view 0. Surplus
         places repeat row 0 with weight 0; all other weights are 1.
 
@@ -191,14 +190,14 @@ def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int
         positions[~real] = 0
         places = [bisect_right(starts, position) - 1 for position in positions.tolist()]
         rows = [(shards[k], int(row) - starts[k]) for k, row in zip(places, positions, strict=True)]
-        arrays = {
-            "tokens": dataset.read_many(rows),
-            "weight": real.astype(np.float32),
-            "positions": positions,
+        batch = {
+            "tokens": torch.from_numpy(dataset.read_many(rows)),
+            "weight": torch.from_numpy(real.astype(np.float32)),
+            "positions": torch.from_numpy(positions),
         }
         if labels is not None:
-            arrays["labels"] = labels[positions]
-        yield _pinned(_tensors(arrays))
+            batch["labels"] = torch.from_numpy(labels[positions])
+        yield _pinned(batch)
 
 
 @dataclass(frozen=True)
@@ -263,14 +262,6 @@ def _stream(micro_batches: MicroBatches, indices: _Indices, workers: int) -> Gen
     finally:
         for reader in readers:
             reader.end()
-
-
-def _tensors(arrays: Arrays) -> Batch:
-    # An embedding wants int64 indices; torch computes little on uint16.
-    return {
-        name: torch.from_numpy(array.astype(np.int64) if array.dtype == np.uint16 else array)
-        for name, array in arrays.items()
-    }
 
 
 def _pinned(batch: Batch) -> Batch:

@@ -1,5 +1,8 @@
-"""How much memory this machine, or a device of it, can still give."""
+"""How much memory this machine, or a device of it, can still give; and what becomes of memory that is freed."""
 
+import contextlib
+import ctypes
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,3 +36,20 @@ def free_bytes(device: "torch.device", neighbours: int) -> int:
 
     # What torch holds in reserve and does not use is free as well.
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, for its next step; before torch takes its first.
+
+    glibc gives large pieces back to the system, which hands them out again a page fault at a time: on a CPU a tenth and
+    more of a training step, which frees all its activations (benchmarks/results/train_step.md). So it keeps them, and
+    torch asks for huge pages, on whose borders less is lost between kept pieces. With another C library only
+    the latter.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(trim_threshold, 2**31 - 1)
+        # Older versions take no more than 32 MiB, and leave the default where more is asked for.
+        library.mallopt(mmap_threshold, 2**30) or library.mallopt(mmap_threshold, 2**25)

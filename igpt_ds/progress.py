@@ -167,7 +167,7 @@ def _directory(run: Run, step: int) -> Path:
 def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
     import torch
 
-    engine.load(found)
+    engine.state.load(found)
     random_state = found.random_state(engine.place.rank)
     if random_state is not None:
         torch.set_rng_state(random_state)
@@ -198,7 +198,7 @@ def _begin(engine: "Engine", config: Config) -> None:
     if start:
         found = open_verified(engine, Path(start))
         assert config.data.resolution is not None
-        engine.load(at_resolution(found, config.data.resolution, LOGGER.info), weights_only=True)
+        engine.state.load(at_resolution(found, config.data.resolution, LOGGER.info), weights_only=True)
         LOGGER.info(f"begun with the weights of {start}")
 
 

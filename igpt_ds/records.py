@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.config import Config, load_config
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config
 from igpt_ds.errors import UserError
 from igpt_ds.metrics import read_metrics
 

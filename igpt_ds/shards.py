@@ -31,6 +31,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +188,16 @@ class Dataset:
             IndexError: there is no such shard or row.
         """
         shards, rows = np.asarray(pairs, np.int64).reshape(-1, 2).T
-        if ((rows < 0) | (rows >= self._rows[shards])).any():
+        # As unsigned numbers, so that one comparison finds negative rows, too.
+        if (rows.view(np.uint64) >= self._rows.view(np.uint64)[shards]).any():
             raise IndexError(f"{self.path}: a row beyond its shard")
         offsets = self._offsets(shards, rows)
         # Pieces joined are faster than pread into one buffer, and than a search for neighbours, which are rare.
         pieces: list[bytes] = []
-        pread, files, size, keep = os.pread, self._files, self._row_bytes, pieces.append
+        files, size = self._files, self._row_bytes
         try:
-            for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
-                keep(pread(files[shard], size, offset))
+            # No loop in Python, which would take a tenth of the time. What an error leaves in `pieces` tells its row.
+            pieces.extend(map(os.pread, map(files.__getitem__, shards.tolist()), repeat(size), offsets.tolist()))
         except OSError as error:
             i = len(pieces)
             raise damaged(self._path(shards[i]), f"row {rows[i]} cannot be read: {error.strerror}") from error

@@ -23,7 +23,8 @@ from types import FrameType
 from typing import Any, Literal
 
 from igpt_ds.atomic import publish_text
-from igpt_ds.config import Config, load_config
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.metrics import read_metrics
 from igpt_ds.run import Run

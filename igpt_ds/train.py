@@ -11,7 +11,8 @@ import igpt_ds
 from igpt_ds import checkpoint
 from igpt_ds.atomic import publish_text
 from igpt_ds.augment import crop_and_flip
-from igpt_ds.config import replace, to_toml, to_tree
+from igpt_ds.config import replace
+from igpt_ds.config_file import to_toml, to_tree
 from igpt_ds.errors import UserError
 from igpt_ds.evals.finetuned import conclude
 from igpt_ds.health import StopRequest, tell_job_script
@@ -172,10 +173,7 @@ def train(
             or progress.step % config.checkpoint.every == 0
             or progress.step in config.checkpoint.milestones
         )
-        # What may turn out to be the beginning of a divergence is not worth keeping.
-        saving = save_due and (last or not progress.stability.bad)
-
-        if (progress.step % recipe.log_every == 0 or saving) and verdict != "skipped" and math.isfinite(nats):
+        if (progress.step % recipe.log_every == 0 or save_due) and verdict != "skipped" and math.isfinite(nats):
             line = {
                 "step": progress.step,
                 **shown(measured),
@@ -190,14 +188,14 @@ def train(
         if job.validation_set is not None and (progress.step % recipe.validate_every == 0 or progress.step == end):
             best, ended = validate(engine, job, progress, metrics, watchdog)
             meter.restart()
-            save_due, last = save_due or best, last or ended
-            saving = (save_due or last) and (last or not progress.stability.bad)
+            save_due, last = save_due or best or ended, last or ended
 
         draw_samples(engine, job, run, progress, metrics, watchdog, meter)
 
         if saver.pending is not None and not writing:
             finish_save(saver, job, run, progress)
-        if saving:
+        # What may turn out to be the beginning of a divergence is not worth keeping.
+        if save_due and (last or not progress.stability.bad):
             watchdog.beat("saving", progress.step)
             begin_save(engine, saver, job, run, progress, last)
             save_due = False
@@ -288,7 +286,7 @@ def begin_save(engine: "Engine", saver: Saver, job: Job, run: Run, progress: Pro
         "progress": progress.record(),
     }
     try:
-        saver.begin(progress.step, engine.shards(), facts)
+        saver.begin(progress.step, engine.state.shards(), facts)
     except UserError as error:
         _save_failed(error, job, progress, last)
     else:

@@ -57,7 +57,6 @@ class Watchdog:
         self._timeout, self._log = timeout, log
         self._interval = max(0.05, min(2.0, timeout / 10))
         self._mine = Heartbeat(0, "starting", 0, socket.gethostname(), os.getpid(), _born(os.getpid()) or 0)
-        self._last = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -69,7 +68,6 @@ class Watchdog:
         # Written by the signal's handler itself, so that a rank stuck in C code, or just continued, obeys.
         faulthandler.register(signal.SIGUSR2, file=self._log, all_threads=True)
         self._show()
-        self._last = time.monotonic()
         self._thread.start()
 
     def end(self) -> None:
@@ -84,7 +82,6 @@ class Watchdog:
         """This rank begins something that may hang."""
         mine = self._mine
         self._mine = Heartbeat(mine.count + 1, doing, step, mine.host, mine.pid, mine.born)
-        self._last = time.monotonic()
 
     def over(self, items: Iterable[T], getting: str, using: str, step: int) -> Iterator[T]:
         """The items, with a beat before each is got and one before it is used."""
@@ -99,12 +96,17 @@ class Watchdog:
             yield item
 
     def _watch(self) -> None:
+        seen, silent, last = self._mine.count, 0.0, time.monotonic()
         while not self._ended.wait(self._interval):
             # Should even this thread be held up, by code that never lets go of the interpreter, a timer in C ends it.
             faulthandler.dump_traceback_later(2 * self._timeout + 30, exit=True, file=self._log)
             with contextlib.suppress(OSError):  # a full disk is told of elsewhere
                 self._show()
-            silent = time.monotonic() - self._last
+            now = time.monotonic()
+            # A look that comes late counts as if in time: what held this process up (a suspended job, a machine too
+            # busy) may have held up the others, which have not shown themselves again yet.
+            silent = silent + min(now - last, 2 * self._interval) if self._mine.count == seen else 0.0
+            seen, last = self._mine.count, now
             if silent > self._timeout:
                 self._end_the_run(silent)
 

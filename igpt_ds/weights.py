@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_ds.atomic import sha256_file
-from igpt_ds.config import Config, from_tree
+from igpt_ds.config import Config
+from igpt_ds.config_file import from_tree
 from igpt_ds.errors import UserError
 from igpt_ds.model import ImageGPT
 from igpt_ds.palette import Palette

@@ -85,7 +85,7 @@ def main() -> None:
         if case.stage == 3:
             tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every matrix is divided
         engine = Engine(config, resolve(tree, config, division), division, where)
-        engine.load(Checkpoint.open(start(folder, case.objective)), weights_only=True)
+        engine.state.load(Checkpoint.open(start(folder, case.objective)), weights_only=True)
         measured, norms = [], []
         for step in range(STEPS):
             batches = []

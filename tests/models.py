@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from igpt_ds.checkpoint import MOMENTS, Shard
-from igpt_ds.config import Config, load_config, to_tree
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config, to_tree
 from igpt_ds.model import ImageGPT, initialise
 from tests.checkpoints import save
 

@@ -189,7 +189,7 @@ class Rank:
         before = self.train(engine, 0, 10)
         path = saved(self.folder, case, self.place.world)
         facts = {"identity": {}, "config": {}}
-        save(path.parent, 10, engine.shards(), facts, self.place.rank, self.place.world, engine.any_rank)
+        save(path.parent, 10, engine.state.shards(), facts, self.place.rank, self.place.world, engine.any_rank)
         engine.close()
         after = self.load(path, case)
         self.results["resumed"][case.name] = {key: before[key] + after[key] for key in before}
@@ -199,7 +199,7 @@ class Rank:
         from igpt_ds.checkpoint import Checkpoint
 
         engine = self.build(case)
-        engine.load(Checkpoint.open(path))
+        engine.state.load(Checkpoint.open(path))
         after = self.train(engine, 10, STEPS)
         engine.close()
         return after

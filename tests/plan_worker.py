@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from igpt_ds.config import Config, load_config
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config
 from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
 from igpt_ds.planner.layout import Layout
 
@@ -179,12 +180,12 @@ class Rank:
         engine = Engine(config, ds, division, self.place)
         losses = [self.step(engine, step) for step in range(2)]
         facts = {"identity": {}, "config": {}}
-        save(path.parent, 2, engine.shards(), facts, self.place.rank, self.place.world, engine.any_rank)
+        save(path.parent, 2, engine.state.shards(), facts, self.place.rank, self.place.world, engine.any_rank)
         engine.close()
         engine = Engine(config, ds, division, self.place)
         tokens = torch.zeros(1, engine.config.sequence_length, dtype=torch.int64)
         engine.evaluate([{"tokens": tokens, "positions": torch.arange(1), "weight": torch.ones(1)}])
-        engine.load(Checkpoint.open(path))
+        engine.state.load(Checkpoint.open(path))
         losses += [self.step(engine, step) for step in range(2, 4)]
         engine.close()
         return losses

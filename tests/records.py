@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.config import load_config, replace, to_toml
+from igpt_ds.config import replace
+from igpt_ds.config_file import load_config, to_toml
 
 LOW_DATA = {
     "step": 600,

@@ -41,7 +41,7 @@ def main() -> None:
             tree["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
         division = divide_batch(8, 4, where.world)
         engine = Engine(config, resolve(tree, config, division), division, where)
-        engine.load(checkpoint, weights_only=True)
+        engine.state.load(checkpoint, weights_only=True)
         return engine
 
     def step(engine: Any) -> list[float]:

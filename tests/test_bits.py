@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from igpt_ds.config import Config, to_toml
+from igpt_ds.config import Config
+from igpt_ds.config_file import to_toml
 from igpt_ds.evals.bits import Likelihood, likelihood, record
 from igpt_ds.manifest import Manifest
 from igpt_ds.model import ImageGPT

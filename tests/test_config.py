@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.config import Config, from_tree, identity, load_config, presets, replace, to_toml, to_tree
+from igpt_ds.config import Config, identity, replace
+from igpt_ds.config_file import from_tree, load_config, presets, to_toml, to_tree
 from igpt_ds.errors import UserError
 
 IMAGENET_TRAIN = 0.96 * 1_281_167

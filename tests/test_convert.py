@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, ImageGPTConfig, ImageGPTForCausalImageModeling
 
 from igpt_ds.checkpoint import MOMENTS, Checkpoint, Shard
-from igpt_ds.config import Config, to_tree
+from igpt_ds.config import Config
+from igpt_ds.config_file import to_tree
 from igpt_ds.convert import convert, streamed_logits
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.evals.features import load_model

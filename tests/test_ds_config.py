@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.config import load_config, presets
+from igpt_ds.config_file import load_config, presets
 from igpt_ds.ds_config import FOLDER, Division, bucket_sizes, divide_batch, load_ds_config, resolve
 from igpt_ds.errors import UserError
 

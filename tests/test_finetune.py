@@ -15,7 +15,7 @@ import torch
 from igpt_ds import cli
 from igpt_ds.augment import crop_and_flip
 from igpt_ds.checkpoint import Checkpoint, list_checkpoints
-from igpt_ds.config import from_tree, load_config
+from igpt_ds.config_file import from_tree, load_config
 from igpt_ds.errors import UserError
 from igpt_ds.evals.features import load_model
 from igpt_ds.job import choose_config, prepare
@@ -332,7 +332,7 @@ def test_a_start_that_does_not_serve(refused: Refused, data: Path, starts: Path,
 
 def test_pretrain_and_finetune_do_not_take_each_others_runs(tmp_path: Path, data: Path, starts: Path) -> None:
     from igpt_ds import finetune as tuning
-    from igpt_ds.config import to_toml
+    from igpt_ds.config_file import to_toml
     from igpt_ds.run import Run
 
     run = Run(tmp_path)

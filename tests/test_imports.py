@@ -106,7 +106,8 @@ def test_data_prep_meets_igpt_ds_in_the_format_alone(name: str) -> None:
 def test_nothing_flows_back(name: str) -> None:
     outside = {top(module) for module in EVERYWHERE[name]}
     assert "data_prep" not in outside
-    assert ("deepspeed" in outside) == (name == "igpt_ds.engine")
+    assert ("deepspeed" in outside) == (name in {"igpt_ds.engine", "igpt_ds.zero_state"})
+    assert ("igpt_ds.zero_state" in EVERYWHERE[name]) == (name == "igpt_ds.engine")
 
 
 @pytest.mark.parametrize("name", sorted(LEAVES))

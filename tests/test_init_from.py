@@ -13,7 +13,7 @@ import torch
 
 from igpt_ds import cli
 from igpt_ds.checkpoint import Checkpoint, list_checkpoints
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.convert import convert
 from igpt_ds.evals.features import load_model
 from igpt_ds.formats import open_weights
@@ -273,7 +273,7 @@ def test_beginnings_that_do_not_serve(
     # A run that has begun otherwise.
     run = tmp_path / "began"
     config = small_config("seed=3", resolution=8, palette_size=16)
-    from igpt_ds.config import to_toml
+    from igpt_ds.config_file import to_toml
 
     run.mkdir()
     (run / "config.toml").write_text(to_toml(config))

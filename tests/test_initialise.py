@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.model import ImageGPT, initialise
 
 WIDTH, LAYERS = 256, 3

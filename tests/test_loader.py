@@ -101,7 +101,7 @@ def global_stream(
 def test_the_stream_is_that_of_the_order(pair: tuple[list[Dataset], Order]) -> None:
     datasets, order = pair
     tokens, positions = global_stream(datasets, order, steps=10, batch=12, world=1, micro_batch=12)
-    assert tokens.dtype == positions.dtype == torch.int64
+    assert (tokens.dtype, positions.dtype) == (torch.uint16, torch.int64)
     assert tokens.shape == (120, 4)
     assert positions.tolist() == list(range(120))
     whole = [[dataset.tokens(k) for k in range(len(dataset.manifest.shards))] for dataset in datasets]
@@ -145,7 +145,7 @@ def test_micro_batches_by_index(pair: tuple[list[Dataset], Order]) -> None:
     # Step 5, accumulation 2, rank 1: 5 * 12 + 2 * 4 + 2.
     item = pickle.loads(pickle.dumps(micro_batches))[5 * 3 + 2]
     assert item["positions"].tolist() == [70, 71]
-    assert item["tokens"].dtype == torch.int64
+    assert item["tokens"].dtype == torch.uint16, "as stored"
     assert torch.equal(item["tokens"], micro_batches[17]["tokens"])
 
 
@@ -178,11 +178,11 @@ def test_workers_read_a_little_ahead_only(pair: tuple[list[Dataset], Order], mon
     datasets, order = pair
     asked: list[int] = []
 
-    def noted(self: MicroBatches, index: int) -> dict[str, np.ndarray]:
+    def noted(self: MicroBatches, index: int) -> dict[str, torch.Tensor]:
         asked.append(index)
-        return {"positions": np.array([index])}
+        return {"positions": torch.tensor([index])}
 
-    monkeypatch.setattr(MicroBatches, "arrays", noted)
+    monkeypatch.setattr(MicroBatches, "__getitem__", noted)
     stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=2)
     assert next(stream)["positions"].tolist() == [0]
     deadline = time.monotonic() + 20
@@ -294,7 +294,8 @@ def test_evaluation_sees_every_row_once(tmp_path: Path, world: int, micro_batch:
     batches = [batch for batches in ranks for batch in batches]
     assert {batch["tokens"].shape for batch in batches} == {(micro_batch, 4)}
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    assert joined["tokens"].dtype == joined["positions"].dtype == joined["labels"].dtype == torch.int64
+    assert joined["tokens"].dtype == torch.uint16
+    assert joined["positions"].dtype == joined["labels"].dtype == torch.int64
     assert joined["weight"].dtype == torch.float32
     assert joined["weight"].sum() == 13
     real = joined["weight"] == 1

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt_ds import plan
-from igpt_ds.config import Config, load_config
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config
 from igpt_ds.model import Cache, ImageGPT, initialise
 from igpt_ds.objectives import load_objective
 

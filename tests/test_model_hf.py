@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 from transformers.models.imagegpt.modeling_imagegpt import ImageGPTLayerNorm
 
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.model import ImageGPT, initialise
 
 LAYERS, WIDTH, HEADS, RESOLUTION, COLOURS = 4, 64, 4, 8, 37

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt_ds.config import Config, load_config
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config
 from igpt_ds.objectives import load_objective, masked_pixel, next_pixel
 
 IMAGES, TOKENS, COLOURS = 5, 16, 11

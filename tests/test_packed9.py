@@ -89,7 +89,7 @@ def test_the_loader_gives_the_same_batches(both: tuple[Dataset, Dataset, np.ndar
         stream = train_batches([dataset], order, batch=8, micro_batch=4, rank=0, world=1, workers=workers)
         found.append(torch.cat([batch["tokens"] for batch in itertools.islice(stream, 12)]))
         stream.close()
-    assert found[0].dtype == torch.int64
+    assert found[0].dtype == torch.uint16
     assert torch.equal(*found)
     batches = [torch.cat([b["tokens"] for b in evaluation_batches(d, 4, 0, 1)]) for d in both[:2]]
     assert torch.equal(*batches)

@@ -6,7 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_ds import plan
-from igpt_ds.config import Config, load_config, presets
+from igpt_ds.config import Config
+from igpt_ds.config_file import load_config, presets
 from igpt_ds.ds_config import divide_batch
 from igpt_ds.model import ImageGPT, initialise
 from igpt_ds.objectives import next_pixel

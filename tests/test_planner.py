@@ -10,7 +10,7 @@ import pytest
 
 from igpt_ds import plan
 from igpt_ds.cli import cli
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.errors import UserError
 from igpt_ds.planner.communication import transfers
 from igpt_ds.planner.devices import DEVICES, INTERCONNECTS, find_interconnect

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.checkpoint import Checkpoint, list_checkpoints
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.metrics import read_metrics
 from igpt_ds.palette import Palette
 from tests.commands import call, descendants, finish, kill_all, pretrain, run_command, started, wait_until

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt_ds.config import to_toml
+from igpt_ds.config_file import to_toml
 from igpt_ds.errors import RunError
 from igpt_ds.evals import classifier_sgd, probe
 from igpt_ds.evals.classifier import Classifier, Rows

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from igpt_ds.config import to_toml
+from igpt_ds.config_file import to_toml
 from igpt_ds.errors import UserError
 from igpt_ds.evals import samples, samples_of_training
 from igpt_ds.metrics import Metrics, read_metrics

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from igpt_ds.config import TrainingConfig, load_config
+from igpt_ds.config import TrainingConfig
+from igpt_ds.config_file import load_config
 from igpt_ds.schedule import learning_rate
 
 RECIPE = TrainingConfig(steps=1000, batch=1, learning_rate=0.008, warmup_steps=100)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from igpt_ds import train as train_module
-from igpt_ds.config import load_config
+from igpt_ds.config_file import load_config
 from igpt_ds.errors import RunError
 from igpt_ds.health import StopRequest
 from igpt_ds.job import choose_config, prepare, summary

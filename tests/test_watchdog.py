@@ -14,7 +14,7 @@ import pytest
 from igpt_ds.watchdog import Watchdog
 from tests.ranks import kill_group, quick_start
 
-TIMEOUT = 1.0
+TIMEOUT = 2.0
 # Ranks that beat alike and meet at every step, as a collective makes them: a file a rank and step is the meeting.
 RANK = """
 import sys, time
@@ -33,6 +33,9 @@ def batches():
         yield step
 for step in batches() if fault == "none" else watchdog.over(batches(), "loading data", "computing a step", 5):
     watchdog.beat("computing a step", step)
+    until = time.process_time() + (0.3 if fault == "slow" else 0)
+    while time.process_time() < until:
+        pass
     if step == 5 and rank == 1 and fault == "computing":
         the_place_of_the_fault()
     (run / f"met-{{rank}}-{{step}}").touch()
@@ -40,7 +43,7 @@ for step in batches() if fault == "none" else watchdog.over(batches(), "loading 
     while not all((run / f"met-{{other}}-{{step}}").exists() for other in range(world)):
         time.sleep(0.005)
     time.sleep(0.02)
-    if fault == "none" and step == 100:
+    if step == {{"none": 100, "slow": 12}}.get(fault):
         watchdog.end()
         break
 """
@@ -88,6 +91,16 @@ def test_a_stuck_rank_is_named(tmp_path: Path, fault: str, doing: str) -> None:
     for rank in range(3):
         assert "no progress for" in (tmp_path / f"log.{rank}").read_text()
     assert "the_place_of_the_fault" in (tmp_path / "log.1").read_text()
+
+
+def test_a_suspended_run_goes_on_when_it_is_resumed(tmp_path: Path) -> None:
+    with ranks(tmp_path, "slow", world=1) as processes:
+        wait_for(tmp_path / "met-0-3")
+        time.sleep(0.1)  # in the midst of the next step
+        os.kill(processes[0].pid, signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT)
+        os.kill(processes[0].pid, signal.SIGCONT)
+        assert processes[0].wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize("victim", [0, 2])

@@ -67,7 +67,7 @@ def finetune(
     """
     from igpt_ds import finetune as tuning
     from igpt_ds import job as jobs
-    from igpt_ds.config import to_toml
+    from igpt_ds.config_file import to_toml
     from igpt_ds.place import place
     from igpt_ds.planner.report import Machine
     from igpt_ds.run import Run

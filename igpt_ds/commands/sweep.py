@@ -100,7 +100,7 @@ def _config(command: tuple[str, ...]) -> "Config":
 
     from igpt_ds.commands.finetune import finetune
     from igpt_ds.commands.pretrain import pretrain
-    from igpt_ds.config import load_config
+    from igpt_ds.config_file import load_config
 
     verb = {"pretrain": pretrain, "finetune": finetune}[command[0]]
     with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -186,7 +186,7 @@ def read_run(path: Path, planned: Plan) -> dict[str, Any]:
         "value", "faults" and "warnings"; "present", the bytes of the checkpoints there.
     """
     from igpt_ds.checkpoint import list_checkpoints
-    from igpt_ds.config import load_config
+    from igpt_ds.config_file import load_config
     from igpt_ds.run import Run
 
     run = Run(path)

@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from igpt_ds.config import Config
 from igpt_ds.loader import evaluation_batches
 from igpt_ds.model import ImageGPT
-from igpt_ds.objectives import load_objective
+from igpt_ds.objectives import load_objective, token_nats
 from igpt_ds.place import Place
 from igpt_ds.run import LOGGER
 from igpt_ds.shards import Dataset
@@ -92,7 +91,7 @@ def likelihood(
         for number in range(masks):
             for rows in evaluation_batches(dataset, batch, where.rank, where.world):
                 real_B = rows["weight"] > 0
-                tokens_BT, positions_B = rows["tokens"][real_B].to(device), rows["positions"][real_B]
+                tokens_BT, positions_B = rows["tokens"][real_B].to(device, torch.int64), rows["positions"][real_B]
                 if len(tokens_BT):
                     mask_BT = objective.mask(tokens_BT, positions_B + number * images, seeded)
                     nats_BT, shown_BT = _token_losses(model, tokens_BT, mask_BT)
@@ -114,7 +113,7 @@ def _token_losses(model: ImageGPT, tokens_BT: Tensor, mask_BT: Tensor | None) ->
     """-log p of every scored token, 0 for the others, float64 [B, T]; and which are scored, bool [B, T]."""
     logits_BTK = model(tokens_BT, mask_BT).logits_BTK
     assert logits_BTK is not None
-    nats_BT = F.cross_entropy(logits_BTK.float().transpose(1, 2), tokens_BT, reduction="none").double()
+    nats_BT = token_nats(logits_BTK, tokens_BT).double()
     scored_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT
     return nats_BT * scored_BT, scored_BT
 

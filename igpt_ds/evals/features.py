@@ -125,7 +125,10 @@ class Network:
         self._engine: Engine | None = None
 
     def features(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Features of a batch: float32 [L, B, D] on the CPU. With a divided network a collective."""
+        """Features of a batch (tokens of any type of integers), float32 [L, B, D] on the CPU.
+
+        With a divided network a collective.
+        """
         if self._model is None and self._engine is None:
             self._build()
         if self._engine is not None:
@@ -135,7 +138,7 @@ class Network:
         device = self._model.head.weight.device
         with torch.no_grad():
             output = self._model(
-                tokens_BT.to(device),
+                tokens_BT.to(device, torch.int64),
                 None if mask_BT is None else mask_BT.to(device),
                 features=self.recipe.layers,
                 logits=False,
@@ -152,7 +155,7 @@ class Network:
 
         self._engine = Engine(self._engine_config, self._ds, self._division, self.where)
         if self.checkpoint is not None:
-            self._engine.load(self.checkpoint, weights_only=True)
+            self._engine.state.load(self.checkpoint, weights_only=True)
 
     def close(self) -> None:
         """Free the network."""

@@ -42,7 +42,7 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
         directory = step_directory(run.checkpoints, best)
         if not engine.from_rank_0(directory.exists()):
             raise RunError(f"{directory}: the best checkpoint was not saved, the disk being full, say: --fresh --force")
-        engine.load(open_verified(engine, directory), weights_only=True)
+        engine.state.load(open_verified(engine, directory), weights_only=True)
     measured = {"accuracy": progress.best[1] if progress.best else 0.0}
     if job.test_set:
         totals, images = engine.evaluate(_batches(engine, job, dataset, "test"))

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from igpt_ds.config import Config, ModelConfig, from_tree, identity, load_config, presets, to_tree
+from igpt_ds.config import Config, ModelConfig, identity
+from igpt_ds.config_file import from_tree, load_config, presets, to_tree
 from igpt_ds.errors import UserError
 from igpt_ds.palette import Palette
 from igpt_ds.weights import Imported, Weights, shapes_of

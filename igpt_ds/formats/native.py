@@ -14,7 +14,7 @@ from pathlib import Path
 import igpt_ds
 from igpt_ds.atomic import publish_text
 from igpt_ds.checkpoint import Checkpoint, list_checkpoints, newest_valid, rank_file, step_directory
-from igpt_ds.config import to_toml
+from igpt_ds.config_file import to_toml
 from igpt_ds.errors import UserError
 from igpt_ds.formats.facts import record
 from igpt_ds.palette import Palette

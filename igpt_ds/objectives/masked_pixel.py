@@ -5,11 +5,11 @@ Every position is in the mask M independently with probability `objective.mask_r
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_ds.config import Config
 from igpt_ds.hashing import splitmix64
+from igpt_ds.objectives import token_nats
 
 
 def mask(tokens_BT: Tensor, positions_B: Tensor, config: Config) -> Tensor:
@@ -33,6 +33,6 @@ def image_losses(logits_BPK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None, 
     the loss does not depend on how the batch is divided.
     """
     assert mask_BT is not None
-    nats_BP = F.cross_entropy(logits_BPK.float().transpose(1, 2), tokens_BT[:, part], reduction="none")
+    nats_BP = token_nats(logits_BPK, tokens_BT[:, part])
     parts = tokens_BT.shape[1] // nats_BP.shape[1]
     return (nats_BP * mask_BT[:, part]).sum(dim=1) * parts / mask_BT.sum(dim=1).clamp(min=1)

@@ -1,9 +1,9 @@
 """L_AR: the negative log-likelihood of an image's tokens in raster order (paper section 2.1)."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from igpt_ds.config import Config
+from igpt_ds.objectives import token_nats
 
 
 def mask(tokens_BT: Tensor, positions_B: Tensor, config: Config) -> None:
@@ -13,5 +13,4 @@ def mask(tokens_BT: Tensor, positions_B: Tensor, config: Config) -> None:
 def image_losses(logits_BPK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None, part: slice = slice(None)) -> Tensor:
     """-log p(x) / n of each image, in nats a token: float32 [B]; of `part`, see `igpt_ds.objectives`."""
     # The logits at position i already predict token i: the network shifts its input.
-    nats_BP = F.cross_entropy(logits_BPK.float().transpose(1, 2), tokens_BT[:, part], reduction="none")
-    return nats_BP.mean(dim=1)
+    return token_nats(logits_BPK, tokens_BT[:, part]).mean(dim=1)
