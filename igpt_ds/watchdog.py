@@ -65,6 +65,7 @@ class Watchdog:
         if not self._timeout:
             return
         self._folder.mkdir(exist_ok=True)
+        self._stopped(self._rank).unlink(missing_ok=True)
         # Written by the signal's handler itself, so that a rank stuck in C code, or just continued, obeys.
         faulthandler.register(signal.SIGUSR2, file=self._log, all_threads=True)
         self._show()
@@ -116,6 +117,10 @@ class Watchdog:
         temporary.write_text(json.dumps(asdict(self._mine)))
         temporary.replace(path)
 
+    def _stopped(self, rank: int) -> Path:
+        """The mark of a rank that a neighbour found stopped."""
+        return (self._folder / _name(rank)).with_suffix(".stopped")
+
     def _end_the_run(self, silent: float) -> None:
         stopped, blame = self._diagnose(silent)
         text = f"hang: no progress for {silent:.0f} s: {blame}; the ranks' stacks are in their logs"
@@ -123,8 +128,12 @@ class Watchdog:
         faulthandler.dump_traceback(self._log, all_threads=True)
         if self._rank == min(set(range(self._world)) - stopped.keys(), default=self._rank):
             print(f"igpt-ds: {text}", file=sys.stderr, flush=True)
-        for other in stopped.values():
-            _end_neighbour(other, self._mine.host)
+        for rank, other in stopped.items():
+            if other.host == self._mine.host and _born(other.pid) == other.born:
+                # It shows itself when it is made to go on, and who looks then must not take it for alive.
+                with contextlib.suppress(OSError):
+                    self._stopped(rank).touch()
+                _end_neighbour(other.pid)
         time.sleep(2 * self._interval + 0.5)  # the others notice within an interval, and have stacks to write
         os._exit(STATUS)
 
@@ -143,14 +152,15 @@ class Watchdog:
             except (OSError, ValueError, TypeError):
                 missing.append(f"rank {rank} has shown no sign of life")
                 continue
-            (stopped if silence > self._timeout / 2 else alive)[rank] = heartbeat
+            gone = silence > self._timeout / 2 or self._stopped(rank).exists()
+            (stopped if gone else alive)[rank] = heartbeat
         if stopped or missing:
-            gone = [
+            those = [
                 f"rank {rank} (process {h.pid} on {h.host}) shows no sign of life: stopped, dead or cut off while "
                 f"{h.doing} at step {h.step}"
                 for rank, h in stopped.items()
             ]
-            return stopped, "; ".join([*gone, *missing])
+            return stopped, "; ".join([*those, *missing])
         behind = min(h.count for h in alive.values())
         if all(h.count == behind for h in alive.values()) and self._world > 1:
             return {}, f"all ranks are {self._mine.doing} at step {self._mine.step}"
@@ -174,14 +184,10 @@ def _born(pid: int) -> int | None:
         return None
 
 
-def _end_neighbour(other: Heartbeat, host: str) -> None:
-    """Make a stopped rank of this machine write its stacks, then kill it."""
-    if other.host != host or _born(other.pid) != other.born:
-        return
-    try:
-        os.kill(other.pid, signal.SIGUSR2)
-        os.kill(other.pid, signal.SIGCONT)
+def _end_neighbour(pid: int) -> None:
+    """Make a stopped process of this machine write its stacks, then kill it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR2)
+        os.kill(pid, signal.SIGCONT)
         time.sleep(0.3)
-        os.kill(other.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        os.kill(pid, signal.SIGKILL)

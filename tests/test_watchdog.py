@@ -17,11 +17,12 @@ from tests.ranks import kill_group, quick_start
 TIMEOUT = 2.0
 # Ranks that beat alike and meet at every step, as a collective makes them: a file a rank and step is the meeting.
 RANK = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from igpt_ds.watchdog import Watchdog
 run, rank, world, fault = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-watchdog = Watchdog(run, rank, world, {timeout}, (run / f"log.{{rank}}").open("w"))
+late = 0.6 if fault == "stopped 0, seen late" and rank == 1 else 0
+watchdog = Watchdog(run, rank, world, {timeout} + late, (run / f"log.{{rank}}").open("w"))
 watchdog.start()
 def the_place_of_the_fault():
     while True:
@@ -33,6 +34,9 @@ def batches():
         yield step
 for step in batches() if fault == "none" else watchdog.over(batches(), "loading data", "computing a step", 5):
     watchdog.beat("computing a step", step)
+    if step == 5 and fault.startswith(f"stopped {{rank}}"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        the_place_of_the_fault()
     until = time.process_time() + (0.3 if fault == "slow" else 0)
     while time.process_time() < until:
         pass
@@ -103,11 +107,11 @@ def test_a_suspended_run_goes_on_when_it_is_resumed(tmp_path: Path) -> None:
         assert processes[0].wait(timeout=30) == 0
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_stopped_rank_is_named_and_ended_and_leaves_its_stack(tmp_path: Path, victim: int) -> None:
-    with ranks(tmp_path, "no fault") as processes:
-        wait_for(tmp_path / f"met-{victim}-20")
-        os.kill(processes[victim].pid, signal.SIGSTOP)
+@pytest.mark.parametrize(("victim", "fault"), [(0, "stopped 0"), (0, "stopped 0, seen late"), (2, "stopped 2")])
+def test_a_stopped_rank_is_named_and_ended_and_leaves_its_stack(tmp_path: Path, victim: int, fault: str) -> None:
+    # Late: rank 1, which has to speak, looks when rank 2 has already made rank 0 go on for a moment.
+    with ranks(tmp_path, fault) as processes:
+        wait_for(tmp_path / f"met-{victim}-4")
         began = time.monotonic()
         codes = [process.wait(timeout=30) for process in processes]
         took = time.monotonic() - began
