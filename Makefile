@@ -22,8 +22,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/python docs/demo.py
 
+# Two files at a time, since most of it is processes that start; one thread each, or they wait for one another.
 test: install
-	$(BIN)/python -m pytest --ignore=tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore=tests/slurm
 
 slurm-test: install
 	@if ! command -v slurmctld >/dev/null && [ "$$(id -u)" = 0 ]; then \

@@ -1,5 +1,6 @@
 """The verbs of igpt-ds. Imports are lazy, so that --help is quick; only this file ends the process."""
 
+import logging
 import os
 import signal
 import sys
@@ -65,6 +66,8 @@ for command in VERBS:
 def main() -> None:
     """Run a verb. Exit status: 0 done, 2 bad input (one line says what to do), 1 a fault of the run."""
     keep_freed_memory()
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("igpt_ds").setLevel(logging.ERROR)  # rank 0 warns for all; a training's files hear every rank
     try:
         cli(prog_name="igpt-ds", standalone_mode=False)
     except UserError as error:

@@ -38,8 +38,8 @@ def quick_start() -> dict[str, str]:
     }
 
 
-def run_ranks(module: str, arguments: list[str], world: int, limit: float) -> None:
-    """Run `python -m module arguments` as `world` ranks and wait.
+def run_ranks(module: str, arguments: list[str], world: int, limit: float) -> list[str]:
+    """Run `python -m module arguments` as `world` ranks and wait; what each of them wrote.
 
     Args:
         limit: seconds after which all of them are killed.
@@ -73,9 +73,11 @@ def run_ranks(module: str, arguments: list[str], world: int, limit: float) -> No
         finally:
             for process in ranks:
                 kill_group(process)
-        outputs = "\n".join(f"--- rank {rank}\n{log.read_text(errors='replace')}" for rank, log in enumerate(logs))
+        texts = [log.read_text(errors="replace") for log in logs]
+    outputs = "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(texts))
     codes = [process.returncode for process in ranks]
     assert ended and not any(codes), f"{module} on {world} ranks within {limit:.0f} s: exit {codes}\n{outputs}"
+    return texts
 
 
 def _all_ended(ranks: "list[subprocess.Popen[bytes]]", deadline: float) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,7 +117,11 @@ def test_means_and_standard_errors_by_class(digits: Path) -> None:
 def test_two_ranks_find_what_one_does(digits: Path, tmp_path: Path) -> None:
     folder = make_run(digits, tmp_path / "run", "masked_pixel")
     out = tmp_path / "two.json"
-    run_ranks("igpt_ds", ["eval", str(folder), "--json", str(out), "--masks", "2"], world=2, limit=60)
+    damaged = folder / "checkpoints" / "step-00000008"
+    shutil.copytree(folder / "checkpoints" / "step-00000007", damaged)
+    (damaged / "checkpoint.json").write_text("{}")
+    texts = run_ranks("igpt_ds", ["eval", str(folder), "--json", str(out), "--masks", "2"], world=2, limit=60)
+    assert [text.count("step-00000008") for text in texts] == [1, 0], "one rank warns"
     config = digits_config("masked_pixel")
     alone = likelihood(
         random_model(config), config, Dataset.open(digits / "val"), ALONE, masks=2, mask_seed=config.seed
