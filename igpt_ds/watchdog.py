@@ -100,6 +100,7 @@ class Watchdog:
         seen, silent, last = self._mine.count, 0.0, time.monotonic()
         while not self._ended.wait(self._interval):
             # Should even this thread be held up, by code that never lets go of the interpreter, a timer in C ends it.
+            # (The timer cannot tell that from a job that was suspended for longer, which has to be started again.)
             faulthandler.dump_traceback_later(2 * self._timeout + 30, exit=True, file=self._log)
             with contextlib.suppress(OSError):  # a full disk is told of elsewhere
                 self._show()

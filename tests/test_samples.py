@@ -1,5 +1,6 @@
 """Sheets of samples: what stands where, the images to complete, the command, several ranks, a pre-training's own."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -188,6 +189,32 @@ def test_command_draws_what_it_is_asked_for(
     call(run, "--picture", tmp_path / "mine.png", "--out", out)
     sheet = np.asarray(Image.open(out))
     assert np.array_equal(tile(sheet, 0, 5), original) and (tile(sheet, 0, 0)[4:] == samples.HIDDEN).all()
+
+
+def test_command_takes_a_step_and_a_precision(
+    digits: Path, model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    run, config = tmp_path / "run", small_config(resolution=8, palette_size=16)
+    palette = Dataset.open(digits / "val").palette
+    palette.save(run / "palette.npy")
+    other = random_model(config, seed=9)
+    for step, network in ((7, model), (8, other)):
+        save_model(network, config, run, palette.sha256, step)
+    asked = {
+        ("--step", "7"): model,
+        (): other,
+        ("--step", "7", "--precision", "bfloat16"): copy.deepcopy(model).bfloat16(),
+    }
+    sheets = set()
+    for words, network in asked.items():
+        call(run, "--n", 64, *words, "--out", tmp_path / "sheet.png")
+        drawn = sample(network, torch.empty(64, 0, dtype=torch.int64), Drawing(0), title=None)
+        sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+        expected = palette.decode(drawn.numpy()).reshape(64, 8, 8, 3)
+        assert all(np.array_equal(tile(sheet, *divmod(i, 8)), image) for i, image in enumerate(expected)), words
+        sheets.add(sheet.tobytes())
+    assert len(sheets) == 3
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ DEFAULT = 16
 
 @click.command(context_settings=CONTEXT)
 @click.argument("run_path", metavar="RUN|PATH", type=click.Path(path_type=Path))
+@click.option("--step", type=click.IntRange(min=0), help="The checkpoint of this step.  [default: the newest]")
 @click.option("--n", "count", type=click.IntRange(min=1), help=f"Images.  [default: {DEFAULT}]")
 @click.option("--out", required=True, metavar="FILE", type=click.Path(path_type=Path), help="The PNG to write.")
 @click.option("--temperature", default=1.0, show_default=True, help="Divides the logits; 0 takes the likeliest token.")
@@ -31,8 +32,10 @@ DEFAULT = 16
     help="Complete this PNG of the model's resolution; give several to complete them all.",
 )
 @click.option("--rows", type=int, metavar="N", help="Rows of each image that are given.  [default: the upper half]")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 def sample(
     run_path: Path,
+    step: int | None,
     count: int | None,
     out: Path,
     temperature: float,
@@ -43,6 +46,7 @@ def sample(
     split: str | None,
     paths: tuple[Path, ...],
     rows: int | None,
+    precision: str,
 ) -> None:
     """Draw images, or complete given ones of which the model sees the upper rows.
 
@@ -53,8 +57,9 @@ def sample(
         igpt-ds sample RUN --n 8 --complete DATA --out completions.png
     Of your own pictures, from their first 10 rows, drawn less freely:
         igpt-ds sample RUN --picture a.png --picture b.png --rows 10 --top-p 0.95 --out completions.png
-    Divided over 8 GPUs, each with the whole network; the pictures are the same on any number:
-        torchrun --nproc-per-node 8 -m igpt_ds -- sample RUN --n 64 --out samples.png
+    Divided over 8 GPUs, each with the whole network (iGPT-XL: 27 GB, half in bfloat16); the pictures are the same on
+    any number:
+        torchrun --nproc-per-node 8 -m igpt_ds -- sample RUN --n 64 --precision bfloat16 --out samples.png
     """
     from igpt_ds.evals import samples
     from igpt_ds.evals.features import load_model, meeting
@@ -73,7 +78,7 @@ def sample(
     if rows is not None and not (complete or paths):
         raise UserError(f"--rows {rows}: nothing is given: add --complete DIR or --picture FILE")
     drawing, where = Drawing(seed, temperature, top_k, top_p), place()
-    checkpoint = open_weights(run_path)
+    checkpoint = open_weights(run_path, step)
     config, palette = config_of(checkpoint), palette_of(checkpoint)
     if palette is None:
         raise UserError(f"{checkpoint.path}: no palette.npy: igpt-ds convert adds one: --to native --palette FILE")
@@ -90,6 +95,7 @@ def sample(
         samples.prefixes(tokens, rows)  # refused before the ranks meet
     with meeting(where, divided=False):
         model = load_model(config, checkpoint)
+        model = model.bfloat16() if precision == "bfloat16" else model
         if tokens is None:
             sheet = samples.free_samples(model, palette, count or DEFAULT, drawing, where)
         else:
