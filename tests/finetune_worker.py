@@ -4,8 +4,6 @@ Trains all cases of its world size, each from a checkpoint in FOLDER, and record
 test_finetune_parity.py judges it.
 """
 
-import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from igpt_ds.config import Config, DataConfig, FinetuneConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
 from tests.parity_worker import COLOURS, RESOLUTION, SEED, images
+from tests.ranks import record_and_end
 
 STEPS, BATCH, CLASSES, RATE, LAYERS = 6, 8, 4, 0.003, 3
 
@@ -73,7 +72,7 @@ def start(folder: Path, objective: str) -> Path:
 def main() -> None:
     """All that this world size has to show."""
     from igpt_ds.checkpoint import Checkpoint
-    from igpt_ds.engine import Engine, leave
+    from igpt_ds.engine import Engine
     from igpt_ds.place import place
 
     folder, where = Path(sys.argv[1]), place()
@@ -111,10 +110,7 @@ def main() -> None:
             "predictions": predictions,
         }
         engine.close()
-    (folder / f"{where.world}-{where.rank}.json").write_text(json.dumps(results))
-    leave()
-    sys.stdout.flush()
-    os._exit(0)
+    record_and_end(folder, where, results)
 
 
 if __name__ == "__main__":

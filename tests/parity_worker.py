@@ -5,8 +5,6 @@ weights in FOLDER, where test_parity.py judges them. DeepSpeed is imported by `m
 that the tests can take the cases and the batches from here.
 """
 
-import json
-import os
 import sys
 import weakref
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ import torch
 
 from igpt_ds.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
+from tests.ranks import record_and_end
 
 STEPS, BATCH, RESOLUTION, COLOURS = 20, 16, 8, 16
 SEED = 5
@@ -250,8 +249,6 @@ def main() -> None:
     """All that this world size has to show."""
     rank = Rank(Path(sys.argv[1]))
     world = rank.place.world
-    from igpt_ds.engine import leave
-
     rank.construction(replace(_BASE, width=30))
     for case in CASES[world]:
         rank.parity(case)
@@ -259,11 +256,7 @@ def main() -> None:
         rank.resumed(case)
     for source, case in LOADED[world]:
         rank.results["loaded"][f"{source.name} as {case.name}"] = rank.load(saved(rank.folder, source, 2), case)
-    (rank.folder / f"{world}-{rank.place.rank}.json").write_text(json.dumps(rank.results))
-    leave()
-    # DeepSpeed's threads and hooks need seconds to wind up.
-    sys.stdout.flush()
-    os._exit(0)
+    record_and_end(rank.folder, rank.place, rank.results)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ FOLDER, judged by test_plan_ranks.py.
 """
 
 import gc
-import json
-import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from igpt_ds.config import Config
 from igpt_ds.config_file import load_config
 from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
 from igpt_ds.planner.layout import Layout
+from tests.ranks import record_and_end
 
 RESOLUTION, COLOURS = 8, 16
 # Every matrix divided, and nothing kept for longer than from a recomputation to its backward pass.
@@ -241,15 +240,8 @@ def main() -> None:
     """All cases of this world size, or those alone that were named."""
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     rank = Rank(folder)
-    world = rank.place.world
-    from igpt_ds.engine import leave
-
-    records = {case.name: rank.play(case) for case in CASES[world] if not names or case.name in names}
-    (folder / f"{world}-{rank.place.rank}.json").write_text(json.dumps(records))
-    leave()
-    sys.stdout.flush()
-    # DeepSpeed's threads and hooks need seconds to wind up.
-    os._exit(0)
+    records = {case.name: rank.play(case) for case in CASES[rank.place.world] if not names or case.name in names}
+    record_and_end(folder, rank.place, records)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ and DeepSpeed's import take seconds, so one group of ranks should do many checks
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from igpt_ds.place import Place
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +83,25 @@ def run_ranks(module: str, arguments: list[str], world: int, limit: float) -> li
     codes = [process.returncode for process in ranks]
     assert ended and not any(codes), f"{module} on {world} ranks within {limit:.0f} s: exit {codes}\n{outputs}"
     return texts
+
+
+def recorded(module: str, folder: Path, world: int, limit: float) -> list[Any]:
+    """What each rank of a worker module wrote with `record_and_end`; they are run when that is first asked for."""
+    paths = [folder / f"{world}-{rank}.json" for rank in range(world)]
+    if not all(path.exists() for path in paths):
+        run_ranks(module, [str(folder)], world, limit)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def record_and_end(folder: Path, where: "Place", record: Any) -> None:
+    """What a rank of a worker module does last; the process ends here."""
+    from igpt_ds.engine import leave
+
+    (folder / f"{where.world}-{where.rank}.json").write_text(json.dumps(record))
+    leave()
+    sys.stdout.flush()
+    # DeepSpeed's threads and hooks need seconds to wind up.
+    os._exit(0)
 
 
 def _all_ended(ranks: "list[subprocess.Popen[bytes]]", deadline: float) -> bool:

@@ -4,8 +4,6 @@ Draws the same completions from the network of RUN's checkpoint, divided by Deep
 of a training with and without samples in between. Leaves all of it in FOLDER, where test_samples.py judges it.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,13 @@ from igpt_ds.place import place
 from igpt_ds.sampling import Drawing
 from igpt_ds.shards import Dataset
 from igpt_ds.weights import config_of
+from tests.ranks import record_and_end
 from tests.test_samples import CASES
 
 
 def main() -> None:
     from igpt_ds import engine as engines
-    from igpt_ds.engine import Engine, leave
+    from igpt_ds.engine import Engine
 
     run, data, folder = (Path(argument) for argument in sys.argv[1:4])
     where, checkpoint = place(), Checkpoint.open(next((run / "checkpoints").glob("step-*")))
@@ -82,11 +81,7 @@ def main() -> None:
     engines.free_bytes = lambda *_: 1000
     record["lacking"] = engine.sample(prefix, drawing)
     engine.close()
-    (folder / f"{where.rank}.json").write_text(json.dumps(record))
-    leave()
-    sys.stdout.flush()
-    # DeepSpeed's threads and hooks need seconds to wind up.
-    os._exit(0)
+    record_and_end(folder, where, record)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Fine-tuning through ZeRO against plain PyTorch in one process: losses, accuracy, gradients, evaluation."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from igpt_ds.objectives import masked_pixel
 from tests.finetune_worker import BATCH, CASES, CLASSES, LAYERS, RATE, STEPS, Case, labels, start
 from tests.models import random_model, save_model
 from tests.parity_worker import SEED, images
-from tests.ranks import run_ranks
+from tests.ranks import recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
 EVALUATED = {1: np.arange(1000, 1003), 2: np.array([1000, 1001, 1002, 1004, 1005, 1006])}
@@ -28,10 +27,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     for objective in ("next_pixel", "masked_pixel"):
         config = Case(0, 0, objective=objective).config(1, finetune=False)
         save_model(random_model(config, seed=3), config, folder / objective, "palette")
-    found = {}
-    for world in CASES:
-        run_ranks("tests.finetune_worker", [str(folder)], world, limit=120)
-        found[world] = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    found = {world: recorded("tests.finetune_worker", folder, world, limit=120) for world in CASES}
     found[0] = [{"folder": str(folder)}]
     return found
 

@@ -1,7 +1,6 @@
 """ZeRO training on several ranks against plain PyTorch in one process, and checkpoints between world sizes."""
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from igpt_ds.model import ImageGPT, initialise
 from igpt_ds.objectives import masked_pixel
 from tests.parity_worker import BATCH, CASES, LOADED, RESUMED, SEED, STEPS, Case, images, rate
-from tests.ranks import run_ranks
+from tests.ranks import recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 Curves = dict[str, list[float]]
@@ -30,10 +29,7 @@ class Ranks:
         """The records of all ranks."""
         if world != 2:
             self(2)  # writes the checkpoints that the others load
-        paths = [self.folder / f"{world}-{rank}.json" for rank in range(world)]
-        if not all(path.exists() for path in paths):
-            run_ranks("tests.parity_worker", [str(self.folder)], world, limit=240)
-        return [json.loads(path.read_text()) for path in paths]
+        return recorded("tests.parity_worker", self.folder, world, limit=240)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The planner against DeepSpeed on CPU ranks: its own log of messages, the bytes of its tensors, and the presets'
 losses."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from igpt_ds import plan
 from igpt_ds.planner.communication import transfers
 from igpt_ds.planner.memory import bytes_per_rank
 from tests.plan_worker import CASES, MEASURED, MESSAGES, OFFLOADED, RESUMED, Case
-from tests.ranks import run_ranks
+from tests.ranks import recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 Record = dict[str, Any]
@@ -25,10 +24,7 @@ class Ranks:
 
     def __call__(self, world: int) -> list[dict[str, Record]]:
         """The records of all ranks, by case."""
-        paths = [self.folder / f"{world}-{rank}.json" for rank in range(world)]
-        if not all(path.exists() for path in paths):
-            run_ranks("tests.plan_worker", [str(self.folder)], world, limit=600)
-        return [json.loads(path.read_text()) for path in paths]
+        return recorded("tests.plan_worker", self.folder, world, limit=600)
 
 
 @pytest.fixture(scope="module")

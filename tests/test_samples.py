@@ -289,11 +289,11 @@ def test_two_ranks_of_a_divided_network_draw_what_one_process_draws(
     run_ranks("tests.sampling_worker", [str(run), str(digits), str(tmp_path)], 2, limit=200)
     prefix = torch.from_numpy(Dataset.open(digits / "val").images(5).astype(np.int64))[:, :24]
     expected = sample(model, prefix, Drawing(3, 1.2, 12, 0.95), title=None)
-    found = json.loads((tmp_path / "0.json").read_text())
+    found = json.loads((tmp_path / "2-0.json").read_text())
     assert found["cases"].keys() == {f"{way} zero{stage} {size}" for way, stage, size in CASES}
     for name, tokens in found["cases"].items():
         assert tokens == expected.tolist(), name
-    other = json.loads((tmp_path / "1.json").read_text())
+    other = json.loads((tmp_path / "2-1.json").read_text())
     assert set(map(str, other["cases"].values())) == {"None"}
     for record in (found, other):
         assert record["losses with samples"] == record["losses"], "sampling must not disturb the training"

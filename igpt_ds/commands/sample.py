@@ -1,11 +1,15 @@
 """`igpt-ds sample`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from igpt_ds.commands import CONTEXT
 from igpt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from igpt_ds.evals.features import Precision
 
 DEFAULT = 16
 
@@ -46,7 +50,7 @@ def sample(
     split: str | None,
     paths: tuple[Path, ...],
     rows: int | None,
-    precision: str,
+    precision: "Precision",
 ) -> None:
     """Draw images, or complete given ones of which the model sees the upper rows.
 
@@ -94,8 +98,7 @@ def sample(
     if tokens is not None:
         samples.prefixes(tokens, rows)  # refused before the ranks meet
     with meeting(where, divided=False):
-        model = load_model(config, checkpoint)
-        model = model.bfloat16() if precision == "bfloat16" else model
+        model = load_model(config, checkpoint, precision)
         if tokens is None:
             sheet = samples.free_samples(model, palette, count or DEFAULT, drawing, where)
         else:

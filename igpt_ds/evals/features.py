@@ -56,14 +56,15 @@ class Recipe:
     precision: Precision = "float32"
 
 
-def load_model(config: Config, checkpoint: Weights | None) -> ImageGPT:
-    """The network of some weights, or an untrained one, in evaluation mode, on the GPU where there is one: float32."""
+def load_model(config: Config, checkpoint: Weights | None, precision: Precision = "float32") -> ImageGPT:
+    """The network of some weights, or an untrained one, in evaluation mode, on the GPU where there is one."""
     model = ImageGPT(config)
     if checkpoint is None:
         initialise(model, config.seed)
     else:
         model.load_state_dict(checkpoint.weights())
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu", dtype)
 
 
 def parse_layers(text: str | None, config: Config) -> tuple[int, ...]:
@@ -148,8 +149,7 @@ class Network:
 
     def _build(self) -> None:
         if self._ds is None:
-            model = load_model(self.config, self.checkpoint)
-            self._model = model.bfloat16() if self.recipe.precision == "bfloat16" else model
+            self._model = load_model(self.config, self.checkpoint, self.recipe.precision)
             return
         from igpt_ds.engine import Engine
 
