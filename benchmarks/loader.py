@@ -2,16 +2,17 @@
 
 The target: at batch 64 not slower than the bare pread by more than a factor 1.5; packed9 may add its decoding, whose
 target is 1.6 microseconds a row of 1024 tokens. The bare pread is a loop over (descriptor, offset) pairs that are
-known beforehand, and drops what it has read. What is timed beside it, in turn, medians of the rounds, each on the
-same rows in the sample order's order (the streams with workers in turns of their own with the bare pread, for their
-threads read ahead while nobody waits for them):
+known beforehand, and drops what it has read. What is timed beside it, in turn:
 
     unpack       packed9 to uint16, in memory
     read_many    the rows' tokens as one uint16 array, checked against the palette
     workers 0    the same as a batch, with the sample order asked where the rows lie, in the training process
-    workers 1, 2 the same, read ahead by threads
+    workers 1, 2 the same, read ahead by threads; taken alone with the bare pread, since they run while others are
+                 timed. What they read ahead meanwhile is taken before the clock starts.
 
-16 shards of 32 MiB of tokens a dataset, so that the bytes come from the page cache but not from the processor's.
+A round is an epoch, so that the shuffling of it counts, and everybody has an order of his own, so that nobody finds in
+the processor's cache what another has read. 16 shards of 32 MiB of tokens a dataset: the bytes come from the page
+cache.
 """
 
 import argparse
@@ -20,12 +21,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from igpt_ds.loader import Batch, source_rows, train_batches
+from igpt_ds.loader import source_rows, train_batches
 from igpt_ds.manifest import Manifest
 from igpt_ds.memory import keep_freed_memory
 from igpt_ds.order import Order
@@ -34,8 +35,8 @@ from igpt_ds.shards import Dataset, write_shard
 from igpt_ds.storage import STORAGES
 
 SHARDS, SHARD_TOKENS, K, BATCH = 16, 1 << 24, 512, 64
-READ_AHEAD = ("workers 1", "workers 2")
-Action = Callable[[int], object]
+READ_AHEAD = 128  # batches, what a worker holds
+Action = Callable[[], float]  # reads an epoch; the seconds that it took
 
 
 def build(directory: Path, resolution: int, storage: str, shards: int = SHARDS, rows: int | None = None) -> Dataset:
@@ -71,77 +72,121 @@ def build(directory: Path, resolution: int, storage: str, shards: int = SHARDS, 
     return Dataset.open(directory)
 
 
-def contestants(dataset: Dataset, batches: int, rounds: int) -> dict[str, Action]:
-    """What is timed: called with the round's number, each reads that round's batches."""
-    order = Order(1, [source_rows(dataset)])
-    storage, n = STORAGES[dataset.manifest.storage], dataset.sequence_length
-    size = np.dtype(storage.dtype).itemsize * storage.width(n)
-    places = [np.array([order(i * BATCH + j)[1:] for j in range(BATCH)]) for i in range(batches * rounds)]
+def timed(action: Callable[[], None]) -> Action:
+    """Seconds of a call, by the clock."""
+
+    def seconds() -> float:
+        begin = time.perf_counter()
+        action()
+        return time.perf_counter() - begin
+
+    return seconds
+
+
+def bare_pread(dataset: Dataset, seed: int) -> Action:
+    """An epoch of preads in an order of its own."""
+    storage = STORAGES[dataset.manifest.storage]
+    size = np.dtype(storage.dtype).itemsize * storage.width(dataset.sequence_length)
     shards, step = dataset.manifest.shards, dataset.manifest.rows_per_block
     files = [os.open(dataset.path / f"{shard.name}.tar", os.O_RDONLY) for shard in shards]
     reads = [
-        [
-            (files[s], shards[s].token_offset + r // step * shards[s].block_bytes + r % step * size)
-            for s, r in batch.tolist()
-        ]
-        for batch in places
+        (files[s], shards[s].token_offset + r // step * shards[s].block_bytes + r % step * size)
+        for s, r in epoch(dataset, seed).tolist()
     ]
-    packed = storage.pack(dataset.read_many(places[0]))
     pread = os.pread
 
-    def of_round(number: int) -> range:
-        return range(number * batches, (number + 1) * batches)
+    @timed
+    def bare() -> None:
+        for descriptor, offset in reads:
+            pread(descriptor, size, offset)
 
-    def bare(number: int) -> None:
-        for index in of_round(number):
-            for descriptor, offset in reads[index]:
-                pread(descriptor, size, offset)
+    return bare
 
-    def unpack(number: int) -> None:
-        for _ in of_round(number):
+
+def epoch(dataset: Dataset, seed: int) -> np.ndarray:
+    """(shard, row) of an epoch: int64 [rows, 2]."""
+    return Order(seed, [source_rows(dataset)]).places(np.arange(dataset.rows))[:, 1:]
+
+
+def in_memory(dataset: Dataset) -> Action:
+    """The decoding of an epoch, the same batch again and again."""
+    storage, n = STORAGES[dataset.manifest.storage], dataset.sequence_length
+    packed = storage.pack(dataset.span(0, 0, BATCH))
+
+    @timed
+    def unpack() -> None:
+        for _ in range(dataset.rows // BATCH):
             storage.unpack(packed, n)
 
-    def read_many(number: int) -> None:
-        for index in of_round(number):
-            dataset.read_many(places[index])
-
-    decoding = {"unpack": unpack} if storage.name == "packed9" else {}
-    return {"bare pread": bare, **decoding, "read_many": read_many}
+    return unpack
 
 
-def stream(dataset: Dataset, batches: int, workers: int) -> tuple[Generator[Batch, None, None], Action]:
-    """The loader's stream, and what takes the next round's batches from it."""
-    order = Order(1, [source_rows(dataset)])
-    found = train_batches([dataset], order, batch=BATCH, micro_batch=BATCH, rank=0, world=1, workers=workers)
+def batch_by_batch(dataset: Dataset, seed: int) -> Action:
+    """An epoch by `read_many`."""
+    batches = np.split(epoch(dataset, seed), dataset.rows // BATCH)
 
-    def drain(_number: int) -> None:
-        for _ in itertools.islice(found, batches):
+    @timed
+    def read_many() -> None:
+        for batch in batches:
+            dataset.read_many(batch)
+
+    return read_many
+
+
+def stream(dataset: Dataset, seed: int, workers: int) -> Action:
+    """An epoch of what a training of one rank takes its batches from."""
+    order = Order(seed, [source_rows(dataset)])
+    batches = train_batches([dataset], order, batch=BATCH, micro_batch=BATCH, rank=0, world=1, workers=workers)
+
+    def take(count: int) -> None:
+        for _ in itertools.islice(batches, count):
             pass
 
-    return found, drain
+    @timed
+    def epoch_of_batches() -> None:
+        take(dataset.rows // BATCH)
+
+    def drained() -> float:
+        take(READ_AHEAD * workers)
+        seconds = epoch_of_batches()
+        time.sleep(0.1)  # reads ahead, which nobody else's time should hold
+        return seconds
+
+    return drained
 
 
-def in_turn(actions: dict[str, Action], rounds: int) -> dict[str, float]:
-    """Seconds a call, median of the rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(rounds):
-        # Who comes first finds the rows in the page cache only, the others in the processor's, too: all take turns.
-        names = list(actions)
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            begin = time.perf_counter()
-            actions[name](number)
-            if number:  # the first starts the workers
-                seconds[name].append(time.perf_counter() - begin)
-            if name in READ_AHEAD:
-                time.sleep(0.1)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+def in_turn(actions: dict[str, Action], rounds: int) -> dict[str, tuple[float, float]]:
+    """(seconds, ratio to the first) of an epoch, medians of the rounds."""
+    found: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds + 1):
+        for name, action in actions.items():
+            found[name].append(action())
+    found = {name: each[1:] for name, each in found.items()}  # the first round fills the caches
+    first = next(iter(found.values()))
+    return {
+        name: (statistics.median(each), statistics.median(a / b for a, b in zip(each, first, strict=True)))
+        for name, each in found.items()
+    }
+
+
+def measure(dataset: Dataset, rounds: int) -> dict[str, tuple[float, float]]:
+    """What the table shows of a dataset."""
+    bare = bare_pread(dataset, 1)
+    actions = {"bare pread": bare}
+    if dataset.manifest.storage == "packed9":
+        actions["unpack"] = in_memory(dataset)
+    actions |= {"read_many": batch_by_batch(dataset, 2), "workers 0": stream(dataset, 3, workers=0)}
+    found = in_turn(actions, rounds)
+    for workers in (1, 2):
+        name = f"workers {workers}"
+        found[name] = in_turn({"bare pread": bare, name: stream(dataset, 3 + workers, workers)}, rounds)[name]
+    return found
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=100, help="of 64 rows, a round")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--where", type=Path, help="folder for the datasets (0.6 GB, one at a time)")
     arguments = parser.parse_args()
     keep_freed_memory()  # as igpt-ds does
@@ -149,21 +194,12 @@ def main() -> None:
     for storage, resolution in itertools.product(STORAGES, (32, 64)):
         with tempfile.TemporaryDirectory(dir=arguments.where) as folder:
             dataset = build(Path(folder) / "d", resolution, storage)
-            actions = contestants(dataset, arguments.batches, arguments.rounds)
-            bare = actions["bare pread"]
-            actions["workers 0"] = stream(dataset, arguments.batches, 0)[1]
-            groups = [in_turn(actions, arguments.rounds)]
-            for workers, name in enumerate(READ_AHEAD, 1):
-                source, drain = stream(dataset, arguments.batches, workers)
-                groups.append(in_turn({"bare pread": bare, name: drain}, arguments.rounds))
-                source.close()
-            for number, medians in enumerate(groups):
-                for name, median in medians.items():
-                    if name != "bare pread" or not number:
-                        row, ratio = median / arguments.batches / BATCH, median / medians["bare pread"]
-                        print(
-                            f"{storage:<9}{resolution**2:>7}  {name:<12}{1 / row:>12,.0f}{row * 1e6:>9.2f}{ratio:>7.2f}"
-                        )
+            for name, (median, ratio) in measure(dataset, arguments.rounds).items():
+                row = median / dataset.rows
+                print(
+                    f"{storage:<9}{resolution**2:>7}  {name:<12}{1 / row:>12,.0f}{row * 1e6:>9.2f}{ratio:>7.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, count, cycle, islice
+from itertools import accumulate, count, cycle, islice, repeat
 from queue import SimpleQueue
 
 import numpy as np
@@ -30,9 +30,12 @@ from igpt_ds.errors import UserError
 from igpt_ds.order import NOTHING_LEFT_OUT, LeftOut, Order, SourceRows
 from igpt_ds.shards import Dataset
 
+Arrays = dict[str, np.ndarray]
 Batch = dict[str, torch.Tensor]
 Labels = Sequence[Sequence[np.ndarray]]  # by source and shard: int64 [rows]
-_AHEAD = 2  # micro-batches that a worker reads ahead
+# Micro-batches are found and handed over in groups of so many at most, unless that makes more rows (32 MiB of 4096
+# tokens each): a hand-over from thread to thread takes as long as reading 32 rows.
+_GROUP, _GROUP_ROWS = 64, 4096
 Augment = Callable[[np.ndarray, np.ndarray], np.ndarray]  # tokens [m, n], positions [m] -> tokens [m, n]
 
 
@@ -75,6 +78,9 @@ class MicroBatches:
         labels: what `shard_labels` gave of each dataset, where classes are to be learnt.
         augment: changes an image's tokens by its position.
 
+    Attributes:
+        accumulation: A, micro-batches of one rank in a global batch.
+
     Raises:
         UserError: W m does not divide B, or the datasets differ in sequence length or palette.
     """
@@ -114,28 +120,51 @@ class MicroBatches:
         self._stride = world * micro_batch
         self.accumulation = batch // self._stride
 
-    def __getitem__(self, index: int) -> Batch:
-        """{"tokens": uint16 [m, n], "positions": int64 [m]}, and "labels": int64 [m]; positions are the order's.
+    def groups(self, indices: Iterable[int]) -> Iterator[list[int]]:
+        """Endless indices in the groups to read them in. The first are small: a run starts with its first batch."""
+        left, most, size = iter(indices), max(1, min(_GROUP, _GROUP_ROWS // self._micro_batch)), 1
+        while True:
+            yield list(islice(left, size))
+            size = min(2 * size, most)
 
-        Tokens stay as they are stored until they are on the device: a quarter of the bytes to write here and to move.
+    def read(self, indices: Sequence[int]) -> Iterator[Arrays]:
+        """The micro-batches of ascending indices, each read when it is asked for.
+
+        Where all their rows lie is found at once: for 64 rows alone it would take a fifth of the time of reading them.
+
+        Yields:
+            {"tokens": uint16 [m, n], "positions": int64 [m]}, and "labels": int64 [m]; positions are the order's.
+            Tokens stay as they are stored until they are on the device: a quarter of the bytes to write and to move.
         """
-        first = index * self._stride + self._first
-        positions = np.arange(first, first + self._micro_batch)
-        places = self._order.places(first, self._micro_batch)
+        m = self._micro_batch
+        positions = (np.array(indices, np.int64) * self._stride + self._first)[:, None] + np.arange(m)
+        places = self._order.places(positions.ravel())
+        for i, tokens in enumerate(self._tokens(places)):
+            batch = {"tokens": tokens, "positions": positions[i]}
+            if self._augment is not None:
+                batch["tokens"] = self._augment(tokens, positions[i])
+            if self._labels is not None:
+                here = places[i * m : i * m + m].tolist()
+                labels = [self._labels[source][shard][row] for source, shard, row in here]
+                batch["labels"] = np.array(labels, np.int64)
+            yield batch
+
+    def _tokens(self, places: np.ndarray) -> Iterator[np.ndarray]:
+        """Tokens of int64 [k m, (source, shard, row)]: k times uint16 [m, n]."""
+        m = self._micro_batch
         if len(self._datasets) == 1:
-            tokens = self._datasets[0].read_many(places[:, 1:])
-        else:
-            tokens = np.empty((self._micro_batch, self._datasets[0].sequence_length), np.uint16)
-            for source in np.unique(places[:, 0]).tolist():
-                here = places[:, 0] == source
-                tokens[here] = self._datasets[source].read_many(places[here, 1:])
-        if self._augment is not None:
-            tokens = self._augment(tokens, positions)
-        batch = {"tokens": torch.from_numpy(tokens), "positions": torch.from_numpy(positions)}
-        if self._labels is not None:
-            labels = [self._labels[source][shard][row] for source, shard, row in places.tolist()]
-            batch["labels"] = torch.from_numpy(np.array(labels, np.int64))
-        return batch
+            yield from self._datasets[0].read_parts(places[:, 1:], repeat(m, len(places) // m))
+            return
+        of_source = [(places[:, 0] == source).reshape(-1, m) for source in range(len(self._datasets))]
+        parts = [
+            dataset.read_parts(places[here.ravel(), 1:], here.sum(1).tolist())
+            for dataset, here in zip(self._datasets, of_source, strict=True)
+        ]
+        for each in zip(*of_source, strict=True):
+            tokens = np.empty((m, self._datasets[0].sequence_length), np.uint16)
+            for here, part in zip(each, parts, strict=True):
+                tokens[here] = next(part)
+            yield tokens
 
 
 def train_batches(
@@ -190,14 +219,10 @@ def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int
         positions[~real] = 0
         places = [bisect_right(starts, position) - 1 for position in positions.tolist()]
         rows = [(shards[k], int(row) - starts[k]) for k, row in zip(places, positions, strict=True)]
-        batch = {
-            "tokens": torch.from_numpy(dataset.read_many(rows)),
-            "weight": torch.from_numpy(real.astype(np.float32)),
-            "positions": torch.from_numpy(positions),
-        }
+        batch = {"tokens": dataset.read_many(rows), "weight": real.astype(np.float32), "positions": positions}
         if labels is not None:
-            batch["labels"] = torch.from_numpy(labels[positions])
-        yield _pinned(batch)
+            batch["labels"] = labels[positions]
+        yield from _tensors([batch])
 
 
 @dataclass(frozen=True)
@@ -215,54 +240,71 @@ class _Indices:
 
 
 class _Reader(threading.Thread):
-    """Reads micro-batches ahead. It is a daemon: a run must be able to end while its storage hangs."""
+    """Reads its next group of micro-batches while the last one is in use.
 
-    def __init__(self, micro_batches: MicroBatches, indices: Iterable[int]) -> None:
+    It is a daemon: a run must be able to end while its storage hangs.
+    """
+
+    def __init__(self, micro_batches: MicroBatches, groups: Iterable[list[int]]) -> None:
         super().__init__(name="reader", daemon=True)
         # Of its own: open files and the order's caches belong to one thread.
         self._micro_batches: MicroBatches = pickle.loads(pickle.dumps(micro_batches))
-        self._indices = indices
-        self._room = threading.Semaphore(_AHEAD)
-        self._found: SimpleQueue[Batch | Exception] = SimpleQueue()
+        self._groups = groups
+        self._wanted = threading.Semaphore(1)
+        self._found: SimpleQueue[list[Arrays | Exception]] = SimpleQueue()
         self._ended = False
         self.start()
 
     def run(self) -> None:
-        for index in self._indices:
-            self._room.acquire()
-            if self._ended:
-                return
+        for group in self._groups:
+            self._wanted.acquire()
+            found: list[Arrays | Exception] = []
             try:
-                self._found.put(self._micro_batches[index])
-            except Exception as error:  # raised where the micro-batch is wanted
-                self._found.put(error)
+                for batch in self._micro_batches.read(group):
+                    if self._ended:
+                        return
+                    found.append(batch)
+            except Exception as error:  # raised where its micro-batch is wanted
+                found.append(error)
                 return
+            finally:
+                self._found.put(found)
 
-    def next(self) -> Batch:
+    def next(self) -> Iterator[Arrays]:
         found = self._found.get()
-        self._room.release()
-        if isinstance(found, Exception):
-            raise found
-        return found
+        self._wanted.release()
+        for batch in found:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
     def end(self) -> None:
         self._ended = True
-        self._room.release()
+        self._wanted.release()
 
 
 def _stream(micro_batches: MicroBatches, indices: _Indices, workers: int) -> Generator[Batch, None, None]:
     if workers == 0:
-        for index in indices:
-            yield _pinned(micro_batches[index])
+        for group in micro_batches.groups(indices):
+            yield from _tensors(micro_batches.read(group))
         return
-    readers = [_Reader(micro_batches, islice(indices, first, None, workers)) for first in range(workers)]
+    readers = [
+        _Reader(micro_batches, islice(micro_batches.groups(indices), first, None, workers)) for first in range(workers)
+    ]
     try:
         for reader in cycle(readers):
-            yield _pinned(reader.next())  # not in the reader, whose CUDA device would be the first
+            yield from _tensors(reader.next())
     finally:
         for reader in readers:
             reader.end()
 
 
-def _pinned(batch: Batch) -> Batch:
-    return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
+def _tensors(batches: Iterable[Arrays]) -> Iterator[Batch]:
+    """As tensors; in pinned memory, from which the copy to the device need not wait, where CUDA is available.
+
+    Not in a reader: torch pins for the thread's current device, and aborts a process that ends while a thread is in it.
+    """
+    pin = torch.cuda.is_available()
+    for batch in batches:
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        yield {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin else tensors

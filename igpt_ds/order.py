@@ -56,14 +56,11 @@ class SourceRows:
 
 
 class _Window(NamedTuple):
-    """Rows of one window: position q in [start, stop) of the source is row rows[q - start] of the window."""
+    """Rows of one window: position q in [start, stop) of the source is the (shard, row) places[q - start]."""
 
     start: int
     stop: int
-    rows: NDArray[np.int64]  # [stop - start], a permutation
-    shards: list[int]
-    first_rows: list[int]  # where each of `shards` begins in the window
-    table: NDArray[np.int64]  # [shards, (shard, first row)]: the two lists again, for many rows at once
+    places: NDArray[np.int64]  # [stop - start, 2]
 
 
 class _SourceOrder:
@@ -75,7 +72,7 @@ class _SourceOrder:
         self._shards_of_view = _shards_of_views(source)
         self._rows_of_shard = [rows for rows, _ in source.shards]
         self.epoch_rows = sum(self._rows_of_shard[shard] for shard in self._shards_of_view[0])
-        self._current = _Window(0, 0, np.empty(0, np.int64), [], [], np.empty((0, 2), np.int64))
+        self._current = _Window(0, 0, np.empty((0, 2), np.int64))
         self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
 
@@ -84,21 +81,17 @@ class _SourceOrder:
         window = self._current
         if not window.start <= q < window.stop:
             window = self._current = self._find_window(q)
-        row = int(window.rows[q - window.start])
-        # The last shard that begins at or before the row: shards without rows begin where the next one does.
-        k = bisect_right(window.first_rows, row) - 1
-        return window.shards[k], row - window.first_rows[k]
+        shard, row = window.places[q - window.start].tolist()
+        return shard, row
 
-    def places(self, q: int, count: int) -> NDArray[np.int64]:
-        """(shard, row) at the positions q to q + count - 1 of the source: [count, 2]."""
+    def places(self, q: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(shard, row) at ascending positions of the source: [len(q), 2]."""
         parts = []
-        while count:
-            window = self._current = self._find_window(q)
-            rows = window.rows[q - window.start : q - window.start + count]
-            places = window.table[np.searchsorted(window.table[:, 1], rows, "right") - 1]
-            places[:, 1] = rows - places[:, 1]
-            parts.append(places)
-            q, count = q + len(rows), count - len(rows)
+        while len(q):
+            window = self._current = self._find_window(int(q[0]))
+            here = int(np.searchsorted(q, window.stop))
+            parts.append(window.places.take(q[:here] - window.start, axis=0))
+            q = q[here:]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _find_window(self, q: int) -> _Window:
@@ -108,11 +101,12 @@ class _SourceOrder:
         if (epoch, number) not in self._windows:
             first = number * self._window_shards
             chosen = shards[first : first + self._window_shards]
-            ends = list(accumulate((self._rows_of_shard[shard] for shard in chosen), initial=0))
+            rows = [self._rows_of_shard[shard] for shard in chosen]
+            sorted_places = np.stack([np.repeat(chosen, rows), np.concatenate([np.arange(count) for count in rows])], 1)
             start = epoch * self.epoch_rows + starts[number]
-            rows = _permutation(stable_hash(*self._key, epoch, _ROWS, number), ends[-1])
-            table = np.array([chosen, ends[:-1]], np.int64).T
-            self._windows[epoch, number] = _Window(start, start + ends[-1], rows, chosen, ends[:-1], table)
+            permutation = _permutation(stable_hash(*self._key, epoch, _ROWS, number), len(sorted_places))
+            places = sorted_places.take(permutation, axis=0)
+            self._windows[epoch, number] = _Window(start, start + len(places), places)
             if len(self._windows) > _WINDOWS_KEPT:
                 self._windows.popitem(last=False)
         self._windows.move_to_end((epoch, number))
@@ -198,21 +192,20 @@ class Order:
         shard, row = self._orders[source].lookup(cycle * self.weights[source] + rank)
         return source, shard, row
 
-    def places(self, first: int, count: int) -> NDArray[np.int64]:
-        """`self(p)` for the positions first to first + count - 1, at a fraction of the time: int64 [count, 3]."""
-        if first < 0 or count < 1:
-            raise ValueError(f"{count} positions from {first}")
-        places = np.empty((count, 3), np.int64)
+    def places(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`self(p)` for ascending positions, at a fraction of the time: int64 [len(positions), 3]."""
+        if not len(positions) or positions[0] < 0 or (np.diff(positions) <= 0).any():
+            raise ValueError(f"positions {positions} do not ascend from 0 or more")
+        places = np.empty((len(positions), 3), np.int64)
         if len(self.sources) == 1:
-            places[:, 0], places[:, 1:] = 0, self._orders[0].places(first, count)
+            places[:, 0], places[:, 1:] = 0, self._orders[0].places(positions)
             return places
-        cycle, slot = np.divmod(np.arange(first, first + count), len(self._slots))
+        cycle, slot = np.divmod(positions, len(self._slots))
         places[:, 0], ranks = self._slot_table[slot].T
-        for source in np.unique(places[:, 0]).tolist():
-            here = np.flatnonzero(places[:, 0] == source)
-            # Positions in a row take a source's own positions in a row, too.
-            q = int(cycle[here[0]]) * self.weights[source] + int(ranks[here[0]])
-            places[here, 1:] = self._orders[source].places(q, len(here))
+        for source, order in enumerate(self._orders):
+            here = places[:, 0] == source
+            if here.any():
+                places[here, 1:] = order.places(cycle[here] * self.weights[source] + ranks[here])
         return places
 
     def epoch_rows(self, source: int) -> int:
@@ -237,7 +230,14 @@ class Order:
 
 
 def _permutation(key: int, count: int) -> NDArray[np.int64]:
-    return np.argsort(random_keys(key, count), kind="stable").astype(np.int64, copy=False)
+    """What sorts `count` random keys: int64 [count]."""
+    keys = random_keys(key, count)
+    permutation: NDArray[np.int64] = np.arange(count)
+    # NumPy sorts 16 bits by radix, so that four such sorts take a quarter of the time of sorting 64 bits at once.
+    for shift in (0, 16, 32, 48):
+        digits = (keys >> np.uint64(shift)).astype(np.uint16)
+        permutation = permutation.take(digits.take(permutation).argsort(kind="stable"))
+    return permutation
 
 
 def _shards_of_views(source: SourceRows) -> list[list[int]]:

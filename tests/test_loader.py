@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -143,10 +143,12 @@ def test_micro_batches_by_index(pair: tuple[list[Dataset], Order]) -> None:
     micro_batches = MicroBatches(datasets, order, batch=12, micro_batch=2, rank=1, world=2)
     assert micro_batches.accumulation == 3
     # Step 5, accumulation 2, rank 1: 5 * 12 + 2 * 4 + 2.
-    item = pickle.loads(pickle.dumps(micro_batches))[5 * 3 + 2]
+    (item,) = pickle.loads(pickle.dumps(micro_batches)).read([5 * 3 + 2])
     assert item["positions"].tolist() == [70, 71]
-    assert item["tokens"].dtype == torch.uint16, "as stored"
-    assert torch.equal(item["tokens"], micro_batches[17]["tokens"])
+    assert item["tokens"].dtype == np.uint16, "as stored"
+    for indices in ([17], [3, 16, 17], range(18)):
+        *_, last = micro_batches.read(indices)
+        assert np.array_equal(last["tokens"], item["tokens"])
 
 
 def descriptors() -> int:
@@ -174,22 +176,51 @@ def test_workers_leave_nothing_behind(pair: tuple[list[Dataset], Order]) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def assert_comes(asked: list[int], expected: list[int]) -> None:
+    """The threads have asked for these, in some order, and in a while for no more."""
+    deadline = time.monotonic() + 20
+    while len(asked) < len(expected) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(asked) == expected
+
+
 def test_workers_read_a_little_ahead_only(pair: tuple[list[Dataset], Order], monkeypatch: pytest.MonkeyPatch) -> None:
     datasets, order = pair
     asked: list[int] = []
 
-    def noted(self: MicroBatches, index: int) -> dict[str, torch.Tensor]:
-        asked.append(index)
-        return {"positions": torch.tensor([index])}
+    def noted(self: MicroBatches, indices: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        for index in indices:
+            asked.append(index)
+            yield {"positions": np.array([index])}
 
-    monkeypatch.setattr(MicroBatches, "__getitem__", noted)
+    monkeypatch.setattr(MicroBatches, "read", noted)
     stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=2)
     assert next(stream)["positions"].tolist() == [0]
-    deadline = time.monotonic() + 20
-    while len(asked) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert sorted(asked) == [0, 1, 2, 3, 4]
+    # Groups of 1, 2, 4, ... 64: the one that was taken, and the next of each.
+    assert_comes(asked, list(range(1 + 2 + 4)))
+    taken = 1 + sum(1 for _ in itertools.islice(stream, 200))
+    time.sleep(0.2)
+    assert taken < len(asked) <= taken + 3 * 64, "the group in use and the next of each"
+    stream.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_what_lies_before_a_damaged_row_comes_first(pair: tuple[list[Dataset], Order], workers: int) -> None:
+    datasets, order = pair
+    firsts: dict[tuple[int, int], int] = {}
+    for position in range(32):  # of one group
+        firsts.setdefault(order(position)[:2], position)
+    (source, shard), first = max(firsts.items(), key=lambda item: item[1])
+    assert first >= 8
+    path = datasets[source].path / f"{datasets[source].manifest.shards[shard].name}.tar"
+    stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=workers)
+    os.truncate(path, 512)
+    came = []
+    with pytest.raises(UserError, match=path.name):
+        for batch in stream:
+            came += batch["positions"].tolist()
+    assert came == list(range(first // 4 * 4))
     stream.close()
 
 
@@ -212,9 +243,9 @@ def test_a_failed_run_ends_though_its_stream_is_alive(
 
             datasets, order = pickle.loads(Path(sys.argv[1]).read_bytes())
             if sys.argv[2] == "a worker":
-                Dataset.read_many = fail
+                Dataset.read_parts = fail
             elif sys.argv[2] == "the storage":
-                Dataset.read_many = lambda *_: time.sleep(1000)
+                Dataset.read_parts = lambda *_: time.sleep(1000)
             stream = train_batches(datasets, order, batch=4, micro_batch=4, rank=0, world=1, workers=2)
             if sys.argv[2] == "the storage":
                 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()

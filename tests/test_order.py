@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from igpt_ds import order as order_module
 from igpt_ds.errors import UserError
 from igpt_ds.hashing import stable_hash
 from igpt_ds.order import Order, SourceRows
@@ -39,12 +40,15 @@ def test_many_places_at_once_are_the_single_ones(
         for first in (0, 1, 30, 61, 10**9):
             for count in (1, 2, 7, 64, 200):
                 expected = [order(position) for position in range(first, first + count)]
-                places = order.places(first, count)
+                places = order.places(np.arange(first, first + count))
                 assert places.dtype == np.int64
                 assert [tuple(place) for place in places.tolist()] == expected
-    for first, count in ((-1, 3), (0, 0)):
-        with pytest.raises(ValueError, match="positions from"):
-            order.places(first, count)
+        # As of one rank of several, and over batches that are left out.
+        apart = np.array([0, 1, 8, 9, 16, 17, 240, 241, 10**9])
+        assert [tuple(place) for place in order.places(apart).tolist()] == [order(p) for p in apart.tolist()]
+    for positions in ([-1, 0, 1], [], [3, 2], [4, 4]):
+        with pytest.raises(ValueError, match="do not ascend"):
+            order.places(np.array(positions, np.int64))
 
 
 def rows_of_epoch(source: SourceRows, epoch: int) -> set[tuple[int, int]]:
@@ -302,3 +306,14 @@ GOLDEN = [
     (1, 0, 2),
 ]
 GOLDEN_FINGERPRINT = "1c03ce3e3ca294f42f65550f7afb9d1137159981322185a694152f8dcdc7c480"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 255, 256, 5000])
+def test_a_permutation_is_what_sorts_the_keys(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = order_module.random_keys(11, count)
+    permuted = order_module._permutation(11, count)
+    assert permuted.dtype == np.int64
+    assert np.array_equal(permuted, np.argsort(keys, kind="stable"))
+    near = np.uint64(1 << 40) + np.arange(count, dtype=np.uint64)[::-1]
+    monkeypatch.setattr(order_module, "random_keys", lambda *_: near)
+    assert order_module._permutation(11, count).tolist() == list(range(count))[::-1]
