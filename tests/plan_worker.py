@@ -107,6 +107,7 @@ _BF16 = "bfloat16"
 MEASURED = [
     Case("zero3", measured=True),
     Case("zero3", measured=True, checkpointing=False),
+    Case("zero3", measured=True, changes=(("sub_group_size", 500_000),)),
     Case("zero1", measured=True),
     # What stage 1 in bfloat16 held is let go of late, and would be taken for the next case's.
     *(Case(f"zero{stage}", _BF16, measured=True) for stage in (3, 2, 1)),
@@ -125,12 +126,14 @@ MESSAGES = [
     Case("zero3", small=True, changes=(("stage3_prefetch_bucket_size", 4000), ("stage3_max_live_parameters", 30_000))),
 ]
 OFFLOADED = [Case(ds, precision) for ds in ("zero2_offload", "zero3_offload") for precision in ("float32", _BF16)]
+# A rank of XL on few GPUs has several groups of parameters, updated one after the other.
+GROUPED = [Case("zero3", precision, changes=(("sub_group_size", 5000),)) for precision in ("float32", _BF16)]
 _PLAIN = [Case("zero3"), Case("zero3", _BF16)]
 CASES = {
-    2: [*MEASURED, *MESSAGES, *OFFLOADED, *_PLAIN],
+    2: [*MEASURED, *MESSAGES, *OFFLOADED, *GROUPED, *_PLAIN],
     4: [Case("zero3", _BF16, 2, small=True), Case("zero3_hpz", _BF16, 2, small=True)],
 }
-RESUMED = [*OFFLOADED, CASES[4][1]]
+RESUMED = [*OFFLOADED, *GROUPED, CASES[4][1]]
 
 
 class Rank:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from igpt_ds import plan
 from igpt_ds.ds_config import offloads
 from igpt_ds.planner.gathering import gathering
-from igpt_ds.planner.layout import Layout
+from igpt_ds.planner.layout import Layout, module_sizes
 
 _INSIDE, _UNFUSED_NORMS = 16, 2
 # Units beside the blocks' (measured): the final norm's, and gradients on their way through a block.
@@ -102,9 +102,10 @@ def bytes_per_rank(layout: Layout, gpu: bool = True) -> Memory:
         arriving = 2 * count if summed else gradients
     step = 0
     if stage and not offloaded:
-        # The optimiser gets its gradients as one flat copy, and an unfused Adam makes two temporaries as large, when
-        # those that had arrived are gone.
-        step = max(arriving + 4 * part(1), (4 if gpu else 12) * part(1))
+        # The optimiser gets its gradients as one flat copy, in stage 3 of a group of parameters at a time; an unfused
+        # Adam makes two temporaries as large, when those that had arrived are gone.
+        copied = _sub_group(layout) if stage == 3 else part(1)
+        step = max(arriving + 4 * copied, (4 if gpu else 12) * copied)
     activations, last_block = activation_bytes(layout, gpu)
     return Memory(
         parameters,
@@ -120,6 +121,18 @@ def bytes_per_rank(layout: Layout, gpu: bool = True) -> Memory:
         arriving=arriving,
         last_block=last_block,
     )
+
+
+def _sub_group(layout: Layout) -> int:
+    """Elements of the largest group of parameters that stage 3 updates at once: one is closed when it is full."""
+    sizes = module_sizes(layout.config)
+    limit = layout.option("sub_group_size", 1_000_000_000)
+    largest = current = 0
+    for size in (*sizes.root, *sizes.block * layout.config.model.layers, *sizes.after):
+        current += -(-size // layout.ranks)
+        largest = max(largest, current)
+        current = 0 if current >= limit else current
+    return largest
 
 
 def activation_bytes(layout: Layout, gpu: bool = True) -> tuple[int, int]:
