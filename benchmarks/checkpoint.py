@@ -40,7 +40,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(Path(folder), where.rank, where.world, engine.any_rank, where.neighbours)
-        facts = {"identity": {}, "config": {}}
+        facts: dict[str, object] = {"identity": {}, "config": {}}
         plain, during, pauses, writes = [], [], [], []
         step()
         for number in range(3):

@@ -7,9 +7,9 @@ model TFLOP/s, MFU by both conventions (attention's products counted half, as th
 as most papers count them), and the peak of memory beside the plan's. Recomputation is never counted as work. The
 profiler is asked for fused attention and fused Adam, and their absence is an error.
 
-Then a bare loop in a process of its own, at the best setting: the same network, bfloat16 weights, float32 master
-weights and moments, torch's fused AdamW block by block. Targets: at least 55 % MFU (full attention; 57.8 % is the best
-published for a model of this size on one H200), and the harness at least 0.97 of the bare loop.
+Then a bare loop at the best setting, in a process of its own as the sweep was: the same network, bfloat16 weights,
+float32 master weights and moments, torch's fused AdamW block by block. Targets: at least 55 % MFU (full attention;
+57.8 % is the best published for a model of this size on one H200), and the harness at least 0.97 of the bare loop.
 
 On a CPU it rehearses itself: `python -m benchmarks.gpu_xl --preset tiny --micro-batch 2`.
 """
@@ -24,6 +24,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +35,12 @@ from benchmarks.kernels import require_fused
 from igpt_ds import plan
 from igpt_ds.config import Config, replace
 from igpt_ds.config_file import load_config
-from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
+from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
 from igpt_ds.model import ImageGPT
 from igpt_ds.place import Place
+from igpt_ds.planner.devices import peak_flops
+from igpt_ds.planner.layout import lay_out
+from igpt_ds.planner.memory import bytes_per_rank
 
 MICRO_BATCHES = {"xl": (1, 2, 4, 8), "l": (4, 8, 16), "m": (16, 32, 64), "s": (64, 128)}
 RESOLUTIONS = {"xl": 64, "l": 32, "m": 32, "s": 32}
@@ -105,7 +110,7 @@ def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
     begin = time.perf_counter()
     engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Place(0, 1, 0))
     print(f"{preset}: {plan.parameter_count(config):,} parameters, built in {time.perf_counter() - begin:.0f} s")
-    model, found = engine.module, []
+    model, found = engine.module, list[Measured]()
     eager = [block.forward for block in model.blocks]
     rate = config.training.learning_rate
     for compiled in (False, True):
@@ -115,16 +120,18 @@ def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
             model.checkpointing = checkpointing
             for micro_batch in micro_batches:
                 setting = Setting(micro_batch, checkpointing, compiled)
-                batch = random_batch(config, micro_batch)
+                if CUDA and planned_bytes(config, setting) > 0.98 * torch.cuda.get_device_properties(0).total_memory:
+                    print(f"  {setting}: {planned_bytes(config, setting) / 2**30:.1f} GiB are planned, left out")
+                    continue
+                step = partial(engine.train_step, [random_batch(config, micro_batch)], rate)
                 try:
                     if not found:
-                        print(f"  in use: {require_fused(lambda batch=batch: engine.train_step([batch], rate))}")
-                    seconds, peak = seconds_a_step(lambda batch=batch: engine.train_step([batch], rate))
+                        print(f"  in use: {require_fused(step)}")
+                    seconds, peak = seconds_a_step(step)
                 except torch.cuda.OutOfMemoryError:
-                    engine.module.zero_grad(set_to_none=True)
-                    torch.cuda.empty_cache()
-                    print(f"  {setting}: out of memory")
-                    continue
+                    # In the middle of ZeRO-3's gathering, which cannot be taken up again.
+                    print(f"  {setting}: out of memory, the sweep ends here")
+                    return found
                 found.append(Measured(setting, seconds, peak))
                 tell(config, found[-1])
     for block, forward in zip(model.blocks, eager, strict=True):
@@ -133,20 +140,24 @@ def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
     return found
 
 
+def planned_bytes(config: Config, setting: Setting) -> int:
+    """What the planner says that a setting takes at its peak."""
+    planned = replace(config, "training", activation_checkpointing=setting.checkpointing, batch=setting.micro_batch)
+    return bytes_per_rank(lay_out(planned, "zero3", nodes=1, ranks_per_node=1), gpu=CUDA).total
+
+
 def tell(config: Config, measured: Measured) -> None:
     """One line of the table."""
     setting, device = measured.setting, torch.cuda.get_device_name() if CUDA else "cpu"
     full = dataclasses.replace(config, objective=dataclasses.replace(config.objective, name="masked_pixel"))
     causal_rate, full_rate = (plan.flops_per_image(c) * setting.micro_batch / measured.seconds for c in (config, full))
-    peak = plan.peak_flops(device)
+    peak = peak_flops(device)
     shares = f"{causal_rate / peak:>8.1%}{full_rate / peak:>8.1%}" if peak else f"{'-':>8}{'-':>8}"
-    planned = replace(config, "training", activation_checkpointing=setting.checkpointing, batch=setting.micro_batch)
-    expected = plan.bytes_per_rank(planned, 3, Division(1, setting.micro_batch, 1)).total
     how = "compiled" if setting.compiled else "eager"
     print(
         f"  micro-batch {setting.micro_batch:>3}  {setting.checkpointing:<9}  {how:<8}"
         f"{measured.seconds:>9.3f} s{full_rate / 1e12:>8.1f} TFLOP/s  MFU causal, full{shares}"
-        f"  peak {measured.peak / 2**30:6.1f} GiB of {expected / 2**30:.1f} planned",
+        f"  peak {measured.peak / 2**30:6.1f} GiB of {planned_bytes(config, setting) / 2**30:.1f} planned",
         flush=True,
     )
 
@@ -191,35 +202,57 @@ def bare(preset: str, setting: Setting) -> float:
     return seconds_a_step(step)[0]
 
 
+def alone(part: str, **facts: Any) -> dict[str, Any]:
+    """What a part found, run in a process of its own: the next is to find the device's memory free."""
+    command = [sys.executable, "-m", "benchmarks.gpu_xl", "--part", part, "--facts", json.dumps(facts)]
+    found: dict[str, Any] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                found = json.loads(line)
+            else:
+                print(line, end="", flush=True)
+    if process.returncode or not found:
+        raise SystemExit(f"{part} ended with status {process.returncode}")
+    return found
+
+
+def best_of(preset: str, micro_batches: list[int]) -> dict[str, Any]:
+    """The sweep's setting with the most images a second, and its seconds a step."""
+    best = min(sweep(preset, micro_batches), key=lambda m: m.seconds / m.setting.micro_batch)
+    return {"setting": dataclasses.asdict(best.setting), "seconds": best.seconds}
+
+
+def bare_at(preset: str, setting: dict[str, Any]) -> dict[str, Any]:
+    """The bare loop's seconds a step."""
+    return {"seconds": bare(preset, Setting(**setting))}
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"sweep": best_of, "bare": bare_at}
+
+
 def main() -> None:
     """Sweep each preset, then compare its best setting with the bare loop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", action="append", help="xl (the default), l, m, s; several are run in turn")
     parser.add_argument("--micro-batch", action="append", type=int, help="instead of the preset's own list")
-    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--facts", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.bare:
-        facts = json.loads(arguments.bare)
-        print(json.dumps({"seconds": bare(facts.pop("preset"), Setting(**facts))}), flush=True)
-        os._exit(0)
     if not CUDA:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["TORCHDYNAMO_DISABLE"] = "0"
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU: a rehearsal'}")
-    presets = arguments.preset or ["xl"]
-    if len(presets) > 1:  # DeepSpeed joins its group once, and memory is to be free
-        for preset in presets:
-            subprocess.check_call([sys.executable, "-m", "benchmarks.gpu_xl", "--preset", preset])
-        return
-    micro_batches = arguments.micro_batch or list(MICRO_BATCHES.get(presets[0], (2,)))
-    best = min(sweep(presets[0], micro_batches), key=lambda m: m.seconds / m.setting.micro_batch)
-    if CUDA:
-        torch.cuda.empty_cache()
-    facts = json.dumps({"preset": presets[0], **dataclasses.asdict(best.setting)})
-    output = subprocess.check_output([sys.executable, "-m", "benchmarks.gpu_xl", "--bare", facts])
-    alone = json.loads(output.splitlines()[-1])["seconds"]
-    ratio = f"bare / ours {alone / best.seconds:.3f}    target at least 0.97"
-    print(f"  best: {best.setting}; bare loop {alone:.3f} s; {ratio}")
+    if arguments.part:
+        print(json.dumps(PARTS[arguments.part](**arguments.facts)), flush=True)
+        os._exit(0)  # DeepSpeed's threads need seconds to wind up
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if CUDA else 'CPU: a rehearsal'}", flush=True)
+    for preset in arguments.preset or ["xl"]:
+        micro_batches = arguments.micro_batch or list(MICRO_BATCHES.get(preset, (2,)))
+        best = alone("sweep", preset=preset, micro_batches=micro_batches)
+        seconds = alone("bare", preset=preset, setting=best["setting"])["seconds"]
+        ratio = f"bare / ours {seconds / best['seconds']:.3f}    target at least 0.97"
+        print(f"  best: {best['setting']}; bare loop {seconds:.3f} s; {ratio}", flush=True)
 
 
 if __name__ == "__main__":

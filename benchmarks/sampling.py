@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -38,7 +39,7 @@ def uncached(model: ImageGPT, tokens_BT: Tensor) -> float:
     """Seconds for all positions without a cache, by the trapezoid sum over some lengths."""
     n = model.sequence_length
     lengths = [1, *range(n // 8, n + 1, n // 8)]
-    times = [seconds(lambda length=length: model(tokens_BT[:, :length])) for length in lengths]
+    times = [seconds(partial(model, tokens_BT[:, :length])) for length in lengths]
     pairs = zip(lengths, lengths[1:], times, times[1:], strict=False)
     return sum((b - a) * (s + t) / 2 for a, b, s, t in pairs)
 
