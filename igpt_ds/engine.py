@@ -155,7 +155,8 @@ class Engine:
         Returns:
             The output, the tokens on the device (int64), and the mask (bool [B, T], or None).
         """
-        tokens_BT = batch["tokens"].to(self.device, torch.int64, non_blocking=True)
+        # Moved and then widened: asked for both, torch widens first, into memory that is not pinned.
+        tokens_BT = batch["tokens"].to(self.device, non_blocking=True).to(torch.int64)
         mask_BT = self.objective.mask(tokens_BT, batch["positions"], self.config)
         generative = self.config.finetune is None or self.config.finetune.generative_weight > 0
         return self.deepspeed(tokens_BT, mask_BT, logits=generative), tokens_BT, mask_BT
