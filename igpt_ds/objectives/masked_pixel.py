@@ -23,7 +23,9 @@ def mask(tokens_BT: Tensor, positions_B: Tensor, config: Config) -> Tensor:
     hashes_BT = splitmix64(images[:, None] ^ splitmix64(tokens)[None, :])
     # 2^64 is no uint64; a rate below 1 keeps the threshold inside.
     threshold = np.uint64(int(config.objective.mask_rate * 2**64))
-    return torch.from_numpy(hashes_BT < threshold).to(tokens_BT.device)
+    mask_BT = torch.from_numpy(hashes_BT < threshold)
+    # From memory that is not pinned the copy would wait for all that the GPU has yet to do.
+    return (mask_BT.pin_memory() if tokens_BT.is_cuda else mask_BT).to(tokens_BT.device, non_blocking=True)
 
 
 def image_losses(logits_BPK: Tensor, tokens_BT: Tensor, mask_BT: Tensor | None, part: slice = slice(None)) -> Tensor:
