@@ -200,11 +200,11 @@ class Dataset:
         # As unsigned numbers, so that one comparison finds negative rows, too.
         if (rows.view(np.uint64) >= self._rows.view(np.uint64)[shards]).any():
             raise IndexError(f"{self.path}: a row beyond its shard")
-        names, offsets = shards.tolist(), self._offsets(shards, rows).tolist()
+        numbers, offsets = shards.tolist(), self._offsets(shards, rows).tolist()
         first = 0
         for size in sizes:
             part = slice(first, first + size)
-            yield self._read(names[part], offsets[part], rows[part])
+            yield self._read(numbers[part], offsets[part], rows[part])
             first += size
 
     def tokens(self, shard: int) -> np.ndarray:
