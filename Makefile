@@ -5,7 +5,7 @@
 # make check       format, lint, types, shell scripts
 PYTHON ?= python3
 BIN := .venv/bin
-SHELL_SCRIPTS := $(shell find slurm tests benchmarks docs .ci -type f \( -name '*.sh' -o -name run \))
+SHELL_SCRIPTS := $(shell find slurm tests benchmarks examples .ci -type f \( -name '*.sh' -o -name run \))
 
 .PHONY: demo test slurm-test faults check install clean
 
@@ -20,7 +20,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/python docs/demo.py
+	$(BIN)/python examples/demo.py
 
 # Two files at a time, since most of it is processes that start; one thread each, or they wait for one another.
 test: install

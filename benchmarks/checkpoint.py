@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from igpt_ds.config_file import load_config
-from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
-from igpt_ds.engine import Engine, leave
-from igpt_ds.place import place
-from igpt_ds.saver import Saver
+from igpt_ds.checkpoint.write import Saver
+from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.file import load_config
+from igpt_ds.distributed.engine import Engine, leave
+from igpt_ds.distributed.ranks import place
 
 
 def main() -> None:

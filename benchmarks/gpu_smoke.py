@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels import require_fused
-from igpt_ds.config import Config
-from igpt_ds.config_file import load_config
-from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
-from igpt_ds.model import ImageGPT, initialise
-from igpt_ds.place import Place
-from igpt_ds.sampling import Drawing, sample
-from igpt_ds.schedule import learning_rate
+from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.file import load_config
+from igpt_ds.config.schema import Config
+from igpt_ds.distributed.ranks import Place
+from igpt_ds.model.sampling import Drawing, sample
+from igpt_ds.model.transformer import ImageGPT, initialise
+from igpt_ds.train.schedule import learning_rate
 
 CUDA = torch.cuda.is_available()
 
@@ -39,7 +39,7 @@ def images(config: Config, step: int) -> dict[str, Tensor]:
 
 def harness(config: Config, steps: int) -> tuple[list[float], dict[str, str | None]]:
     """Losses of the harness's steps under ZeRO-3, and the fused kernels of one more."""
-    from igpt_ds.engine import Engine
+    from igpt_ds.distributed.engine import Engine
 
     division = divide_batch(config.training.batch, None, 1)
     engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Place(0, 1, 0))

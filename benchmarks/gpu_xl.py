@@ -32,12 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.kernels import require_fused
-from igpt_ds import plan
-from igpt_ds.config import Config, replace
-from igpt_ds.config_file import load_config
-from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
-from igpt_ds.model import ImageGPT
-from igpt_ds.place import Place
+from igpt_ds.config import size as plan
+from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.file import load_config
+from igpt_ds.config.schema import Config, replace
+from igpt_ds.distributed.ranks import Place
+from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.planner.devices import peak_flops
 from igpt_ds.planner.layout import lay_out
 from igpt_ds.planner.memory import bytes_per_rank
@@ -103,7 +103,7 @@ def seconds_a_step(step: Callable[[], object]) -> tuple[float, int]:
 
 def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
     """Measure the harness's step at every setting; one that does not fit is told and left out."""
-    from igpt_ds.engine import Engine
+    from igpt_ds.distributed.engine import Engine
 
     config = configure(preset, micro_batches[0])
     division = divide_batch(config.training.batch, None, 1)

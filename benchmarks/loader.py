@@ -26,13 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt_ds.loader import source_rows, train_batches
-from igpt_ds.manifest import Manifest
+from igpt_ds.dataset.manifest import Manifest
+from igpt_ds.dataset.palette import Palette
+from igpt_ds.dataset.shards import Dataset, write_shard
+from igpt_ds.dataset.storage import STORAGES
+from igpt_ds.loading.loader import source_rows, train_batches
+from igpt_ds.loading.order import Order
 from igpt_ds.memory import keep_freed_memory
-from igpt_ds.order import Order
-from igpt_ds.palette import Palette
-from igpt_ds.shards import Dataset, write_shard
-from igpt_ds.storage import STORAGES
 
 SHARDS, SHARD_TOKENS, K, BATCH = 16, 1 << 24, 512, 64
 READ_AHEAD = 128  # batches, what a worker holds

@@ -7,7 +7,7 @@ The targets: in a source of 100 million rows the first lookup takes less than 0.
 import statistics
 import time
 
-from igpt_ds.order import Order, SourceRows
+from igpt_ds.loading.order import Order, SourceRows
 
 ROWS_PER_SHARD = 16_384
 WEB = SourceRows("web", ((ROWS_PER_SHARD, 0),) * 6_104)

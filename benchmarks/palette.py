@@ -13,7 +13,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 from sklearn.datasets import load_sample_images
 
-from igpt_ds.palette import Palette, nearest_table
+from igpt_ds.dataset.palette import Palette, nearest_table
 
 PIXELS = 1_000_000
 ROUNDS = 5

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from igpt_ds.config_file import load_config
+from igpt_ds.config.file import load_config
 from igpt_ds.evals import classifier
 from igpt_ds.evals.classifier import Rows
-from igpt_ds.model import ImageGPT, initialise
+from igpt_ds.model.transformer import ImageGPT, initialise
 
 CUDA = torch.cuda.is_available()
 LAYERS, WIDTH, IMAGES, CLASSES = 49, 512, 50_000, 10

@@ -20,10 +20,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from igpt_ds.config_file import load_config
-from igpt_ds.model import ImageGPT, initialise
-from igpt_ds.sampling import Drawing, sample
-from tests.hugging_face import counterpart
+from igpt_ds.config.file import load_config
+from igpt_ds.model.sampling import Drawing, sample
+from igpt_ds.model.transformer import ImageGPT, initialise
+from tests.helpers.hugging_face import counterpart
 
 LAYERS, IMAGES, COLOURS = 6, 8, 512
 

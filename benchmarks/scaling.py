@@ -27,11 +27,11 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from igpt_ds import plan
-from igpt_ds.config import Config
-from igpt_ds.config_file import load_config
-from igpt_ds.tables import Table
-from tests.ranks import ROOT, free_port, run_ranks
+from igpt_ds.config import size as plan
+from igpt_ds.config.file import load_config
+from igpt_ds.config.schema import Config
+from igpt_ds.text import Table
+from tests.helpers.ranks import ROOT, free_port, run_ranks
 
 SHAPE = ("model.width=128", "model.heads=4", "data.palette_size=64", "training.activation_checkpointing=none")
 DEPTHS, RESOLUTIONS = (2, 4, 8, 16), (8, 16, 24, 32, 48)
@@ -48,7 +48,7 @@ def shapes(rounds: int) -> dict[str, dict[int, float]]:
     """Median seconds of a step in this process, by depth and by sequence length."""
     import torch
 
-    from igpt_ds.model import ImageGPT, initialise
+    from igpt_ds.model.transformer import ImageGPT, initialise
     from igpt_ds.objectives import next_pixel
 
     torch.set_num_threads(1)
@@ -91,9 +91,9 @@ def rank_main(folder: Path, rounds: int, apart: bool) -> None:
     """
     import torch
 
-    from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
-    from igpt_ds.engine import Engine, leave
-    from igpt_ds.place import place
+    from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+    from igpt_ds.distributed.engine import Engine, leave
+    from igpt_ds.distributed.ranks import place
 
     where, beside = place(), 1
     rank, world = where.rank, where.world

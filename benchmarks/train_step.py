@@ -27,12 +27,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from igpt_ds.config import Config
-from igpt_ds.config_file import load_config
-from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
+from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.file import load_config
+from igpt_ds.config.schema import Config
+from igpt_ds.distributed.ranks import Place
 from igpt_ds.memory import keep_freed_memory
-from igpt_ds.model import ImageGPT, initialise
-from igpt_ds.place import Place
+from igpt_ds.model.transformer import ImageGPT, initialise
 
 WHO = ("ours", "bare", "hugging face")
 Step = Callable[[], float]
@@ -59,7 +59,7 @@ def tokens_of(config: Config) -> torch.Tensor:
 def ours(config: Config) -> Step:
     """The harness's step on one rank, without ZeRO."""
     keep_freed_memory()
-    from igpt_ds.engine import Engine
+    from igpt_ds.distributed.engine import Engine
 
     division = divide_batch(config.training.batch, None, 1)
     engine = Engine(config, resolve(load_ds_config("zero0"), config, division), division, Place(0, 1, 0))
@@ -83,7 +83,7 @@ def bare(config: Config) -> Step:
 
 def hugging_face(config: Config) -> Step:
     """Hugging Face's network with our weights."""
-    from tests.hugging_face import counterpart
+    from tests.helpers.hugging_face import counterpart
 
     source = ImageGPT(config)
     initialise(source, config.seed)

@@ -1,10 +1,10 @@
 """What the harness costs on top of DeepSpeed: `python -m benchmarks.zero3` (one rank), or under a launcher.
 
-The whole training loop (`igpt_ds.train.train`: loader, ZeRO-3 engine, judging, metrics, watchdog) against a bare
-DeepSpeed loop over the same network, configuration and batch size, its batches in memory. They take turns, a stretch of
-steps each; the harness's time is what its own metrics record, the bare loop's is the clock's. Target: at least 0.98 of
-the bare loop's speed. Beside it: the share of a step that the loop waits for data (target under 0.5 %) and that logging
-takes (under 1 %).
+The whole training loop (`igpt_ds.train.trainer.train`: loader, ZeRO-3 engine, judging, metrics, watchdog) against a
+bare DeepSpeed loop over the same network, configuration and batch size, its batches in memory. They take turns, a
+stretch of steps each; the harness's time is what its own metrics record, the bare loop's is the clock's. Target: at
+least 0.98 of the bare loop's speed. Beside it: the share of a step that the loop waits for data (target under 0.5 %)
+and that logging takes (under 1 %).
 """
 
 import argparse
@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.loader import K, build
-from igpt_ds.config import replace
-from igpt_ds.config_file import load_config
-from igpt_ds.job import Job, prepare
-from igpt_ds.metrics import Metrics, read_metrics
-from igpt_ds.place import place
-from igpt_ds.run import Run
+from igpt_ds.config.file import load_config
+from igpt_ds.config.schema import replace
+from igpt_ds.distributed.ranks import place
+from igpt_ds.run.directory import Run
+from igpt_ds.run.metrics import Metrics, read_metrics
+from igpt_ds.train.job import Job, prepare
 
 
 class Bare:
@@ -34,7 +34,7 @@ class Bare:
     def __init__(self, job: Job) -> None:
         import deepspeed
 
-        from igpt_ds.model import ImageGPT, initialise
+        from igpt_ds.model.transformer import ImageGPT, initialise
 
         with deepspeed.zero.Init(config_dict_or_path=job.ds):
             model = ImageGPT(job.config)
@@ -89,14 +89,14 @@ def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
     """The rounds, in this process group."""
     import dataclasses
 
-    from igpt_ds.engine import Engine, leave
-    from igpt_ds.health import StopRequest
-    from igpt_ds.loader import train_batches
-    from igpt_ds.order import NOTHING_LEFT_OUT
-    from igpt_ds.progress import Progress
-    from igpt_ds.stability import Stability
-    from igpt_ds.train import train
-    from igpt_ds.watchdog import Watchdog
+    from igpt_ds.distributed.engine import Engine, leave
+    from igpt_ds.loading.loader import train_batches
+    from igpt_ds.loading.order import NOTHING_LEFT_OUT
+    from igpt_ds.train.resume import Progress
+    from igpt_ds.train.signals import StopRequest
+    from igpt_ds.train.stability import Stability
+    from igpt_ds.train.trainer import train
+    from igpt_ds.train.watchdog import Watchdog
 
     where = place()
     engine = Engine(job.config, job.ds, job.division, where)

@@ -24,8 +24,8 @@ from igpt_ds.commands.report import report
 from igpt_ds.commands.sample import sample
 from igpt_ds.commands.sweep import sweep
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.health import tell_job_script
 from igpt_ds.memory import keep_freed_memory
+from igpt_ds.train.signals import tell_job_script
 
 
 @click.group(context_settings=CONTEXT)

@@ -8,11 +8,23 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-LEAVES = {f"igpt_ds.{name}" for name in ("errors", "atomic", "storage", "blocks", "manifest", "palette", "shards")}
+ROOT = Path(__file__).parents[1]
+LEAVES = {"igpt_ds.errors", "igpt_ds.atomic"} | {
+    f"igpt_ds.dataset.{name}" for name in ("storage", "blocks", "manifest", "palette", "shards")
+}
 # Pure arithmetic and records: none of them may load torch, not even through another.
 WITHOUT_TORCH = LEAVES | {
-    f"igpt_ds.{name}" for name in ("hashing", "order", "config", "ds_config", "schedule", "plan", "place", "health")
+    f"igpt_ds.{name}"
+    for name in (
+        "hashing",
+        "loading.order",
+        "config.schema",
+        "config.deepspeed",
+        "config.size",
+        "train.schedule",
+        "train.signals",
+        "distributed.ranks",
+    )
 }
 # What a job will need is told in a moment, on any machine.
 WITHOUT_TORCH |= {"igpt_ds.commands.plan"} | {
@@ -20,12 +32,11 @@ WITHOUT_TORCH |= {"igpt_ds.commands.plan"} | {
     for name in ("devices", "layout", "gathering", "memory", "communication", "step_time", "advice", "report", "text")
 }
 # What shows recorded figures never loads a model.
-FROM_RECORDS = {
-    f"igpt_ds.{name}"
-    for name in ("figures", "report", "records", "tables", "result_tables", "paper_tables", "paper_figures")
+FROM_RECORDS = {"igpt_ds.run.records", "igpt_ds.text"} | {
+    f"igpt_ds.results.{name}" for name in ("figures", "report", "tables", "paper_tables", "paper_figures")
 }
 # Embedders made of neural networks load torch when the first image is embedded, and never by being imported.
-NETWORKS = {f"data_prep.embedders.{name}" for name in ("_network", "timm", "open_clip")}
+NETWORKS = {f"data_prep.selection.embedders.{name}" for name in ("_network", "timm", "open_clip")}
 MAY_EXIT = {"igpt_ds.cli", "data_prep.cli"}
 
 
@@ -90,15 +101,18 @@ def top(module: str) -> str:
 
 
 def test_the_sources_were_found() -> None:
-    assert set(SOURCES) >= LEAVES | {"igpt_ds.model", "igpt_ds.engine", "data_prep.cli"}
-    assert "torch" in EVERYWHERE["igpt_ds.model"]
-    assert "igpt_ds.engine" in EVERYWHERE["igpt_ds.train"]  # nested in a function
-    assert "igpt_ds.engine" not in AT_IMPORT["igpt_ds.train"]
+    assert set(SOURCES) >= LEAVES | {"igpt_ds.model.transformer", "igpt_ds.distributed.engine", "data_prep.cli"}
+    assert "torch" in EVERYWHERE["igpt_ds.model.transformer"]
+    assert "igpt_ds.distributed.engine" in EVERYWHERE["igpt_ds.train.trainer"]  # nested in a function
+    assert "igpt_ds.distributed.engine" not in AT_IMPORT["igpt_ds.train.trainer"]
 
 
 @pytest.mark.parametrize("name", sorted(n for n in SOURCES if top(n) == "data_prep"))
 def test_data_prep_meets_igpt_ds_in_the_format_alone(name: str) -> None:
-    assert {module for module in EVERYWHERE[name] if top(module) == "igpt_ds"} <= LEAVES | {"igpt_ds"}
+    assert {module for module in EVERYWHERE[name] if top(module) == "igpt_ds"} <= LEAVES | {
+        "igpt_ds",
+        "igpt_ds.dataset",
+    }
     assert "torch" not in {top(module) for module in (AT_IMPORT if name in NETWORKS else EVERYWHERE)[name]}
 
 
@@ -106,8 +120,8 @@ def test_data_prep_meets_igpt_ds_in_the_format_alone(name: str) -> None:
 def test_nothing_flows_back(name: str) -> None:
     outside = {top(module) for module in EVERYWHERE[name]}
     assert "data_prep" not in outside
-    assert ("deepspeed" in outside) == (name in {"igpt_ds.engine", "igpt_ds.zero_state"})
-    assert ("igpt_ds.zero_state" in EVERYWHERE[name]) == (name == "igpt_ds.engine")
+    assert ("deepspeed" in outside) == (name in {"igpt_ds.distributed.engine", "igpt_ds.distributed.zero_state"})
+    assert ("igpt_ds.distributed.zero_state" in EVERYWHERE[name]) == (name == "igpt_ds.distributed.engine")
 
 
 @pytest.mark.parametrize("name", sorted(LEAVES))
@@ -125,13 +139,13 @@ def test_pure_modules_do_not_load_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(FROM_RECORDS & set(SOURCES)))
 def test_figures_come_from_records(name: str) -> None:
-    assert not {"igpt_ds.model", "igpt_ds.engine"} & (EVERYWHERE[name] | loaded_with(name))
+    assert not {"igpt_ds.model.transformer", "igpt_ds.distributed.engine"} & (EVERYWHERE[name] | loaded_with(name))
 
 
-@pytest.mark.parametrize("name", sorted(n for n in SOURCES if n.startswith("igpt_ds.formats")))
+@pytest.mark.parametrize("name", sorted(n for n in SOURCES if n.startswith("igpt_ds.weights.formats")))
 def test_formats_know_weights_alone(name: str) -> None:
-    above = ("commands", "evals", "train", "job", "progress", "engine", "convert", "finetune")
-    assert not {f"igpt_ds.{module}" for module in above} & {".".join(m.split(".")[:2]) for m in EVERYWHERE[name]}
+    above = ("commands", "evals", "train", "distributed", "weights.convert")
+    assert not any(module.startswith(f"igpt_ds.{room}") for room in above for module in EVERYWHERE[name])
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
@@ -140,8 +154,8 @@ def test_what_need_not_be_installed_is_imported_when_it_is_used(name: str) -> No
 
 
 def test_the_model_knows_its_configuration_only() -> None:
-    ours = {module for module in EVERYWHERE["igpt_ds.model"] if top(module) == "igpt_ds"}
-    assert ours <= {"igpt_ds.config", "igpt_ds.hashing"}
+    ours = {module for module in EVERYWHERE["igpt_ds.model.transformer"] if top(module) == "igpt_ds"}
+    assert ours <= {"igpt_ds.config.schema", "igpt_ds.hashing"}
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))

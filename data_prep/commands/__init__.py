@@ -13,7 +13,7 @@ import click
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from data_prep.cluster import Cluster
+    from data_prep.workers.slurm import Cluster
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -89,7 +89,7 @@ def cluster_of(folder: Path, where: dict[str, Any]) -> "Cluster | None":
     Raises:
         UserError: options of Slurm that make no sense.
     """
-    from data_prep.cluster import Cluster, minutes
+    from data_prep.workers.slurm import Cluster, minutes
 
     if where["executor"] == "local":
         for name in ("slurm_partition", "slurm_account", "slurm_options", "wait"):
@@ -130,7 +130,7 @@ class Progress:
         self.bar.update(count)
 
     def show(self, read: int, rejected: int, total: int | None) -> None:
-        """As `data_prep.progress.Meter`."""
+        """As `data_prep.shards.progress.Meter`."""
         self.bar.total = total
         if rejected:
             self.bar.set_postfix(rejected=rejected, refresh=False)

@@ -32,12 +32,12 @@ def inspect(directory: Path, as_json: bool, out: Path | None, sample: int) -> No
     """
     import json
 
-    from data_prep.inspection import inspect as look
+    from data_prep.check.inspection import inspect as look
 
     found = look(directory, sample)
     pictures = None
     if out is not None:
-        from data_prep.pictures import save_all
+        from data_prep.check.pictures import save_all
 
         pictures = save_all(found, out)
     if as_json:

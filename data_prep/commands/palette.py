@@ -57,12 +57,12 @@ def palette(
       igpt-data palette imagenet ILSVRC2012 --resolution 64 --sample 0.1 --out palette.npy \\
           --executor slurm --slurm-partition cpu --wait
     """
-    from data_prep.colours import colour_tasks
-    from data_prep.executors import pool
-    from data_prep.fit_palette import check_k
-    from data_prep.palette_job import fit_here, fit_on_cluster
+    from data_prep.images.transforms import CROP, evaluation
+    from data_prep.palette.count import colour_tasks
+    from data_prep.palette.fit import check_k
+    from data_prep.palette.job import fit_here, fit_on_cluster
     from data_prep.sources import names, open_source
-    from data_prep.transforms import CROP, evaluation
+    from data_prep.workers.pool import pool
 
     check_k(k)
     if not no_crop and resolution is not None and resolution > CROP:

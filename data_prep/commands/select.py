@@ -9,8 +9,8 @@ from data_prep.commands import PATH, SOURCE_OPTION, Progress, cluster_of, table,
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from data_prep.reading import Collection
-    from data_prep.select_job import Selected
+    from data_prep.selection.collections import Collection
+    from data_prep.selection.job import Selected
     from data_prep.sources import Pool
 
 _COLLECTION = "SOURCE[,NAME=VALUE...]:PATH"
@@ -107,12 +107,12 @@ def select(
       igpt-data select img2dataset CRAWL --like image_folder:IMAGES --number 10000 \\
           --embedder tiny_pca --work WORK --out selection.npz
     """
-    from data_prep.embedders import open_embedder
-    from data_prep.executors import pool
-    from data_prep.places import Here, OnCluster
-    from data_prep.reading import Collection
-    from data_prep.select_job import Job, Settings
+    from data_prep.selection.collections import Collection
+    from data_prep.selection.embedders import open_embedder
+    from data_prep.selection.job import Job, Settings
     from data_prep.sources import open_source
+    from data_prep.workers.pool import pool
+    from data_prep.workers.run import Here, OnCluster
 
     job = Job(
         pool=Collection(open_source(source_name, paths, options), "train", _where(source_name, paths, options)),
@@ -137,7 +137,7 @@ def select(
 
 def _collection(option: str, text: str, pool: "Pool") -> "Collection":
     """SOURCE[,NAME=VALUE...]:PATH, opened."""
-    from data_prep.reading import Collection
+    from data_prep.selection.collections import Collection
     from data_prep.sources import open_source
 
     head, _, path = text.partition(":")

@@ -8,8 +8,8 @@ import click
 from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, cluster_of, where_options
 
 if TYPE_CHECKING:
-    from data_prep.cluster import Cluster
-    from data_prep.job import Build, Results
+    from data_prep.shards.job import Build, Results
+    from data_prep.workers.slurm import Cluster
 
 
 @click.command()
@@ -114,12 +114,12 @@ def shards(
           --no-augment --max-reject-rate 0.01 --storage packed9 --out DATA \\
           --executor slurm --slurm-partition cpu --workers 8
     """
-    from data_prep.build_shards import missing
-    from data_prep.job import begin
-    from data_prep.plan import Settings
-    from data_prep.selection import Selection
+    from data_prep.selection.file import Selection
+    from data_prep.shards.build import missing
+    from data_prep.shards.job import begin
+    from data_prep.shards.plan import Settings
     from data_prep.sources import open_source
-    from igpt_ds.palette import Palette
+    from igpt_ds.dataset.palette import Palette
 
     cluster = cluster_of(out / "jobs", where)
     source = open_source(source_name, paths, options)
@@ -165,8 +165,8 @@ def shards(
 
 
 def _run(job: "Build", cluster: "Cluster | None", where: dict[str, Any], progress: Progress) -> "Results | None":
-    from data_prep.build_shards import build, build_on_cluster
-    from data_prep.executors import pool
+    from data_prep.shards.build import build, build_on_cluster
+    from data_prep.workers.pool import pool
 
     if cluster:
         return build_on_cluster(job, cluster, wait=where["wait"], meter=progress)

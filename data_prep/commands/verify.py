@@ -19,9 +19,9 @@ def verify(directory: Path, workers: int) -> None:
     Example:
       igpt-data verify DATA/train --workers 8
     """
-    from data_prep.executors import pool
-    from data_prep.verify import verify as read_again
-    from igpt_ds.manifest import Manifest
+    from data_prep.check.verify import verify as read_again
+    from data_prep.workers.pool import pool
+    from igpt_ds.dataset.manifest import Manifest
 
     manifest = Manifest.load(directory)
     with Progress("verify", unit="B") as progress:

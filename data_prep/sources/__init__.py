@@ -103,8 +103,8 @@ Source = ListedSource | StreamedSource
 
 
 def names() -> list[str]:
-    """The sources that there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    """The sources that there are: modules of this package, but for the helpers, whose names begin with _."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def open_source(name: str, paths: Sequence[str], options: Mapping[str, str] | None = None) -> Source:

@@ -7,10 +7,10 @@
     or cifar-10-python.tar.gz                or cifar-10-binary.tar.gz
 
 The path is one of these or the folder around one. The pool "train" has the 50 000 training images, "test" the
-10 000 test images. The pickles of the layout for Python are read without running them (`data_prep.unpickle`).
+10 000 test images. The pickles of the layout for Python are read without running them (`data_prep.files.unpickle`).
 """
 
-from data_prep.cifar import Cifar, Layout, open_cifar
+from data_prep.sources._cifar import Cifar, Layout, open_cifar
 
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 LAYOUTS = (

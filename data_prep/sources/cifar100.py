@@ -7,10 +7,10 @@
 
 The path is one of these or the folder around one. The pool "train" has the 50 000 training images, "test" the
 10 000 test images. Labels are the 100 fine ones, or with `--option labels=coarse` the 20 coarse ones. The pickles
-of the layout for Python are read without running them (`data_prep.unpickle`).
+of the layout for Python are read without running them (`data_prep.files.unpickle`).
 """
 
-from data_prep.cifar import Cifar, Layout, open_cifar
+from data_prep.sources._cifar import Cifar, Layout, open_cifar
 from igpt_ds.errors import UserError
 
 

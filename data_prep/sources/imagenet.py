@@ -13,9 +13,9 @@ ILSVRC2012_val_00000001.JPEG; so `--holdout 0.04` always holds out the same imag
 For validation images that are not in class folders, `--option truth=FILE` gives another source of their classes than
 the devkit: a text file with one line an image, in the order of the images' names or with the name before the class.
 Synsets need nothing more; numbers need `--option order=ilsvrc` (the devkit's ids, with meta.mat beside the file) or
-`--option order=synset` (positions among the sorted synsets): see `data_prep.ilsvrc`.
+`--option order=synset` (positions among the sorted synsets): see `data_prep.sources._ilsvrc`.
 
-The tars are read where they are; the training tar is indexed once: see `data_prep.tar_index`. The known oddities
+The tars are read where they are; the training tar is indexed once: see `data_prep.files.tar_index`. The known oddities
 (CMYK JPEGs, a PNG named .JPEG, EXIF) are the decoder's work, which goes by a file's content, not by its suffix.
 """
 
@@ -28,11 +28,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.files import opened, reading
-from data_prep.ilsvrc import WNID, devkit_synsets, validation_synsets
+from data_prep.files.remote import opened, reading
+from data_prep.files.tar_index import Entry, images_of, tar_index
 from data_prep.sources import MAX_BYTES, Item, Pool
+from data_prep.sources._ilsvrc import WNID, devkit_synsets, validation_synsets
 from data_prep.sources.image_folder import SUFFIXES
-from data_prep.tar_index import Entry, images_of, tar_index
 from igpt_ds.errors import UserError
 
 _ROLES = {

@@ -14,9 +14,9 @@ metadata states (of the file as it was downloaded), or of the bytes at hand wher
 takes an image that another download put under an old key. The stated sha256 cannot be checked: img2dataset takes it
 before it resizes and encodes the image again.
 
-Rejected: an image whose owner opted out (which fields count: `data_prep.opt_out`), or without readable metadata, which
-could not tell; a key that has a second image; a link named like an image. A tar that is damaged or cut stops the job
-before any of its images is used.
+Rejected: an image whose owner opted out (which fields count: `data_prep.sources._opt_out`), or without readable
+metadata, which could not tell; a key that has a second image; a link named like an image. A tar that is damaged or cut
+stops the job before any of its images is used.
 
 Only the files are read; img2dataset itself is not needed.
 """
@@ -28,11 +28,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from data_prep.archives import Member, members, read_member, safe_name
-from data_prep.file_set import FileSet
-from data_prep.files import existing, fetched
-from data_prep.opt_out import opted_out
+from data_prep.files.patterns import FileSet
+from data_prep.files.remote import existing, fetched
+from data_prep.files.tar import Member, members, read_member, safe_name
 from data_prep.sources import Encoded, Item, Pool, UnusableError
+from data_prep.sources._opt_out import opted_out
 from data_prep.sources.webdataset import image_bytes
 from igpt_ds.errors import UserError
 

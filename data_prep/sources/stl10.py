@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.files import read_text, reading
-from data_prep.ppm import ppm
+from data_prep.files.remote import read_text, reading
 from data_prep.sources import Item, Pool
+from data_prep.sources._ppm import ppm
 from igpt_ds.errors import UserError
 
 SIDE = 96

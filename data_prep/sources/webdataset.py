@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from data_prep.archives import Member, members, read_member, safe_name
-from data_prep.class_names import read_classes
-from data_prep.file_set import FileSet
-from data_prep.files import existing, fetched
+from data_prep.files.patterns import FileSet
+from data_prep.files.remote import existing, fetched
+from data_prep.files.tar import Member, members, read_member, safe_name
 from data_prep.sources import Encoded, Item, Pool, UnusableError
+from data_prep.sources._class_names import read_classes
 from data_prep.sources.image_folder import SUFFIXES
 from igpt_ds.errors import UserError
 

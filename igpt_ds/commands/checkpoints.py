@@ -62,7 +62,7 @@ def checkpoints(run_path: Path, as_json: bool, verify: bool) -> None:
     """
     from tqdm import tqdm
 
-    from igpt_ds.run import Run
+    from igpt_ds.run.directory import Run
 
     run = Run(run_path)
     if not run.config.exists() and not run.checkpoints.is_dir():
@@ -174,7 +174,7 @@ def _look(
 
 def _fault(path: Path, verify: bool, tick: Callable[[int], object]) -> str | None:
     """All that is wrong with the files of a checkpoint, in one line without the directory's name; or None."""
-    from igpt_ds.checkpoint import Checkpoint
+    from igpt_ds.checkpoint.read import Checkpoint
 
     faults = []
     try:

@@ -10,8 +10,8 @@ from igpt_ds.commands import CONTEXT
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from igpt_ds.convert import Target
-    from igpt_ds.safetensors_stream import Precision
+    from igpt_ds.weights.convert import Target
+    from igpt_ds.weights.safetensors_stream import Precision
 
 
 @click.command(context_settings=CONTEXT)
@@ -49,7 +49,7 @@ def convert(
         igpt-ds convert RUN weights --to safetensors --dtype bfloat16
         igpt-ds convert model.ckpt-1000000 igpt-s.npz --to npz --palette kmeans_centers.npy
     """
-    from igpt_ds.convert import convert as run
+    from igpt_ds.weights.convert import convert as run
 
     report = run(
         source,

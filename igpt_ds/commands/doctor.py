@@ -57,7 +57,7 @@ def doctor(
 
     Exit status: 0 no FAIL, 1 some FAIL, 2 bad arguments.
     """
-    from igpt_ds.place import place
+    from igpt_ds.distributed.ranks import place
 
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise UserError("doctor: several srun tasks, but RANK is not set: RANK=$SLURM_PROCID as in slurm/env.sh")

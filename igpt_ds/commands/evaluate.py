@@ -40,17 +40,17 @@ def evaluate(
     """
     import json
 
-    from igpt_ds import figures
     from igpt_ds.atomic import publish_text
+    from igpt_ds.distributed.ranks import place
     from igpt_ds.errors import UserError
-    from igpt_ds.evals import bits
+    from igpt_ds.evals import likelihood
     from igpt_ds.evals.features import load_model, meeting
-    from igpt_ds.formats import open_weights, results_folder
-    from igpt_ds.place import place
-    from igpt_ds.result_tables import likelihood_table
-    from igpt_ds.run import LOGGER
-    from igpt_ds.sources import open_split
-    from igpt_ds.weights import at_resolution, config_of
+    from igpt_ds.loading.splits import open_split
+    from igpt_ds.results import figures
+    from igpt_ds.results.tables import likelihood_table
+    from igpt_ds.run.directory import LOGGER
+    from igpt_ds.weights.base import at_resolution, config_of
+    from igpt_ds.weights.formats import open_weights, results_folder
 
     where, checkpoint = place(), open_weights(run_path, step)
     folder = results_folder(run_path, json_path)
@@ -62,13 +62,15 @@ def evaluate(
     dataset = open_split(data or config.data.sources[0], split)
     checkpoint = at_resolution(checkpoint, dataset.manifest.resolution, LOGGER.warning)
     config = config_of(checkpoint)
-    bits.check(checkpoint, config, dataset)
+    likelihood.check(checkpoint, config, dataset)
     if not config.causal:
-        masks, mask_seed = masks or bits.MASKS, config.seed if mask_seed is None else mask_seed
+        masks, mask_seed = masks or likelihood.MASKS, config.seed if mask_seed is None else mask_seed
     with meeting(where, divided=False):
-        found = bits.likelihood(load_model(config, checkpoint), config, dataset, where, masks or 1, mask_seed or 0)
+        found = likelihood.likelihood(
+            load_model(config, checkpoint), config, dataset, where, masks or 1, mask_seed or 0
+        )
     if where.rank == 0:
-        result = bits.record(found, checkpoint, config, dataset, masks, mask_seed)
+        result = likelihood.record(found, checkpoint, config, dataset, masks, mask_seed)
         json_path = json_path or folder / ("eval.json" if split == "val" else f"eval-{split}.json")
         publish_text(json_path, json.dumps(result, indent=2) + "\n")
         plot_path = json_path.with_suffix(".png")

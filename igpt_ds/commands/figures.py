@@ -21,11 +21,11 @@ def figures(run_paths: tuple[Path, ...], out: Path) -> None:
     Nothing is computed anew: what probe, eval, finetune and sweep wrote into the runs is shown, and what they did not
     write is shown as missing. Figure 3 takes a probe record of each checkpoint, RUN/probe*.json.
     """
-    from igpt_ds import paper_figures
     from igpt_ds.atomic import publish_text
-    from igpt_ds.figures import save
-    from igpt_ds.paper_tables import all_tables
-    from igpt_ds.records import read_runs
+    from igpt_ds.results import paper_figures
+    from igpt_ds.results.figures import save
+    from igpt_ds.results.paper_tables import all_tables
+    from igpt_ds.run.records import read_runs
 
     runs = read_runs(run_paths)
     written = []

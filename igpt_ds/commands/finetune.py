@@ -65,12 +65,12 @@ def finetune(
     The rate is constant, a tenth of the pre-training's; validated once an epoch, it ends after 5 validations without a
     better accuracy, or after 50 epochs. The best checkpoint is kept; RUN/result.json tells its accuracy.
     """
-    from igpt_ds import finetune as tuning
-    from igpt_ds import job as jobs
-    from igpt_ds.config_file import to_toml
-    from igpt_ds.place import place
+    from igpt_ds.config.file import to_toml
+    from igpt_ds.distributed.ranks import place
     from igpt_ds.planner.report import Machine
-    from igpt_ds.run import Run
+    from igpt_ds.run.directory import Run
+    from igpt_ds.train import finetune as tuning
+    from igpt_ds.train import job as jobs
 
     if run_path is None and not (print_config or dry_run):
         raise UserError("finetune: no --run: name the directory that the run is to write")
@@ -88,6 +88,6 @@ def finetune(
     if run is None or dry_run:
         click.echo(jobs.dry_run(job, Machine(device)))
         return
-    from igpt_ds.train import pretrain as train
+    from igpt_ds.train.trainer import pretrain as train
 
     train(job, run, where, fresh=fresh, force=force, allow_change=allow_change, wandb_project=wandb_project)

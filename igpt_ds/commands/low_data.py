@@ -49,12 +49,12 @@ def low_data(
     import json
 
     from igpt_ds.atomic import publish_text
+    from igpt_ds.distributed.ranks import place
     from igpt_ds.evals import low_data as evaluation
     from igpt_ds.evals.feature_cache import fingerprint
     from igpt_ds.evals.features import Network, Recipe
     from igpt_ds.evals.splits import masks_of, open_run
-    from igpt_ds.formats import results_folder
-    from igpt_ds.place import place
+    from igpt_ds.weights.formats import results_folder
 
     counts = [text.strip() for text in labels.split(",")]
     if not all(text.isdecimal() and int(text) for text in counts):

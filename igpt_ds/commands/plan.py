@@ -52,7 +52,7 @@ def plan(
     PRESET is tiny, s, m, l, l48, xl, s-bert, ... or a file.toml. Sizes are exact or tested against measurements; times
     follow from data sheets and stated assumptions. docs/plan.md has the arithmetic.
     """
-    from igpt_ds.config_file import load_config
+    from igpt_ds.config.file import load_config
     from igpt_ds.planner.layout import lay_out
     from igpt_ds.planner.report import IMAGENET, Machine, make_plan
     from igpt_ds.planner.text import plan_text

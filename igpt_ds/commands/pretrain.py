@@ -59,11 +59,11 @@ def pretrain(
     Go on with a run, its --preset, --data and --set taken from RUN/config.toml:
         igpt-ds pretrain --run RUN
     """
-    from igpt_ds import job as jobs
-    from igpt_ds.config_file import to_toml
-    from igpt_ds.place import place
+    from igpt_ds.config.file import to_toml
+    from igpt_ds.distributed.ranks import place
     from igpt_ds.planner.report import Machine
-    from igpt_ds.run import Run
+    from igpt_ds.run.directory import Run
+    from igpt_ds.train import job as jobs
 
     run = Run(run_path) if run_path else None
     config = jobs.choose_config(preset, run, data, overrides, init_from, fresh)
@@ -80,6 +80,6 @@ def pretrain(
     if run is None or dry_run:
         click.echo(jobs.dry_run(job, Machine(device)))
         return
-    from igpt_ds.train import pretrain as run_pretrain
+    from igpt_ds.train.trainer import pretrain as run_pretrain
 
     run_pretrain(job, run, where, fresh=fresh, force=force, allow_change=allow_change, wandb_project=wandb_project)

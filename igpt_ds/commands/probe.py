@@ -80,14 +80,14 @@ def probe(
     """
     import json
 
-    from igpt_ds import figures
     from igpt_ds.atomic import publish_text
+    from igpt_ds.distributed.ranks import place
     from igpt_ds.evals import probe as probes
     from igpt_ds.evals.feature_cache import fingerprint
     from igpt_ds.evals.features import Network, Recipe, parse_layers
     from igpt_ds.evals.splits import masks_of, open_run
-    from igpt_ds.formats import results_folder
-    from igpt_ds.place import place
+    from igpt_ds.results import figures
+    from igpt_ds.weights.formats import results_folder
 
     if (iterations and solver != "sgd") or (strengths and solver != "lbfgs"):
         raise UserError("--iterations belongs to --solver sgd, --regularisation to lbfgs: leave the other one out")

@@ -65,13 +65,13 @@ def sample(
     any number:
         torchrun --nproc-per-node 8 -m igpt_ds -- sample RUN --n 64 --precision bfloat16 --out samples.png
     """
+    from igpt_ds.distributed.ranks import place
     from igpt_ds.evals import samples
     from igpt_ds.evals.features import load_model, meeting
-    from igpt_ds.formats import open_weights
-    from igpt_ds.place import place
-    from igpt_ds.sampling import Drawing
-    from igpt_ds.sources import open_split
-    from igpt_ds.weights import config_of, palette_of
+    from igpt_ds.loading.splits import open_split
+    from igpt_ds.model.sampling import Drawing
+    from igpt_ds.weights.base import config_of, palette_of
+    from igpt_ds.weights.formats import open_weights
 
     if complete and paths:
         raise UserError("--picture: not beside --complete: complete the one or the other")

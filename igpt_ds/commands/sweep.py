@@ -9,7 +9,7 @@ from igpt_ds.commands import CONTEXT
 from igpt_ds.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from igpt_ds.config import Config
+    from igpt_ds.config.schema import Config
 
 _OWN = ("--run", "--test", "--fresh", "--dry-run", "--print-config")  # the search decides, or they make none
 
@@ -42,7 +42,7 @@ def sweep(
     import shlex
     import sys
 
-    from igpt_ds import sweep as sweeps
+    from igpt_ds.train import sweep as sweeps
 
     if collect:
         trials = sweeps.collect(out)
@@ -100,7 +100,7 @@ def _config(command: tuple[str, ...]) -> "Config":
 
     from igpt_ds.commands.finetune import finetune
     from igpt_ds.commands.pretrain import pretrain
-    from igpt_ds.config_file import load_config
+    from igpt_ds.config.file import load_config
 
     verb = {"pretrain": pretrain, "finetune": finetune}[command[0]]
     with contextlib.redirect_stdout(io.StringIO()) as printed:

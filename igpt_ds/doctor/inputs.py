@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds import plan
-from igpt_ds.config import Config
+from igpt_ds.config import size as plan
+from igpt_ds.config.schema import Config
 from igpt_ds.doctor.report import Check, counted
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from igpt_ds.job import Job
+    from igpt_ds.train.job import Job
 
 SAMPLED_ROWS = 64
 _BYTES_A_PARAMETER = 12  # of a checkpoint: weights and two moments in float32
@@ -60,11 +60,11 @@ def make_plan(request: Request, ranks: int, ranks_per_node: int | None = None) -
     Args:
         ranks_per_node: None: 8, as most nodes have, or all where there are fewer.
     """
-    from igpt_ds.ds_config import divide_batch, load_ds_config, resolve
-    from igpt_ds.job import choose_config, prepare
+    from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
     from igpt_ds.planner.layout import Layout
     from igpt_ds.planner.memory import bytes_per_rank
-    from igpt_ds.run import Run
+    from igpt_ds.run.directory import Run
+    from igpt_ds.train.job import choose_config, prepare
 
     run = Run(request.run) if request.run else None
     if request.preset is None and not (run and run.config.exists()):
@@ -124,7 +124,7 @@ def read_data(folders: Sequence[str], validated: bool | None) -> dict[str, Any]:
     Returns:
         "value", what was found; "faults" and "warnings".
     """
-    from igpt_ds.sources import open_split
+    from igpt_ds.loading.splits import open_split
 
     faults, warnings, first, images = [], [], None, 0
     for number, folder in enumerate(folders):
@@ -185,9 +185,9 @@ def read_run(path: Path, planned: Plan) -> dict[str, Any]:
     Returns:
         "value", "faults" and "warnings"; "present", the bytes of the checkpoints there.
     """
-    from igpt_ds.checkpoint import list_checkpoints
-    from igpt_ds.config_file import load_config
-    from igpt_ds.run import Run
+    from igpt_ds.checkpoint.read import list_checkpoints
+    from igpt_ds.config.file import load_config
+    from igpt_ds.run.directory import Run
 
     run = Run(path)
     faults, warnings = [], []
@@ -219,7 +219,7 @@ def read_run(path: Path, planned: Plan) -> dict[str, Any]:
 
 def _newest(checkpoints: Sequence[Path]) -> tuple[Any, str]:
     """The newest checkpoint that is whole in size, or None; and what is wrong with the very newest."""
-    from igpt_ds.checkpoint import Checkpoint
+    from igpt_ds.checkpoint.read import Checkpoint
 
     fault = ""
     for path in reversed(checkpoints):

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not named in __all__
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from igpt_ds.distributed.ranks import Place
 from igpt_ds.doctor.report import attempt
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.place import Place
 
 _BARRIERS = 5
 

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from igpt_ds.atomic import fsync_directory, publish_directory, publish_text, writing
-from igpt_ds.config import Config, identity
+from igpt_ds.config.schema import Config, identity
+from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.evals.features import Network, extract, from_rank_0
-from igpt_ds.loader import source_rows
-from igpt_ds.shards import Dataset
-from igpt_ds.weights import Weights
+from igpt_ds.loading.loader import source_rows
+from igpt_ds.weights.base import Weights
 
 FORMAT = 1
 

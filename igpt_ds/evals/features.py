@@ -20,18 +20,18 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from igpt_ds.config import Config, replace
-from igpt_ds.ds_config import Division, load_ds_config, resolve
+from igpt_ds.config.deepspeed import Division, load_ds_config, resolve
+from igpt_ds.config.schema import Config, replace
+from igpt_ds.dataset.shards import Dataset
+from igpt_ds.distributed.ranks import Place
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.loader import evaluation_batches
-from igpt_ds.model import ImageGPT, initialise
+from igpt_ds.loading.loader import evaluation_batches
+from igpt_ds.model.transformer import ImageGPT, initialise
 from igpt_ds.objectives import load_objective
-from igpt_ds.place import Place
-from igpt_ds.shards import Dataset
-from igpt_ds.weights import Weights
+from igpt_ds.weights.base import Weights
 
 if TYPE_CHECKING:
-    from igpt_ds.engine import Engine
+    from igpt_ds.distributed.engine import Engine
 
 Norm = Literal["first", "none"]
 Precision = Literal["float32", "bfloat16"]
@@ -151,7 +151,7 @@ class Network:
         if self._ds is None:
             self._model = load_model(self.config, self.checkpoint, self.recipe.precision)
             return
-        from igpt_ds.engine import Engine
+        from igpt_ds.distributed.engine import Engine
 
         self._engine = Engine(self._engine_config, self._ds, self._division, self.where)
         if self.checkpoint is not None:
@@ -172,7 +172,7 @@ def meeting(where: Place, divided: bool) -> Iterator[None]:
         divided: whether DeepSpeed is to divide the network.
     """
     if divided:
-        from igpt_ds import engine
+        from igpt_ds.distributed import engine
 
         engine.join(where)
         yield

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from igpt_ds.config import Config
+from igpt_ds.config.schema import Config
+from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.evals import classifier
 from igpt_ds.evals.classifier import Rows
@@ -21,8 +22,7 @@ from igpt_ds.evals.feature_cache import Features
 from igpt_ds.evals.features import Network, meeting
 from igpt_ds.evals.splits import Scored, ensemble, rows, take, take_scored
 from igpt_ds.hashing import random_keys, stable_hash
-from igpt_ds.shards import Dataset
-from igpt_ds.tables import Table
+from igpt_ds.text import Table
 
 SUBSETS = 5
 STRENGTH = 1.0  # of regularisation: scikit-learn's default

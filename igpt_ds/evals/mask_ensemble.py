@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_ds.config import Config
+from igpt_ds.config.schema import Config
 from igpt_ds.hashing import splitmix64, stable_hash
 
 _EVALUATION = zlib.crc32(b"masks of an evaluation")  # keeps these masks apart from those of a training

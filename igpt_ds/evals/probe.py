@@ -12,14 +12,14 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from igpt_ds.config import Config
+from igpt_ds.config.schema import Config
 from igpt_ds.errors import RunError
 from igpt_ds.evals import classifier, classifier_sgd
 from igpt_ds.evals.classifier import Classifier, Rows
 from igpt_ds.evals.feature_cache import Features
 from igpt_ds.evals.features import Network, meeting, pixels
 from igpt_ds.evals.splits import Scored, Splits, ensemble, rows, take, take_scored
-from igpt_ds.tables import Table, figure
+from igpt_ds.text import Table, figure
 
 STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1, 0.01)  # of regularisation; see classifier.py for the objective
 Layers = tuple[int, ...]

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from igpt_ds.atomic import publish_file
+from igpt_ds.dataset.palette import Palette
+from igpt_ds.dataset.shards import Dataset
+from igpt_ds.distributed.ranks import Place
 from igpt_ds.errors import UserError
 from igpt_ds.memory import free_bytes
-from igpt_ds.model import ImageGPT
-from igpt_ds.palette import Palette
-from igpt_ds.place import Place
-from igpt_ds.sampling import Drawing, images_at_once, over_ranks, sample
-from igpt_ds.shards import Dataset
+from igpt_ds.model.sampling import Drawing, images_at_once, over_ranks, sample
+from igpt_ds.model.transformer import ImageGPT
 
 COMPLETIONS = 4  # of each image
 GAP = 6  # pixels of white between two pictures

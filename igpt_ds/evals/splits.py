@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt_ds.config import Config
+from igpt_ds.config.schema import Config
+from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.evals.classifier import Classifier, Rows
 from igpt_ds.evals.feature_cache import Features, cached
 from igpt_ds.evals.features import Network
 from igpt_ds.evals.mask_ensemble import mask_seed, vote
-from igpt_ds.formats import open_weights
-from igpt_ds.run import LOGGER
-from igpt_ds.shards import Dataset
-from igpt_ds.sources import open_split, resolve_data
-from igpt_ds.weights import Weights, at_resolution, check_palette, config_of
+from igpt_ds.loading.splits import open_split, resolve_data
+from igpt_ds.run.directory import LOGGER
+from igpt_ds.weights.base import Weights, at_resolution, check_palette, config_of
+from igpt_ds.weights.formats import open_weights
 
 MASKS = 5  # paper section 4.6
 

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt_ds.config import Config
+from igpt_ds.config.schema import Config
 
 
 class Objective(Protocol):

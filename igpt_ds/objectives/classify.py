@@ -8,8 +8,8 @@ the mean over positions (over masked ones for BERT) of the nats a token.
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt_ds.config import FinetuneConfig
-from igpt_ds.model import Output
+from igpt_ds.config.schema import FinetuneConfig
+from igpt_ds.model.transformer import Output
 from igpt_ds.objectives import Objective
 
 

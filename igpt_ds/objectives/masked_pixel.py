@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt_ds.config import Config
+from igpt_ds.config.schema import Config
 from igpt_ds.hashing import splitmix64
 from igpt_ds.objectives import token_nats
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from igpt_ds.config import Config
+from igpt_ds.config.schema import Config
 from igpt_ds.objectives import token_nats
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from igpt_ds.ds_config import ds_presets, load_ds_config, offloads, resolve
+from igpt_ds.config.deepspeed import ds_presets, load_ds_config, offloads, resolve
 from igpt_ds.planner.devices import Device
 from igpt_ds.planner.layout import Layout
 from igpt_ds.planner.memory import Memory, bytes_per_rank

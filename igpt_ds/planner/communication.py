@@ -1,7 +1,8 @@
 """Bytes that one rank sends in a step, by operation.
 
 A ring's count: of n ranks each sends (n - 1) / n of what is gathered or scattered, and twice that of what is reduced
-for all. What DeepSpeed 0.19 does, by ZeRO stage (tests/test_plan_ranks.py compares with its own log of messages):
+for all. What DeepSpeed 0.19 does, by ZeRO stage (tests/igpt_ds/planner/test_ranks.py compares with its own
+log of messages):
 
     0     all ranks reduce the gradients, once a step
     1     the same; each updates its part of the weights, and all gather them
@@ -16,7 +17,7 @@ all tokens of some heads instead of all heads of some tokens.
 
 from dataclasses import dataclass
 
-from igpt_ds import plan
+from igpt_ds.config import size as plan
 from igpt_ds.planner.gathering import gathering
 from igpt_ds.planner.layout import Layout
 

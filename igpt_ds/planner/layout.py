@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from igpt_ds.config import Config
-from igpt_ds.ds_config import Division, divide_batch, load_ds_config, resolve
+from igpt_ds.config.deepspeed import Division, divide_batch, load_ds_config, resolve
+from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
 
 

@@ -1,7 +1,7 @@
 """Bytes of one rank by kind.
 
-Model states are what DeepSpeed 0.19 was measured to hold (tests/test_plan_ranks.py). A parameter of the network takes,
-divided over the ranks from the ZeRO stage in brackets on:
+Model states are what DeepSpeed 0.19 was measured to hold (tests/igpt_ds/planner/test_ranks.py). A parameter of the
+network takes, divided over the ranks from the ZeRO stage in brackets on:
 
     weights [3]             2 in bfloat16, 4 in float32
     gradients [2]           4: they are summed in float32; at stage 1 in bfloat16 whole, and 2 as they arrive
@@ -15,8 +15,8 @@ activation, 4 d wide (8). On a CPU the norms are not fused, and keep one more ea
 
 from dataclasses import asdict, dataclass
 
-from igpt_ds import plan
-from igpt_ds.ds_config import offloads
+from igpt_ds.config import size as plan
+from igpt_ds.config.deepspeed import offloads
 from igpt_ds.planner.gathering import gathering
 from igpt_ds.planner.layout import Layout, module_sizes
 

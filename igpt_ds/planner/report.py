@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from igpt_ds import plan
-from igpt_ds.ds_config import offloads
+from igpt_ds.config import size as plan
+from igpt_ds.config.deepspeed import offloads
 from igpt_ds.planner.advice import advise, judge, limits, presets
 from igpt_ds.planner.communication import transfers
 from igpt_ds.planner.devices import Device, find_device, find_interconnect

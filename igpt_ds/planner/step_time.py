@@ -15,8 +15,8 @@ not.
 import math
 from dataclasses import dataclass
 
-from igpt_ds import plan
-from igpt_ds.ds_config import offloads
+from igpt_ds.config import size as plan
+from igpt_ds.config.deepspeed import offloads
 from igpt_ds.planner.communication import Transfer, transfers
 from igpt_ds.planner.devices import Device
 from igpt_ds.planner.layout import Layout

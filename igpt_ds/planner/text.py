@@ -3,7 +3,7 @@
 from typing import Any
 
 from igpt_ds.doctor.report import counted, size_text, time_text
-from igpt_ds.tables import Table
+from igpt_ds.text import Table
 
 _KINDS = {
     "parameters": "weights of this rank",

@@ -14,9 +14,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.commands import pretrain
 from tests.conftest import build_digits
 from tests.faults.ranks import Ranks, kill, losses, ranks, run_to_its_end, whole_steps
+from tests.helpers.commands import pretrain
 
 WORLD, KEEP = 2, 3
 STEPS = 100_000  # never reached: the run is ended by `stop_at`

@@ -32,7 +32,7 @@ def hang() -> None:
 
 def with_bad_batches(kind: str, bad: range) -> Callable[..., Any]:
     """`Engine.train_step` whose loss is not finite, or a hundred times too high, on some batches of the data order."""
-    from igpt_ds.engine import Engine
+    from igpt_ds.distributed.engine import Engine
 
     factor = float("nan") if kind == "nan" else 100.0
     train_step = Engine.train_step
@@ -53,9 +53,9 @@ def with_bad_batches(kind: str, bad: range) -> Callable[..., Any]:
 
 def install(fault: str, on_rank: int, at_step: int, run: Path) -> None:
     """Put a fault into the program."""
-    from igpt_ds import loader
-    from igpt_ds.engine import Engine
-    from igpt_ds.place import place
+    from igpt_ds.distributed.engine import Engine
+    from igpt_ds.distributed.ranks import place
+    from igpt_ds.loading import loader
 
     rank = place().rank
     if rank != on_rank:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.checkpoint import Checkpoint, list_checkpoints
+from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
 from igpt_ds.errors import UserError
-from igpt_ds.metrics import read_metrics
-from tests.commands import kill_all
-from tests.ranks import ROOT, free_port, quick_start
+from igpt_ds.run.metrics import read_metrics
+from tests.helpers.commands import kill_all
+from tests.helpers.ranks import ROOT, free_port, quick_start
 
 Fault = tuple[str, int, int]  # what, on which rank, at which step
 NONE: Fault = ("none", 0, 0)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.checkpoint import Checkpoint, list_checkpoints
-from tests.commands import descendants, finish, pretrain, started
+from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
 from tests.faults.kills import kill_at_random
 from tests.faults.ranks import events, losses, ranks, run_to_its_end, whole_steps
-from tests.ranks import kill_group, quick_start
+from tests.helpers.commands import descendants, finish, pretrain, started
+from tests.helpers.ranks import kill_group, quick_start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 

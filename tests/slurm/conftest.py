@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.metrics import read_metrics
+from igpt_ds.run.metrics import read_metrics
 from tests.faults.ranks import losses, run_to_its_end
-from tests.ranks import ROOT, quick_start
+from tests.helpers.ranks import ROOT, quick_start
 
 CLUSTER_SCRIPT = Path(__file__).with_name("cluster.sh")
 LIMIT = 240.0  # seconds for anything to happen: a machine may be loaded

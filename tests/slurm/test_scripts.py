@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.config_file import load_config
+from igpt_ds.config.file import load_config
 from tests.faults.ranks import losses
-from tests.ranks import ROOT
+from tests.helpers.ranks import ROOT
 from tests.slurm.conftest import TRAINING, Job, Slurm, reached
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]

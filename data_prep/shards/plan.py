@@ -1,0 +1,301 @@
+"""What is to be built: a plan per split, whose fingerprint tells whether finished work may be kept.
+
+The plan is written into the dataset directory before any shard; each shard's commit mark carries the plan's
+fingerprint. The images of a source that lists them are ordered by a hash of (seed, image id), so that every shard
+holds all classes. Of a streamed source the plan holds the names of the input files only, each of which becomes
+shards of its own. The held-out share is chosen by a hash of the image id alone, so that another seed holds out
+the same images.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import PIL
+
+from data_prep.images.transforms import CROP, Transform, evaluation
+from data_prep.selection.file import Selection
+from data_prep.sources import Item, ListedSource, Pool, Source, StreamedSource
+from igpt_ds.dataset.palette import Palette
+from igpt_ds.dataset.storage import storage_for
+from igpt_ds.errors import UserError
+
+ROWS_PER_BLOCK = 256
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose for all splits."""
+
+    resolution: int
+    holdout: float
+    views: int
+    crop: bool
+    seed: int
+    rows_per_shard: int
+    augment: bool = True
+    exif: Literal["apply", "ignore"] = "apply"
+    decoder: Literal["pillow", "fast"] = "pillow"
+    storage: Literal["uint16", "packed9"] = "uint16"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one task builds.
+
+    Attributes:
+        name: of its shard, or what the names of its shards begin with.
+        views: that it writes.
+        items: its images, in row order, of a source that lists them.
+        part: its input file, of a streamed source.
+    """
+
+    name: str
+    views: tuple[int, ...]
+    items: list[Item] | None
+    part: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One split's plan.
+
+    Attributes:
+        items: the split's images in row order; None for a streamed source.
+        parts: the input files of a streamed source.
+        record: the choices that the bytes depend on, as JSON; they stand in DATA/SPLIT/plan.json.
+    """
+
+    split: Split
+    source: Source
+    settings: Settings
+    transform: Transform
+    views: int
+    items: list[Item] | None
+    parts: list[str]
+    selection: Selection | None
+    record: dict[str, Any]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 of the record."""
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def count(self) -> int:
+        """How many slices a view has."""
+        return len(self.parts) if self.items is None else math.ceil(len(self.items) / self.settings.rows_per_shard)
+
+    @property
+    def passes(self) -> int:
+        """How often the split's images are read: once a view where they are listed."""
+        return 1 if self.items is None else self.views
+
+    def slices(self, limit: int | None = None) -> Iterator[Slice]:
+        """What is to be built, piece by piece; `limit`: only the first so many of each view."""
+        taken = range(self.count if limit is None else min(limit, self.count))
+        if self.items is None:
+            for i in taken:
+                yield Slice(f"{self.split}-{i:05d}", tuple(range(self.views)), None, self.parts[i])
+            return
+        step = self.settings.rows_per_shard
+        for view in range(self.views):
+            for i in taken:
+                name = f"{self.split}-{view * self.count + i:05d}"
+                yield Slice(name, (view,), self.items[i * step : (i + 1) * step], None)
+
+    def images(self, limit: int | None = None) -> int | None:
+        """How many images a view's slices have; None where it is not known before they are read."""
+        if self.items is None:
+            return None
+        return len(self.items) if limit is None else min(len(self.items), limit * self.settings.rows_per_shard)
+
+    def difference(self, directory: Path) -> str | None:
+        """How the plan in a dataset directory differs from this one, in words; None when they agree."""
+        other = read_record(directory)
+        if other is None:
+            return "it holds no readable plan.json"
+        mine = self.record
+        differing = [key for key in sorted({**mine, **other}) if mine.get(key) != other.get(key)]
+        return (
+            ", ".join(f"{key} was {_short(other.get(key))} and is {_short(mine.get(key))}" for key in differing) or None
+        )
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The plan that stands in a dataset directory; None where there is none."""
+    try:
+        record = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else {}
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def unit_hash(purpose: str, image_id: str) -> float:
+    """A number in [0, 1) from a hash of the id; `purpose` keeps different uses independent."""
+    key = f"{purpose}\0{image_id}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / (1 << 48)
+
+
+def belongs(split: Split, holdout: float) -> Callable[[str], bool]:
+    """Does an image of the split's pool, by its id, belong to the split?"""
+    if split == "test" or holdout == 0:
+        return lambda _: split != "val"
+    return lambda image_id: (unit_hash("holdout", image_id) < holdout) == (split == "val")
+
+
+def make_plans(
+    source: Source,
+    palette: Palette,
+    settings: Settings,
+    splits: tuple[Split, ...],
+    selection: Selection | None = None,
+    options: dict[str, str] | None = None,
+) -> list[Plan]:
+    """Plan each split.
+
+    Args:
+        selection: only its images are built.
+        options: that the source was opened with, for the record.
+
+    Raises:
+        UserError: settings or splits that contradict, a selection of another source, or a split without images.
+    """
+    _check(settings, splits)
+    storage_for(settings.storage, palette.k)  # refuses what it cannot hold
+    if selection and selection.source != source.name:
+        raise UserError(
+            f"{selection.path}: was made from {selection.source}, not from {source.name}: select from this source"
+        )
+    pools: dict[Pool, list[Item] | list[str]] = {}
+    plans = []
+    for split in splits:
+        pool: Pool = "test" if split == "test" else "train"
+        if pool not in pools:
+            pools[pool] = _pool(source, pool, selection)
+        transform = _transform(split, settings)
+        plans.append(_plan(split, source, pools[pool], palette, settings, transform, selection, options or {}))
+    return plans
+
+
+def _transform(split: Split, settings: Settings) -> Transform:
+    if split == "train" and settings.augment and settings.crop:
+        return Transform("random", settings.resolution, settings.seed, exif=settings.exif, decoder=settings.decoder)
+    return evaluation(settings.resolution, settings.crop, exif=settings.exif, decoder=settings.decoder)
+
+
+def _check(settings: Settings, splits: tuple[Split, ...]) -> None:
+    if settings.crop and settings.resolution > CROP:
+        raise UserError(
+            f"--resolution {settings.resolution}: larger than the crop of {CROP} pixels: "
+            "choose a smaller one, or --no-crop for square images"
+        )
+    if settings.views > 1 and not (settings.crop and settings.augment):
+        raise UserError(
+            f"--views {settings.views}: without random crops all views are the same: "
+            "leave out --views, or --no-crop and --no-augment"
+        )
+    if "val" in splits and settings.holdout == 0:
+        raise UserError("--split val: --holdout 0 holds nothing out: give a share, or leave out --split val")
+
+
+def _pool(source: Source, pool: Pool, selection: Selection | None) -> list[Item] | list[str]:
+    if is_streamed(source):
+        parts = cast(StreamedSource, source).parts(pool)
+        if not parts:
+            raise UserError(f"{source.name}: has no images for --split {pool}: leave it out or mend the path")
+        missing = [part for part in parts if selection and part not in selection.members]
+        if selection and missing:
+            raise UserError(
+                f"{selection.path}: was made without {missing[0]}: select again from all that is to be built"
+            )
+        return parts
+    items = cast(ListedSource, source).items(pool)
+    if not items:
+        raise UserError(f"{source.name}: has no images for --split {pool}: leave it out or mend the path")
+    if selection:
+        kept = selection.kept("")
+        items = [item for item in items if item.id.encode("utf-8", "surrogateescape") in kept]
+        if len(items) != len(kept):
+            raise missing_selected(selection, source.name, len(kept) - len(items), len(kept))
+    return items
+
+
+def missing_selected(selection: Selection, where: str, missing: int, of: int) -> UserError:
+    """The input has changed since the selection was made."""
+    return UserError(f"{where}: {missing} of the {of} images that {selection.path} keeps are not there: select again")
+
+
+def is_streamed(source: Source) -> bool:
+    """Is it a `StreamedSource`?"""
+    return hasattr(source, "stream")
+
+
+def _plan(
+    split: Split,
+    source: Source,
+    pool: list[Item] | list[str],
+    palette: Palette,
+    settings: Settings,
+    transform: Transform,
+    selection: Selection | None,
+    options: dict[str, str],
+) -> Plan:
+    content = hashlib.sha256()
+    views = settings.views if split == "train" else 1
+    record: dict[str, Any] = {
+        "source": source.name,
+        "options": options,
+        "split": split,
+        "classes": source.classes,
+        "selection_sha256": selection.sha256 if selection else None,
+        "palette_sha256": palette.sha256,
+        "views": views,
+        "holdout": None if split == "test" else settings.holdout,
+        "seed": settings.seed,
+        "transform": transform.record(),
+        "storage": settings.storage,
+        "rows_per_shard": settings.rows_per_shard,
+        "rows_per_block": ROWS_PER_BLOCK,
+        "pillow": PIL.__version__,  # another release may decode and resize to other pixels
+    }
+    items: list[Item] | None = None
+    parts: list[str] = []
+    if is_streamed(source):
+        parts = cast(list[str], pool)
+        for part in parts:
+            content.update(f"{part}\0".encode("utf-8", "surrogateescape"))
+        record |= {"parts": len(parts), "parts_sha256": content.hexdigest()}
+    else:
+        every = cast(list[Item], pool)
+        mine = belongs(split, settings.holdout)
+        order = f"order {settings.seed}"
+        items = sorted((item for item in every if mine(item.id)), key=lambda item: (unit_hash(order, item.id), item.id))
+        if not items:
+            raise no_images(split, settings.holdout, len(every))
+        for item in items:
+            content.update(f"{item.label}\0{item.id}\0".encode("utf-8", "surrogateescape"))
+        record |= {"images": len(items), "images_sha256": content.hexdigest()}
+    return Plan(split, source, settings, transform, views, items, parts, selection, record)
+
+
+def no_images(split: Split, holdout: float, pool: int | None = None) -> UserError:
+    """A split that is empty; `pool`: the images that were to be shared out."""
+    which = "validation" if split == "val" else "training"
+    many = "all" if pool is None else str(pool)
+    return UserError(
+        f"--holdout {holdout:g}: of {many} images none is left for {which}: "
+        "choose another share, or 0 for no validation"
+    )

@@ -1,0 +1,302 @@
+"""The unit of work: one slice of a plan becomes its shards. Idempotent, resumable, committed last.
+
+A slice of a source that lists its images is one shard. An input file of a streamed source is read once, and
+becomes as many shards as its rows need; each is committed by its mark, and the mark of the last one says that it
+is the last. A task that was stopped goes on after the last committed shard: it passes over the images before it
+without decoding them. A slice in which no image can be used leaves a mark without a shard.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from data_prep.images.rejects import Rejected, Tally, pixels, read_listed
+from data_prep.images.transforms import Transform
+from data_prep.selection.file import Selection
+from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Slice, Split, belongs, missing_selected
+from data_prep.sources import Encoded, ListedSource, Source, StreamedSource
+from data_prep.workers.pool import count
+from igpt_ds.atomic import publish_text, sha256_file
+from igpt_ds.dataset.manifest import ShardRecord
+from igpt_ds.dataset.palette import Palette
+from igpt_ds.dataset.shards import read_mark, write_shard
+from igpt_ds.errors import UserError
+
+_FIRST_ROWS = 1024  # of a shard's buffer, which doubles as it fills
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """All that a worker needs to build one slice, but for DIRECTORY/palette.npy; picklable.
+
+    Attributes:
+        slice: what is to be built.
+        directory: of the dataset.
+        plan: the plan's fingerprint.
+        palette_sha256: of the palette that the directory must hold.
+        selection: reduced to the slice's part.
+        images: of the whole job, for the share of rejects; None where it is not known.
+    """
+
+    slice: Slice
+    directory: Path
+    plan: str
+    palette_sha256: str
+    source: Source
+    split: Split
+    holdout: float
+    transform: Transform
+    storage: str
+    rows_per_shard: int
+    selection: Selection | None
+    images: int | None
+    max_reject_rate: float
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a commit mark says.
+
+    Attributes:
+        record: the shard; None for a slice without a usable image.
+        seen: images of the slice up to the end of this shard, the rejected ones included.
+        rejected: those within this shard's images.
+        last: is it the slice's last shard?
+    """
+
+    record: ShardRecord | None
+    seen: int
+    rejected: list[Rejected]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a task has done: its images, how many of them it found built already, and whether view 0 is its own.
+
+    The other views have the same images and reject the same ones.
+    """
+
+    tally: Tally
+    kept: int
+    first_view: bool
+
+
+def task_of(plan: Plan, piece: Slice, directory: Path, palette: Palette, images: int | None, rate: float) -> ShardTask:
+    """The task that builds one slice of a plan."""
+    selection = None
+    if plan.selection and piece.part is not None:
+        selection = replace(plan.selection, members={piece.part: plan.selection.members[piece.part]})
+    return ShardTask(
+        slice=piece,
+        directory=directory,
+        plan=plan.fingerprint,
+        palette_sha256=palette.sha256,
+        source=plan.source,
+        split=plan.split,
+        holdout=plan.settings.holdout,
+        transform=plan.transform,
+        storage=plan.settings.storage,
+        rows_per_shard=plan.settings.rows_per_shard,
+        selection=selection,
+        images=images,
+        max_reject_rate=rate,
+    )
+
+
+def build_slice(task: ShardTask) -> Built:
+    """Read, transform, encode and publish the images of one slice, in their order.
+
+    Raises:
+        UserError: more images are rejected than the whole job may have, an input file cannot be read to its end, or
+            a shard cannot be written.
+    """
+    marks = committed(task, thorough=True)
+    tally = _tally(marks)
+    kept, first_view = tally.seen, task.slice.views[0] == 0
+    if marks and marks[-1].last:
+        return Built(tally, kept, first_view)
+    palette = _palette(task.directory / "palette.npy", task.palette_sha256)
+    shard = _Shard(task, len(marks))
+    for position, encoded in enumerate(_images(task)):
+        if position < kept:
+            continue
+        rows = _encode(encoded, task, palette)
+        if isinstance(rows, Rejected):
+            shard.rejected.append(rejected := rows)
+            tally.reject(rejected)
+            tally.judge(task.max_reject_rate, task.images)
+        else:
+            # A full shard waits for the next row, for until then it may be the last.
+            if shard.rows == shard.capacity:
+                shard.publish(seen=position, last=False)
+                shard = _Shard(task, shard.number + 1)
+            shard.add(encoded, rows)
+        tally.seen += 1
+        count(1, int(isinstance(rows, Rejected)))
+    shard.publish(seen=tally.seen, last=True)
+    return Built(tally, kept, first_view)
+
+
+def finished(task: ShardTask) -> Built | None:
+    """What a finished task has done, from the marks and the sizes of the files; None if it is not finished."""
+    marks = committed(task, thorough=False)
+    if not marks or not marks[-1].last:
+        return None
+    tally = _tally(marks)
+    return Built(tally, tally.seen, task.slice.views[0] == 0)
+
+
+def committed(task: ShardTask, *, thorough: bool) -> list[Mark]:
+    """The slice's shards from an earlier run, up to the first that is not there, by view 0.
+
+    A shard is there if it was committed by the same plan and its file is whole: of the recorded size and, where it
+    is looked at thoroughly, hash.
+    """
+    marks: list[Mark] = []
+    while not marks or not marks[-1].last:
+        found = [_read(task, _name(task, len(marks), view), thorough) for view in task.slice.views]
+        # An empty slice has one mark only, whatever its views.
+        needed = found[:1] if found[0] and found[0].record is None else found
+        if not all(needed):
+            break
+        marks.append(cast(Mark, found[0]))
+    return marks
+
+
+def _tally(marks: list[Mark]) -> Tally:
+    tally = Tally(marks[-1].seen if marks else 0)
+    for mark in marks:
+        for rejected in mark.rejected:
+            tally.reject(rejected)
+    return tally
+
+
+def records(task: ShardTask, marks: list[Mark]) -> list[tuple[ShardRecord, float]]:
+    """The slice's shards, of all views that it writes: each one's record and the palette's squared error in it."""
+    names = [_name(task, i, view) for i, mark in enumerate(marks) if mark.record for view in task.slice.views]
+    found = [mark for name in names if (mark := read_mark(task.directory, name))]
+    return [(record, float(note["squared_error"])) for record, note in found]
+
+
+class _Shard:
+    """The rows of one shard, in all views, until it is published."""
+
+    def __init__(self, task: ShardTask, number: int) -> None:
+        self.task, self.number, self.rows = task, number, 0
+        self.capacity = task.rows_per_shard
+        shape = (min(self.capacity, _FIRST_ROWS), cast(int, task.transform.resolution) ** 2)
+        self.tokens = {view: np.empty(shape, np.uint16) for view in task.slice.views}
+        self.ids: list[bytes] = []
+        self.labels: list[int | None] = []
+        self.rejected: list[Rejected] = []
+        self.squared_error = dict.fromkeys(task.slice.views, 0.0)  # of the palette, see `Palette.squared_error`
+
+    def add(self, encoded: Encoded, rows: list["_Row"]) -> None:
+        for view, (row, squared_error) in zip(self.tokens, rows, strict=True):
+            array = self.tokens[view]
+            self.squared_error[view] += squared_error
+            if self.rows == len(array):
+                array.resize((min(2 * self.rows, self.capacity), array.shape[1]), refcheck=False)
+            array[self.rows] = row
+        self.ids.append(encoded.item.id.encode("utf-8", "surrogateescape"))
+        self.labels.append(encoded.item.label)
+        self.rows += 1
+
+    def publish(self, *, seen: int, last: bool) -> None:
+        task = self.task
+        note = {"plan": task.plan, "seen": seen, "last": last, "rejected": [list(each) for each in self.rejected]}
+        if not self.rows:
+            mark = json.dumps({"rows": 0, "note": note}, indent=1) + "\n"
+            publish_text(task.directory / f"{_name(task, self.number, task.slice.views[0])}.json", mark)
+            return
+        for view, tokens in self.tokens.items():
+            write_shard(
+                task.directory,
+                _name(task, self.number, view),
+                tokens[: self.rows],
+                np.array(self.ids, dtype=np.bytes_),
+                None if task.source.classes is None else np.array(self.labels, np.int64),
+                rows_per_block=ROWS_PER_BLOCK,
+                view=view,
+                note={**note, "squared_error": self.squared_error[view]},
+                storage=task.storage,
+            )
+
+
+def _images(task: ShardTask) -> Iterator[Encoded]:
+    """The slice's images that belong to the split and to the selection."""
+    if task.slice.items is not None:
+        yield from read_listed(cast(ListedSource, task.source), task.slice.items)
+        return
+    part = cast(str, task.slice.part)
+    mine = belongs(task.split, task.holdout)
+    kept = task.selection.kept(part) if task.selection else None
+    met = 0
+    for encoded in cast(StreamedSource, task.source).stream(part):
+        if kept is not None:
+            if encoded.item.id.encode("utf-8", "surrogateescape") not in kept:
+                continue
+            met += 1
+        if mine(encoded.item.id):
+            yield encoded
+    if task.selection and kept is not None and met != len(kept):
+        raise missing_selected(task.selection, part, len(kept) - met, len(kept))
+
+
+_Row = tuple[np.ndarray, float]  # tokens, and the squared error of their colours
+
+
+def _encode(encoded: Encoded, task: ShardTask, palette: Palette) -> list[_Row] | Rejected:
+    """The image in each of the slice's views, or why there is none."""
+    rows = []
+    for view in task.slice.views:
+        found = pixels(encoded, task.transform, view)
+        if isinstance(found, Rejected):
+            return found
+        tokens = palette.encode(found).reshape(-1)
+        rows.append((tokens, palette.squared_error(found, tokens)))
+    return rows
+
+
+def _name(task: ShardTask, number: int, view: int) -> str:
+    if task.slice.part is None:
+        return task.slice.name
+    return f"{task.slice.name}-{number * len(task.slice.views) + view:03d}"
+
+
+def _read(task: ShardTask, name: str, thorough: bool) -> Mark | None:
+    """A shard's mark, if this plan has made it and the shard is there."""
+    path = task.directory / f"{name}.tar"
+    try:
+        record: ShardRecord | None = None
+        if found := read_mark(task.directory, name):
+            record, note = found
+            float(note["squared_error"])
+            if path.stat().st_size != record.bytes or (thorough and sha256_file(path) != record.sha256):
+                return None
+        else:
+            mark: dict[str, Any] = json.loads((task.directory / f"{name}.json").read_text(encoding="utf-8"))
+            if mark["rows"] != 0:
+                return None
+            note = mark["note"]
+        if note["plan"] != task.plan:
+            return None
+        rejected = [Rejected(*each) for each in note["rejected"]]
+        return Mark(record, int(note["seen"]), rejected, bool(note["last"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@lru_cache(maxsize=2)
+def _palette(path: Path, sha256: str) -> Palette:
+    """The palette of the dataset, loaded once a process: its table takes 32 MiB."""
+    palette = Palette.load(path)
+    if palette.sha256 != sha256:
+        raise UserError(f"{path}: is not the palette that the build began with: restore it and run again")
+    return palette

@@ -1,0 +1,110 @@
+"""What the values of a configuration must satisfy, alone and together."""
+
+import math
+
+from igpt_ds.config.schema import Config, FinetuneConfig
+
+
+def contradictions(config: Config) -> list[str]:
+    """Every fault of the values, a sentence each."""
+    model, data, training = config.model, config.data, config.training
+    faults = []
+
+    def require(holds: bool, text: str) -> None:
+        if not holds:
+            faults.append(text)
+
+    positive = {
+        "model.layers": model.layers,
+        "model.width": model.width,
+        "model.heads": model.heads,
+        "data.resolution": data.resolution,
+        "data.palette_size": data.palette_size,
+        "data.window": data.window,
+        "training.steps": training.steps,
+        "training.batch": training.batch,
+        "training.micro_batch": training.micro_batch,
+        "training.sequence_parallel": training.sequence_parallel,
+        "training.log_every": training.log_every,
+        "training.learning_rate": training.learning_rate,
+        "training.epsilon": training.epsilon,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.max_failures": config.checkpoint.max_failures,
+        "health.patience": config.health.patience,
+    }
+    for name, value in positive.items():
+        require(value is None or value > 0, f"{name} must be above 0, not {value}")
+        require(value != math.inf, f"{name} must be finite")
+    natural = {
+        "seed": config.seed,
+        "data.workers": data.workers,
+        "training.warmup_steps": training.warmup_steps,
+        "training.gradient_clip": training.gradient_clip,
+        "training.validate_every": training.validate_every,
+        "training.sample_every": training.sample_every,
+        "health.hang_timeout": config.health.hang_timeout,
+        "health.spike_sigma": config.health.spike_sigma,
+        "health.max_rollbacks": config.health.max_rollbacks,
+    }
+    for name, value in natural.items():
+        require(value >= 0, f"{name} must not be negative, but is {value}")
+    require(config.health.window > 1, f"health.window must be above 1, not {config.health.window}")
+    require(min(config.checkpoint.milestones, default=1) > 0, "checkpoint.milestones must be above 0")
+    require(config.seed < 2**64, f"seed {config.seed} exceeds 64 bits")
+    if model.heads > 0:
+        require(model.width % model.heads == 0, f"model.width {model.width} is no multiple of {model.heads} heads")
+    require(data.palette_size is None or data.palette_size <= 65536, "data.palette_size exceeds 16 bits (65536)")
+    require(
+        0 < config.objective.mask_rate < 1,
+        f"objective.mask_rate {config.objective.mask_rate} is not in (0, 1)",
+    )
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(training, name) < 1, f"training.{name} {getattr(training, name)} is not in [0, 1)")
+    if training.stop_at is not None:
+        require(0 < training.stop_at <= training.steps, f"training.stop_at {training.stop_at} is not in 1..steps")
+    if training.sequence_parallel > 1:
+        faults += _sequence_parallel_contradictions(config, training.sequence_parallel)
+    if config.finetune is not None:
+        faults += _finetune_contradictions(config, config.finetune)
+    if data.weights:
+        require(
+            len(data.weights) == len(data.sources) and min(data.weights) > 0,
+            f"data.weights is {list(data.weights)}: give one whole number above 0 for each of "
+            f"{len(data.sources)} sources",
+        )
+    return faults
+
+
+def _sequence_parallel_contradictions(config: Config, ranks: int) -> list[str]:
+    key = f"training.sequence_parallel={ranks}"
+    rules = {
+        f"{key} does not divide the {config.model.heads} heads, which the ranks deal out among them": (
+            config.model.heads % ranks == 0
+        ),
+        f"{key} does not divide the {config.data.resolution}² positions": (
+            config.data.resolution is None or config.data.resolution**2 % ranks == 0
+        ),
+        f"{key} is for pre-training: a class head needs all positions": config.finetune is None,
+    }
+    return [text for text, holds in rules.items() if not holds]
+
+
+def _finetune_contradictions(config: Config, finetune: FinetuneConfig) -> list[str]:
+    layers, every = config.model.layers, config.training.validate_every
+    rules = {
+        f"finetune.classes must be above 1, not {finetune.classes}": finetune.classes is None or finetune.classes > 1,
+        f"finetune.layer {finetune.layer} is not in 0..{layers}": 0 <= (finetune.layer or 0) <= layers,
+        f"finetune.generative_weight must be finite and not negative, but is {finetune.generative_weight}": (
+            0 <= finetune.generative_weight < math.inf
+        ),
+        f"finetune.dropout {finetune.dropout} is not in [0, 1)": 0 <= finetune.dropout < 1,
+        f"finetune.patience must not be negative, but is {finetune.patience}": finetune.patience >= 0,
+        "finetune.fold_validation leaves nothing to validate on: set training.validate_every=0": (
+            not (finetune.fold_validation and every)
+        ),
+        "training.validate_every=0 leaves no best checkpoint: set an interval, or finetune.fold_validation=true": (
+            bool(every) or finetune.fold_validation
+        ),
+    }
+    return [text for text, holds in rules.items() if not holds]

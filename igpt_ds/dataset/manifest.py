@@ -1,0 +1,130 @@
+"""The manifest of a dataset directory and the record of each shard; what they describe is told in shards.py.
+
+Both are JSON, read strictly: every field there, of the right kind, and none besides. NumPy and the standard library
+only, as shards.py.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+from igpt_ds.atomic import publish_text
+from igpt_ds.dataset.storage import STORAGES
+from igpt_ds.errors import UserError
+
+FORMAT = "igpt-ds-tokens"
+VERSION = 1
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no dot (webdataset splits keys there) and no way out of the directory
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard: its name, rows, size and hash, its view, and where its token rows lie (bytes)."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+    view: int
+    token_offset: int
+    block_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset directory holds. `rows` counts images: the rows of one view."""
+
+    rows: int
+    sequence_length: int
+    resolution: int
+    rows_per_block: int
+    storage: str
+    palette: dict[str, Any]  # k, sha256, and distortion: mean squared distance of a pixel to its colour in [-1, 1]
+    source: str
+    split: str
+    views: int
+    transform: dict[str, Any]
+    seed: int
+    classes: list[str] | None  # None: the rows have no labels
+    versions: dict[str, str]
+    rejected: int
+    shards: list[ShardRecord]
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """Read and check DIRECTORY/manifest.json.
+
+        Raises:
+            UserError: it is missing, not ours, of another version, malformed or contradicts itself.
+        """
+        path = Path(directory) / "manifest.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{directory}: no manifest.json, half-built or not a dataset: run igpt-data shards again"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise _malformed(path, "not readable JSON") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise _malformed(path, f"not an {FORMAT} manifest")
+        if (version := data.pop("version", None)) != VERSION:
+            raise _malformed(path, f"format version {version}, but this program reads version {VERSION}")
+        try:
+            shards = [typed(ShardRecord, shard) for shard in data.pop("shards")]
+            manifest = typed(cls, {**data, "shards": shards})
+        except (KeyError, TypeError) as error:
+            raise _malformed(path, str(error)) from None
+        if fault := manifest._contradiction():
+            raise _malformed(path, fault)
+        return manifest
+
+    def save(self, directory: Path) -> None:
+        """Publish DIRECTORY/manifest.json: the last act of building a dataset."""
+        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        publish_text(Path(directory) / "manifest.json", json.dumps(data, indent=1) + "\n")
+
+    def _contradiction(self) -> str | None:
+        fault = None
+        if self.storage not in STORAGES:
+            fault = f"unknown storage {self.storage!r}"
+        elif self.resolution < 1 or self.sequence_length != self.resolution**2 or self.rows_per_block < 1:
+            fault = f"{self.sequence_length} tokens do not fit a resolution of {self.resolution}"
+        elif not {"k", "sha256"} <= self.palette.keys():
+            fault = "the palette's k or sha256 is missing"
+        elif not isinstance(colours := self.palette["k"], int) or colours > STORAGES[self.storage].colours:
+            fault = f"{self.storage} cannot hold tokens of {colours!r} colours"
+        elif self.rows < 1 or self.views < 1:
+            fault = f"it holds {self.rows} rows in {self.views} views"
+        elif len({shard.name for shard in self.shards}) != len(self.shards):
+            fault = "a shard is listed twice"
+        rows = [0] * max(self.views, 1)
+        for shard in self.shards:
+            if not 0 <= shard.view < self.views:
+                return f"shard {shard.name!r} belongs to view {shard.view} of {self.views}"
+            figures = shard.rows, shard.token_offset, shard.block_bytes
+            if not SHARD_NAME.fullmatch(shard.name) or min(figures) < 1 or max(figures) > shard.bytes:
+                fault = f"the record of shard {shard.name!r} makes no sense"
+            rows[shard.view] += shard.rows
+        if any(count != self.rows for count in rows):
+            fault = f"its shards hold {rows} rows by view, but it says {self.rows} a view"
+        return fault
+
+
+def _malformed(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: malformed ({what}): run igpt-data shards again")
+
+
+def typed(cls: type, data: Any) -> Any:
+    """Build a dataclass from JSON, with every field there, of the right kind, and none besides."""
+    kinds = {field.name: field.type for field in fields(cls)}
+    if not isinstance(data, dict) or kinds.keys() != data.keys():
+        raise TypeError(f"the keys should be {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        if type(data[name]) not in {get_origin(each) or each for each in allowed}:
+            raise TypeError(f"{name} is {data[name]!r}")
+    return cls(**data)

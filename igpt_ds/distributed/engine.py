@@ -1,0 +1,344 @@
+"""The one door to DeepSpeed: build, step, evaluate; with zero_state.py, the state that a checkpoint holds.
+
+Nothing else in the package imports deepspeed. A process that no launcher started trains too, as the only rank.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+# No GPU: say so before DeepSpeed looks for an accelerator of its own choice.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.sequence.layer import DistributedAttention
+from deepspeed.utils import groups
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from igpt_ds.config.deepspeed import Division
+from igpt_ds.config.schema import Config
+from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.zero_state import ZeroState
+from igpt_ds.errors import UserError
+from igpt_ds.memory import free_bytes
+from igpt_ds.model.sampling import Drawing, images_at_once, over_ranks, sample
+from igpt_ds.model.transformer import Block, ImageGPT, Output, initialise
+from igpt_ds.objectives import classify, load_objective
+
+Batch = dict[str, Tensor]
+T = TypeVar("T")
+
+
+def join(where: Place) -> torch.device:
+    """Join the process group, unless this process has; return this rank's device."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(where.local_rank)
+    else:
+        # Its shared-memory collectives would be compiled for minutes and leave files in /dev/shm; gloo serves.
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed asks for the number of "devices" at every gradient bucket, and without this asks numactl.
+        os.environ.setdefault("LOCAL_SIZE", str(where.neighbours))
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks that each use all cores wait for one another many times longer than they compute.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // where.neighbours))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+        # torchrun's store outlives its ranks: restarted ones would meet the addresses of the dead.
+        agent, _, _ = next(rendezvous("env://", where.rank, where.world))
+        store = dist.distributed_c10d.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
+        dist.init_process_group(backend, store=store, rank=where.rank, world_size=where.world)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return torch.device("cuda", where.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def require_precision(config: Config) -> None:
+    """Refuse bfloat16 on a GPU that only emulates it.
+
+    Raises:
+        UserError: this rank's GPU has no bfloat16.
+    """
+    wanted = config.training.precision == "bfloat16"
+    if wanted and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    dist.barrier()
+
+
+def leave() -> None:
+    """Leave the process group: the last thing that a rank does, since DeepSpeed cannot join a second one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Engine:
+    """A model, its optimiser and its ranks.
+
+    Args:
+        config: data facts resolved.
+        ds: resolved DeepSpeed dictionary (see `ds_config.resolve`).
+
+    Attributes:
+        state: what a checkpoint holds.
+        measures: the names of what a step and an evaluation measure; the first is the loss.
+    """
+
+    def __init__(self, config: Config, ds: dict[str, Any], division: Division, where: Place):
+        self.config, self.division, self.place = config, division, where
+        if not config.training.compile:
+            # DeepSpeed imports an optimiser that compiles itself: a quarter of the processor time of a rank's start.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        self.device = join(where)
+        self.stage = int(ds["zero_optimization"]["stage"])
+        # Small messages between the ranks' processors (stop flags, barriers), which must not wait for the GPU.
+        self._control = dist.new_group(backend="gloo")
+        self.objective = load_objective(config)
+        self.measures = classify.names(config.finetune) if config.finetune else ("loss",)
+        # Under ZeRO-3 each module is divided over the ranks as soon as it is built, and then each parameter is
+        # gathered alone to be drawn: no rank ever holds the model. The type comes from `ds`: Init's own dtype
+        # argument is overruled by bfloat16 on a device without float16.
+        with deepspeed.zero.Init(config_dict_or_path=ds, enabled=self.stage == 3):
+            model = ImageGPT(config)
+        if self.stage == 3:
+            initialise(model, config.seed, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
+            # A block is gathered whole: one collective in place of six, and code without gaps to compile.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        else:
+            initialise(model, config.seed)
+        model.to(self.device)
+        self.part = slice(None)
+        if division.sequence_parallel > 1:
+            self.part = _share_positions(model, division.sequence_parallel, where)
+        if config.training.compile:
+            model.compile_blocks()
+        self.optimizer = _adam(model, config, self.device)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)
+        self.module: ImageGPT = self.deepspeed.module
+        self.state = ZeroState(self.deepspeed, self.optimizer, self.stage, where, self.device)
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        assert self.device.type == "cpu" or fused, "DeepSpeed dropped the fused Adam"
+        if config.finetune is not None:
+            # Without L_GEN some parameters have no gradient, and get no moments from a step.
+            self.state.create_moments(0)
+
+    # --- one step, one evaluation ------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> tuple[Output, Tensor, Tensor | None]:
+        """Run the network on a batch, hiding what the objective hides.
+
+        Args:
+            batch: "tokens" [B, T], of any type of integers, and "positions" int64 [B], see loader.py.
+
+        Returns:
+            The output, the tokens on the device (int64), and the mask (bool [B, T], or None).
+        """
+        # Moved and then widened: asked for both, torch widens first, into memory that is not pinned.
+        tokens_BT = batch["tokens"].to(self.device, non_blocking=True).to(torch.int64)
+        mask_BT = self.objective.mask(tokens_BT, batch["positions"], self.config)
+        generative = self.config.finetune is None or self.config.finetune.generative_weight > 0
+        return self.deepspeed(tokens_BT, mask_BT, logits=generative), tokens_BT, mask_BT
+
+    def _measure(self, batch: Batch) -> list[Tensor]:
+        """Each of `measures` for each image, float32 [B]. A batch to be classified has "labels" int64 [B]."""
+        output, tokens_BT, mask_BT = self.forward(batch)
+        finetune = self.config.finetune
+        if finetune is None:
+            assert output.logits_BTK is not None
+            return [self.objective.image_losses(output.logits_BTK, tokens_BT, mask_BT, self.part)]
+        labels_B = batch["labels"].to(self.device, non_blocking=True)
+        return classify.image_measures(output, tokens_BT, mask_BT, labels_B, self.objective, finetune)
+
+    def train_step(self, batches: Iterable[Batch], learning_rate: float) -> tuple[Tensor, float]:
+        """One update from this rank's micro-batches; none, on any rank, where the gradient is not finite.
+
+        Returns:
+            This rank's mean of each of `measures` (a tensor on the device; the loss in nats), and the global norm of
+            the gradient before clipping, the same on every rank (DeepSpeed waits for the device to know it).
+        """
+        self.deepspeed.train()
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = torch.zeros(len(self.measures), device=self.device)
+        norm = 0.0
+        for batch in batches:
+            means = [measured_B.mean() for measured_B in self._measure(batch)]
+            self.deepspeed.backward(means[0])  # divides by the accumulation
+            total += torch.stack(means).detach() / self.division.accumulation
+            if self.stage == 0 and self.deepspeed.is_gradient_accumulation_boundary():
+                norm = self._full_gradient_norm()
+                if not math.isfinite(norm):
+                    # The other stages skip such an update themselves.
+                    self.module.zero_grad(set_to_none=True)
+            self.deepspeed.step()
+        if self.stage > 0:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        return total, norm
+
+    def _full_gradient_norm(self) -> float:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[list[float], float]:
+        """Sums over the images of each of `measures` (losses in nats), and their number, over all ranks.
+
+        `batches` must count the same on every rank, since a ZeRO-3 forward pass is a collective; rows that only
+        fill up a batch have weight 0.
+        """
+        self.deepspeed.eval()
+        sums_and_count = torch.zeros(len(self.measures) + 1, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            weight_B = batch["weight"].to(self.device)
+            sums = [(measured_B * weight_B).sum() for measured_B in self._measure(batch)]
+            sums_and_count += torch.stack([*sums, weight_B.sum()])
+        self.deepspeed.train()
+        # Ranks that share an image have each counted it, with a loss whose mean over them is the image's.
+        *totals, count = self.sum_over_ranks((sums_and_count / self.division.sequence_parallel).tolist())
+        return totals, count
+
+    @torch.no_grad()
+    def predict(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
+        """The class of each image under the masks of each seed, int64 [len(seeds), B] on the CPU; a collective."""
+        self.deepspeed.eval()
+        tokens_BT = batch["tokens"].to(self.device, torch.int64)
+        found = []
+        for seed in seeds:
+            config = dataclasses.replace(self.config, seed=seed)
+            mask_BT = self.objective.mask(tokens_BT, batch["positions"], config)
+            scores_BC = self.deepspeed(tokens_BT, mask_BT, logits=False).class_logits_BC
+            found.append(scores_BC.argmax(dim=1).cpu())
+        self.deepspeed.train()
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def features(self, tokens_BT: Tensor, mask_BT: Tensor | None, layers: Sequence[int], norm: bool) -> list[Tensor]:
+        """The layers' pooled features, each float32 [B, D] on the device, see `ImageGPT.forward`; a collective."""
+        self.deepspeed.eval()
+        mask_BT = None if mask_BT is None else mask_BT.to(self.device)
+        found = self.deepspeed(
+            tokens_BT.to(self.device, torch.int64), mask_BT, features=layers, logits=False, norm=norm
+        ).features
+        return [found[layer] for layer in layers]
+
+    @torch.no_grad()
+    def sample(self, prefix_BT: Tensor, drawing: Drawing, beat: Callable[[], None] = lambda: None) -> Tensor | None:
+        """Complete prefixes (int64 [B, T], see sampling.py), the images divided over the ranks; a collective.
+
+        A step of a divided network gathers all of it for one token. So a copy of it is drawn from, which is whole for
+        that time, where every rank has the memory; where one has not, the divided network, all ranks in step.
+
+        Returns:
+            int64 [B, n] on rank 0, None on the others; None on all where a rank lacks the memory for a single image.
+        """
+        self.deepspeed.eval()
+        weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.module.parameters())
+        # The same on every rank, so that all go the same way and take the same number of steps.
+        free = self._least(free_bytes(self.device, self.place.neighbours) // 2)
+        model, network = self.module, None
+        if self.stage == 3 and free < weights:
+            network = self.deepspeed
+        elif self.stage == 3:
+            model, free = self._whole_copy(), free - weights
+        images = images_at_once(model, free)
+
+        def draw_rows(prefix_BT: Tensor, first: int) -> Tensor:
+            parts = [
+                sample(model, prefix_BT[i : i + images], drawing, first + i, None, network, beat)
+                for i in range(0, len(prefix_BT), images)
+            ]
+            return torch.cat(parts)
+
+        found = over_ranks(draw_rows, prefix_BT, self.place, self._control) if images else None
+        self.deepspeed.train()
+        return found
+
+    def _whole_copy(self) -> ImageGPT:
+        """The network as it stands under ZeRO-3, whole on every rank and in evaluation mode; a collective."""
+        weights = {}
+        for name, p in self.module.named_parameters():
+            # Small parameters are kept whole, and would not be any more when such a context ends.
+            divided = p.numel() < getattr(p, "ds_numel", 0)
+            with deepspeed.zero.GatheredParameters([p]) if divided else nullcontext():
+                weights[name] = p.detach().clone()
+        with torch.device("meta"):
+            model = ImageGPT(self.config)
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
+    # --- between the ranks -------------------------------------------------------------------------------------
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """The same sums on every rank, added in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._control)
+        return tensor.tolist()
+
+    def _least(self, value: int) -> int:
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._control)
+        return int(tensor)
+
+    def from_rank_0(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; also a barrier."""
+        return self.sum_over_ranks([float(flag)])[0] > 0
+
+    def close(self) -> None:
+        """Free the model and its optimiser; the process group stays (see `leave`)."""
+        self.deepspeed.destroy()
+        # hpZ's groups stay, and DeepSpeed fails where a second engine would make them again.
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
+def _share_positions(model: ImageGPT, ranks: int, where: Place) -> slice:
+    """Let neighbouring ranks share an image's positions (DeepSpeed Ulysses); this rank's."""
+    groups = [dist.new_group(range(first, first + ranks)) for first in range(0, where.world, ranks)]
+
+    def between_ranks(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        distributed = DistributedAttention(attend, groups[where.rank // ranks], scatter_idx=2, gather_idx=1)
+        return functools.partial(distributed, batch_dim_idx=0)
+
+    share = model.sequence_length // ranks
+    part = slice(where.rank % ranks * share, (where.rank % ranks + 1) * share)
+    model.share_positions(part, between_ranks)
+    return part
+
+
+def _adam(model: ImageGPT, config: Config, device: torch.device) -> torch.optim.AdamW:
+    """Adam without weight decay (paper section 3.4): fused on a GPU, torch's plain one on a CPU."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.training.learning_rate,
+        betas=(config.training.beta1, config.training.beta2),
+        eps=config.training.epsilon,
+        weight_decay=0.0,
+        fused=device.type == "cuda",
+    )

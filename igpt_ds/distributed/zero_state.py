@@ -1,0 +1,150 @@
+"""Weights and Adam moments under any ZeRO stage, as a checkpoint holds them.
+
+With engine.py, which alone uses it, the one door to DeepSpeed.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor
+
+from igpt_ds.checkpoint.read import MOMENTS, Shard
+from igpt_ds.distributed.ranks import Place
+from igpt_ds.weights.base import Weights
+
+
+class ZeroState:
+    """The state of a DeepSpeed engine and its Adam on this rank.
+
+    Args:
+        deepspeed: DeepSpeed's engine, which holds the network.
+        optimizer: the Adam that it was given.
+        stage: of ZeRO.
+    """
+
+    def __init__(self, deepspeed: Any, optimizer: torch.optim.AdamW, stage: int, place: Place, device: torch.device):
+        self._deepspeed, self._module, self._optimizer = deepspeed, deepspeed.module, optimizer
+        self._stage, self._place, self._device = stage, place, device
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's part of weights and Adam moments, float32: over all ranks each number exactly once.
+
+        ZeRO-3 gives the slice that the rank owns. The lower stages give whole parameters, dealt to the ranks in
+        turn; gathering them is a collective, so every rank must run through to the end.
+        """
+        for index, (name, p) in enumerate(self._module.named_parameters()):
+            shape = tuple(getattr(p, "ds_shape", p.shape))
+            if self._stage == 3:
+                start, stop = self._slice(p)
+                yield Shard(
+                    name,
+                    shape,
+                    start,
+                    stop,
+                    {
+                        "weight": safe_get_local_fp32_param(p)[: stop - start],
+                        **{k: safe_get_local_optimizer_state(p, k)[: stop - start] for k in MOMENTS},
+                    },
+                )
+                continue
+            if self._stage == 0:
+                whole = {"weight": p.data, **{k: self._optimizer.state[p][k] for k in MOMENTS}}
+            else:
+                whole = {
+                    "weight": safe_get_full_fp32_param(p),
+                    **{k: safe_get_full_optimizer_state(p, k) for k in MOMENTS},
+                }
+            if index % self._place.world == self._place.rank:
+                yield Shard(name, shape, 0, p.numel(), {k: v.detach().reshape(-1) for k, v in whole.items()})
+
+    @torch.no_grad()
+    def load(self, checkpoint: Weights, weights_only: bool = False) -> None:
+        """Take weights, moments and step from a checkpoint made on any number of ranks at any ZeRO stage.
+
+        Args:
+            weights_only: leave moments and step as they are at a beginning, and parameters that the checkpoint does not
+                have, such as a new class head.
+        """
+        # Adam counts updates, and skipped steps made none.
+        self.create_moments(0 if weights_only else checkpoint.progress.get("updates", checkpoint.step))
+        kinds = ("weight",) if weights_only else ("weight", *MOMENTS)
+        for name, p in self._module.named_parameters():
+            if weights_only and name not in checkpoint.tensors:
+                continue
+            if self._stage == 3:
+                self._load_slice(checkpoint, name, p, kinds)
+            else:
+                self._load_whole(checkpoint, name, p, kinds)
+        persistent = self._deepspeed.optimizer.persistent_parameters if self._stage == 3 else []
+        if persistent:
+            # Small parameters stay gathered between steps: let go of the old ones, gather the slices anew.
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+        if self._stage == 3:
+            # hpZ's copies, which an evaluation may have made, are of the weights that were here before.
+            self._deepspeed.optimizer.invalidate_secondary_tensor()
+        self._deepspeed.global_steps = 0 if weights_only else checkpoint.step
+
+    def _slice(self, p: Any) -> tuple[int, int]:
+        """First and last + 1 element of the flat parameter that this rank owns; the last ranks' may be short."""
+        part = p.ds_tensor.numel()
+        return min(p.ds_numel, part * self._place.rank), min(p.ds_numel, part * (self._place.rank + 1))
+
+    def _load_slice(self, checkpoint: Weights, name: str, p: Any, kinds: Sequence[str]) -> None:
+        start, stop = self._slice(p)
+
+        def padded(kind: str) -> Tensor:
+            values = torch.zeros(p.ds_tensor.numel(), dtype=torch.float32)
+            values[: stop - start] = checkpoint.read(name, kind, start, stop)
+            return values.to(self._device)
+
+        weight = padded("weight")
+        safe_set_local_fp32_param(p, weight)
+        p.ds_tensor.copy_(weight)
+        for kind in kinds[1:]:
+            safe_set_local_optimizer_state(p, padded(kind), kind)
+
+    def _load_whole(self, checkpoint: Weights, name: str, p: torch.nn.Parameter, kinds: Sequence[str]) -> None:
+        whole = {kind: checkpoint.read(name, kind, 0, p.numel()).view(p.shape).to(self._device) for kind in kinds}
+        p.copy_(whole["weight"])
+        if self._stage == 0:
+            for kind in kinds[1:]:
+                self._optimizer.state[p][kind].copy_(whole[kind])
+        else:
+            safe_set_full_fp32_param(p, whole["weight"])
+            for kind in kinds[1:]:
+                safe_set_full_optimizer_state(p, whole[kind], kind)
+
+    def create_moments(self, updates: int) -> None:
+        """Give torch's Adam the state that it would otherwise create at its first step."""
+        owner = self._deepspeed.optimizer
+        if self._stage == 3:
+            flat = owner.fp32_partitioned_groups_flat
+        elif hasattr(owner, "fp32_groups_flat_partition"):
+            flat = owner.fp32_groups_flat_partition  # stage 1 in bfloat16: an optimiser class of its own
+        elif self._stage > 0:
+            flat = owner.single_partition_of_fp32_groups
+        else:
+            flat = list(self._module.parameters())
+        for tensor in flat:
+            state = self._optimizer.state[tensor]
+            for kind in MOMENTS:
+                if kind not in state:
+                    state[kind] = torch.zeros_like(tensor)
+            # The fused Adam keeps its counter on the GPU, the plain one on the CPU.
+            on = tensor.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
+            state["step"] = torch.tensor(float(updates), device=on)
+        if self._stage in (1, 2):
+            # Otherwise linked to the parameters only after the first step.
+            owner._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,195 @@
+"""Figures 2, 3 and 4 of the paper: one's own runs on the left, what it printed on the right.
+
+Drawn from records alone. What has no record is named in the picture as missing; of the paper only numbers are
+drawn that it printed. Accuracies are per cent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from igpt_ds.results import paper_numbers as paper
+from igpt_ds.results.figures import by_layer, new, plain
+from igpt_ds.run.records import Record, RunRecords, best_layer
+
+# The paper's colours of figure 4: bold is what ensembling masks adds.
+PROBE, PROBE_BOLD, TUNED, TUNED_BOLD = "#9ecae1", "#1f6fb4", "#fdbe85", "#e6550d"
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A group of figure 4: accuracies in per cent, None where there is no record."""
+
+    name: str
+    probe: float | None
+    tuned: float | None
+    probe_masks: float | None = None
+    tuned_masks: float | None = None
+
+
+def figure_2(runs: Sequence[RunRecords]) -> Figure:
+    """Probe accuracy by layer."""
+    figure, own, theirs = _beside("Figure 2: representation quality by layer")
+    probes = [(run, probe) for run in runs if (probe := run.probe)]
+    for number, (run, probe) in enumerate(probes):
+        label = f"{plain(run.label)} ({_steps(probe)}, n = {probe['validation_images']:,})"
+        by_layer(own, probe["layers"], "o-", f"C{number}", label)
+    _conclude(own, bool(probes), "no probe.json in these runs")
+    for place, (_, value) in enumerate(paper.FIGURE_2):
+        _bar(theirs, place, 0.8, value, PROBE_BOLD, "")
+    _name_bars(theirs, [name for name, _ in paper.FIGURE_2])
+    theirs.set_title("the paper's iGPT-L: what its text states")
+    return figure
+
+
+def figure_3(runs: Sequence[RunRecords]) -> Figure:
+    """Probe accuracy against validation loss, a line a run and a point a checkpoint."""
+    figure, own, theirs = _beside("Figure 3: representation quality by generative loss")
+    drawn = 0
+    for run in runs:
+        losses = run.validation
+        points = [(losses[p["step"]][0], 100 * best_layer(p)["accuracy"], p) for p in run.probes if p["step"] in losses]
+        if not points:
+            continue
+        label = f"{plain(run.label)} (n = {points[-1][2]['validation_images']:,})"
+        own.plot([nats for nats, *_ in points], [a for _, a, _ in points], "o-", color=f"C{drawn}", label=label)
+        for nats, accuracy, probe in points:
+            step = f"{probe['step']:,}"
+            own.annotate(step, (nats, accuracy), xytext=(5, -10), textcoords="offset points", fontsize="x-small")
+        drawn += 1
+    own.set_xlabel("validation loss, nats a token (points: steps)")
+    own.invert_xaxis()
+    own.margins(0.1)
+    own.grid(alpha=0.3)
+    _conclude(own, drawn > 0, "no step has both a probe record\nand a validation loss")
+    for name, nats, accuracy in paper.FIGURE_3:
+        theirs.plot(nats, accuracy, "o", color=PROBE_BOLD)
+        label = f"{name}, {accuracy}"
+        theirs.annotate(label, (nats, accuracy), xytext=(-8, -4), textcoords="offset points", ha="right")
+    theirs.set_xlim(2.115, 2.035)
+    theirs.margins(y=0.15)
+    theirs.set_xlabel("test loss of the released checkpoints, nats a token")
+    theirs.set_title("the paper: ImageNet, last step (section 4.4)")
+    theirs.grid(alpha=0.3)
+    return figure
+
+
+def figure_4(runs: Sequence[RunRecords]) -> Figure:
+    """Auto-regressive against BERT: probe and fine-tuning; bold is what ensembling masks changes."""
+    figure, own, theirs = _beside("Figure 4: auto-regressive and BERT pre-training")
+    groups = groups_of(runs)
+    _draw_groups(own, groups, "no record")
+    _conclude(own, bool(groups), "no probe.json or result.json in these runs", columns=2)
+    _draw_groups(theirs, [Bars(*row) for row in paper.FIGURE_4], "not printed")
+    theirs.set_title("the paper's iGPT-L, 32²")
+    theirs.set_xlabel(paper.FIGURE_4_TEXT, fontsize="x-small")
+    return figure
+
+
+def groups_of(runs: Sequence[RunRecords]) -> list[Bars]:
+    """Groups of figure 4: one a pre-training with its best fine-tuning, one a fine-tuning of none of the runs.
+
+    A fine-tuning belongs to the run whose checkpoint it began with.
+    """
+    homes = {run.label: run.path.resolve() for run in runs if run.config.finetune is None}
+    tuned: dict[str, list[RunRecords]] = {}
+    for run in runs:
+        if run.config.finetune is not None and run.result:
+            begun = Path(run.config.finetune.start).resolve() if run.config.finetune.start else None
+            home = next((label for label, path in homes.items() if begun and path in begun.parents), run.label)
+            tuned.setdefault(home, []).append(run)
+    groups = []
+    for run in runs:
+        results = [each.result for each in tuned.get(run.label, []) if each.result]
+        best = max(results, key=lambda result: result["accuracy"], default=None)
+        probe = run.probe if run.config.finetune is None else None
+        if best is None and probe is None:
+            continue
+        scratch = run.config.finetune is not None and not run.config.finetune.start
+        groups.append(
+            Bars(
+                f"{run.label}\n{'from scratch' if scratch else run.objective}",
+                100 * best_layer(probe)["accuracy"] if probe else None,
+                100 * best["accuracy"] if best else None,
+                ensembled(probe),
+                ensembled(best),
+            )
+        )
+    return groups
+
+
+def ensembled(record: Record | None) -> float | None:
+    """Accuracy in per cent of the modal prediction over masks, where it is recorded."""
+    masks = (record or {}).get("masks")
+    return 100 * masks["accuracy"] if isinstance(masks, dict) and "accuracy" in masks else None
+
+
+def _beside(title: str) -> tuple[Figure, Axes, Axes]:
+    figure = new(11, 4.4)
+    own, theirs = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure.suptitle(title)
+    own.set_title("these runs")
+    own.set_ylabel("accuracy, %")
+    return figure, own, theirs
+
+
+def _conclude(axes: Axes, drawn: bool, otherwise: str, columns: int = 1) -> None:
+    if drawn:
+        axes.legend(fontsize="small", ncols=columns)
+    else:
+        axes.text(0.5, 0.5, f"missing: {otherwise}", ha="center", va="center", transform=axes.transAxes)
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+
+def _draw_groups(axes: Axes, groups: Sequence[Bars], missing: str) -> None:
+    for place, group in enumerate(groups):
+        for x, value, masks, color, bold in (
+            (place - 0.2, group.probe, group.probe_masks, PROBE, PROBE_BOLD),
+            (place + 0.2, group.tuned, group.tuned_masks, TUNED, TUNED_BOLD),
+        ):
+            _bar(axes, x, 0.38, value, color, missing, masks, bold)
+    # Drawn outside of the axes, for the legend alone.
+    kinds = [("linear probe", PROBE, True), ("fine-tuned", TUNED, True)]
+    kinds.append(("probe, masks ensembled", PROBE_BOLD, any(group.probe_masks for group in groups)))
+    kinds.append(("fine-tuned, masks ensembled", TUNED_BOLD, any(group.tuned_masks for group in groups)))
+    for label, color, shown in kinds:
+        if shown:
+            axes.bar(-9, 0, color=color, label=label)
+    _name_bars(axes, [plain(group.name) for group in groups])
+    axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
+
+
+def _bar(
+    axes: Axes,
+    x: float,
+    width: float,
+    value: float | None,
+    color: str,
+    missing: str,
+    masks: float | None = None,
+    bold: str = "",
+) -> None:
+    if value is None:
+        axes.text(x, 1, missing, rotation=90, ha="center", va="bottom", fontsize="x-small", color="C7")
+        return
+    axes.bar(x, value, width, color=color)
+    top, text = value, f"{value:.1f}"
+    if masks is not None:
+        # A loss is drawn as well: the bold part then lies within the bar.
+        axes.bar(x, abs(masks - value), width, bottom=min(masks, value), color=bold)
+        top, text = max(masks, value), f"{value:.1f}\n→ {masks:.1f}"
+    axes.text(x, top + 0.5, text, ha="center", va="bottom", fontsize="small")
+
+
+def _name_bars(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_xticks(range(len(names)), names, fontsize="small")
+    axes.set_ylim(0, 132)
+    axes.set_yticks(range(0, 101, 20))
+
+
+def _steps(probe: Record) -> str:
+    return f"{probe['step']:,} steps"

@@ -1,0 +1,112 @@
+"""The end of a fine-tuning: the checkpoint of the best validation, tested once (paper sections 3.1, 4.5 and 4.6)."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from igpt_ds.atomic import publish_text
+from igpt_ds.checkpoint.read import step_directory
+from igpt_ds.dataset.shards import Dataset
+from igpt_ds.errors import RunError
+from igpt_ds.run.directory import LOGGER, Run
+from igpt_ds.train.job import Job
+from igpt_ds.train.resume import Progress, open_verified
+
+if TYPE_CHECKING:
+    from igpt_ds.distributed.engine import Engine
+    from igpt_ds.loading.loader import Batch
+
+
+def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
+    """Write RUN/result.json: the accuracy on test/ where it was asked for, else the best one on val/. A collective.
+
+    A result that is there already and tells the same is left: a test split is looked at once.
+
+    Raises:
+        RunError: the best checkpoint could not be saved when it was due.
+        UserError: it is damaged, or the test split is.
+    """
+    split = "test" if job.test_set else "val"
+    path = run.path / "result.json"
+    best = progress.best[0] if progress.best else progress.step
+    facts = {**_facts(job, best), "split": split, "steps": progress.step}
+    recorded = engine.from_rank_0(json.loads(path.read_text()) if path.exists() else {})
+    masks_recorded = (recorded.get("masks") or {}).get("count", 0)
+    if all(recorded.get(key) == value for key, value in facts.items()) and masks_recorded == job.masks:
+        return
+    dataset = job.test_set or job.validation_set
+    assert dataset is not None, "prepare lets nothing else pass"
+    if best != progress.step and (job.test_set or job.masks):
+        directory = step_directory(run.checkpoints, best)
+        if not engine.from_rank_0(directory.exists()):
+            raise RunError(f"{directory}: the best checkpoint was not saved, the disk being full, say: --fresh --force")
+        engine.state.load(open_verified(engine, directory), weights_only=True)
+    measured = {"accuracy": progress.best[1] if progress.best else 0.0}
+    if job.test_set:
+        totals, images = engine.evaluate(_batches(engine, job, dataset, "test"))
+        measured = {name: total / images for name, total in zip(engine.measures, totals, strict=True)}
+    masks = {"count": job.masks, "accuracy": _ensemble(engine, job, dataset)} if job.masks else None
+    if engine.place.rank == 0:
+        validation = None
+        if progress.best and job.validation_set:
+            validation = {"accuracy": progress.best[1], "n": job.validation_set.rows}
+        result = {**facts, **measured, "n": dataset.rows, "validation": validation, "masks": masks}
+        publish_text(path, json.dumps(result, indent=2) + "\n")
+        with_masks = f", {masks['accuracy']:.4f} with {job.masks} masks" if masks else ""
+        LOGGER.info(
+            f"best checkpoint: step {best}: accuracy on {split} {measured['accuracy']:.4f}{with_masks} "
+            f"(n = {dataset.rows}); written: {path}"
+        )
+
+
+def _facts(job: Job, best: int) -> dict[str, Any]:
+    """What tells one result from another."""
+    config = job.config
+    finetune = config.finetune
+    assert finetune is not None
+    step = finetune.start.rpartition("step-")[2]
+    return {
+        "kind": "finetune",
+        "model": config.name,
+        "objective": config.objective.name,
+        "from": {"checkpoint": finetune.start, "step": int(step) if step.isdecimal() else None}
+        if finetune.start
+        else None,
+        "best_step": best,
+        "classes": finetune.classes,
+        "layer": config.class_layer,
+        "generative_weight": finetune.generative_weight,
+        "augmentation": finetune.augmentation,
+        "dropout": finetune.dropout,
+        "fold_validation": finetune.fold_validation,
+        "learning_rate": config.training.learning_rate,
+        "batch": config.training.batch,
+        "seed": config.seed,
+        "train_images": sum(dataset.rows for dataset in job.train_sets),
+    }
+
+
+def _batches(engine: "Engine", job: Job, dataset: Dataset, title: str) -> "Iterator[Batch]":
+    """The dataset's batches of this rank, with a progress bar on rank 0."""
+    from igpt_ds.loading.loader import evaluation_batches
+
+    where, size = engine.place, job.division.micro_batch
+    total = -(-dataset.rows // (size * where.world))
+    batches = evaluation_batches(dataset, size, where.rank, where.world)
+    quiet = True if where.rank else None
+    return iter(tqdm(batches, desc=title, total=total, unit=" batches", leave=False, disable=quiet))
+
+
+def _ensemble(engine: "Engine", job: Job, dataset: Dataset) -> float:
+    """Accuracy of the modal prediction under independent masks."""
+    from igpt_ds.evals.mask_ensemble import mask_seed, vote
+
+    split = "test" if job.test_set else "val"
+    seeds = [mask_seed(job.config.seed, split, number) for number in range(job.masks)]
+    right = 0.0
+    for batch in _batches(engine, job, dataset, f"{job.masks} masks"):
+        modal_B = vote(engine.predict(batch, seeds), batch["positions"], job.config)
+        right += float(((modal_B == batch["labels"]) * batch["weight"]).sum())
+    return engine.sum_over_ranks([right])[0] / dataset.rows

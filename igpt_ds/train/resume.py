@@ -1,0 +1,228 @@
+"""Where a run stands, and how it comes to stand there: resumed from a checkpoint, or rolled back to one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igpt_ds.checkpoint import read as checkpoint
+from igpt_ds.checkpoint.read import Checkpoint
+from igpt_ds.config.schema import Config
+from igpt_ds.errors import RunError, UserError
+from igpt_ds.hashing import stable_hash
+from igpt_ds.loading.order import LeftOut
+from igpt_ds.run.directory import LOGGER, Run
+from igpt_ds.run.metrics import Metrics, read_metrics
+from igpt_ds.train.job import Job
+from igpt_ds.train.stability import Stability
+
+if TYPE_CHECKING:
+    from igpt_ds.distributed.engine import Engine
+    from igpt_ds.weights.base import Weights
+
+LOWER_RATE = "lower training.learning_rate"
+# What the weights do not fit, whatever a person allows.
+FIXED = ("model", "resolution", "palette_size", "finetune")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; the same on every rank.
+
+    Attributes:
+        step: completed steps, skipped ones among them.
+        left_out: batches that are not trained on, because the run rolled back over them.
+        stability: the judge of its steps.
+        rollbacks: the steps that it went back to so far.
+        failed_saves: saves that failed in a row.
+        best: a fine-tuning's best validation so far: step and accuracy.
+        stale: validations since then.
+    """
+
+    step: int
+    left_out: LeftOut
+    stability: Stability
+    rollbacks: list[int] = field(default_factory=list)
+    failed_saves: int = 0
+    best: tuple[int, float] | None = None
+    stale: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {
+            "updates": self.step - self.stability.skipped,
+            "left_out": [list(span) for span in self.left_out.spans],
+            "stability": self.stability.state(),
+            **({"best": list(self.best), "stale": self.stale} if self.best else {}),
+        }
+
+    def note_validation(self, accuracy: float) -> bool:
+        """Take note of a fine-tuning's validation; whether it is the best so far. Of equals the first is."""
+        better = self.best is None or accuracy > self.best[1]
+        if better:
+            self.best = (self.step, accuracy)
+        self.stale = 0 if better else self.stale + 1
+        return better
+
+    def ended_early(self, config: Config) -> bool:
+        """Whether so many validations brought nothing better that a fine-tuning ends (paper section 4.5)."""
+        return config.finetune is not None and 0 < config.finetune.patience <= self.stale
+
+
+def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
+    """Refuse to go on with the run of another job; all checkpoints of a run are alike in this.
+
+    Args:
+        allowed: facts that may differ.
+
+    Raises:
+        UserError: model, objective, palette, seed, batch or data order differ.
+    """
+    mine = job.identity()
+    for name in allowed:
+        if name in FIXED or name not in mine:
+            choice = ", ".join(key for key in mine if key not in FIXED)
+            raise UserError(f"--allow-change {name}: not possible: choose from {choice}")
+    for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
+        try:
+            found = Checkpoint.open(path)
+        except UserError:
+            continue  # `resume` tells of damaged ones
+        if found.progress.get("weights_only"):
+            raise UserError(
+                f"{run.path}: holds weights without Adam's moments, a training cannot go on from them: "
+                "begin another --run with --init-from"
+            )
+        theirs = found.identity
+        for key, value in mine.items():
+            if theirs.get(key) != value and key not in allowed:
+                remedy = "" if key in FIXED else f", add --allow-change {key}"
+                raise UserError(
+                    f"{path}: {key} was {theirs.get(key)}, but now is {value}: restore it{remedy}, "
+                    "or choose another --run"
+                )
+        return
+
+
+def resume(engine: "Engine", job: Job, run: Run) -> Progress:
+    """Load the newest whole checkpoint, if there is one, and remember what was decided after it."""
+    # One listing and one reading for all: a network file system may show the ranks different ones.
+    candidates = engine.from_rank_0(checkpoint.list_checkpoints(run.checkpoints))
+    decisions = engine.from_rank_0([line for line in read_metrics(run.metrics) if line.get("event") == "rollback"])
+    where = engine.place
+    found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
+    if found is None:
+        _begin(engine, job.config)
+        return Progress(0, LeftOut(), Stability(job.config.health, {}))
+    if where.rank == 0:
+        checkpoint.set_aside_newer(run.checkpoints, found.step)
+    progress = _load(engine, job, found)
+    progress.rollbacks = [line["step"] for line in decisions]
+    spans = [*progress.left_out.spans, *(line["left_out"] for line in decisions)]
+    progress.left_out = LeftOut.of(spans)
+    LOGGER.info(f"resumed from {found.path} at step {found.step}")
+    return progress
+
+
+def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics: Metrics | None) -> Progress:
+    """Go back to the newest whole checkpoint from before the bad steps, and leave their batches out from now on.
+
+    Raises:
+        RunError: there is no such checkpoint, or the run has been there too often.
+    """
+    patience = job.config.health.patience
+    good = progress.step - progress.stability.bad  # the last step before the first bad one
+    what = f"step {progress.step}: {progress.stability.bad} bad steps in a row (loss spikes or non-finite gradients)"
+    candidates = [p for p in checkpoint.list_checkpoints(run.checkpoints) if p <= _directory(run, good)]
+    candidates = engine.from_rank_0(candidates)
+    where = engine.place
+    found = None
+    if candidates:
+        found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
+    if found is None:
+        raise RunError(f"{what} and no checkpoint from before them to go back to: {LOWER_RATE}")
+    before = sum(step >= found.step for step in progress.rollbacks)
+    if before >= job.config.health.max_rollbacks:
+        raise RunError(f"{what} after {before} rollbacks to step {found.step}: {LOWER_RATE} (the checkpoint stands)")
+    # The update that did the harm may have been made some steps before it showed.
+    first = progress.left_out.batch(max(found.step, good - patience))
+    last = progress.left_out.batch(progress.step - 1)
+    decision = {"step": found.step, "event": "rollback", "reason": what, "left_out": [first, last + 1]}
+    rollbacks = [*progress.rollbacks, found.step]
+    spans = [*progress.left_out.spans, (first, last + 1)]
+    if metrics is not None:
+        # In this order: killed in between, the run finds the spike again and decides the same.
+        metrics.rewind(found.step)
+        metrics.write(decision)
+        checkpoint.set_aside_newer(run.checkpoints, found.step, "abandoned")
+    LOGGER.warning(f"{what}: back to step {found.step}, leaving out batches {first} to {last}")
+    progress = _load(engine, job, found)
+    progress.left_out, progress.rollbacks = LeftOut.of([*progress.left_out.spans, *spans]), rollbacks
+    return progress
+
+
+def _directory(run: Run, step: int) -> Path:
+    return checkpoint.step_directory(run.checkpoints, step)
+
+
+def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
+    import torch
+
+    engine.state.load(found)
+    random_state = found.random_state(engine.place.rank)
+    if random_state is not None:
+        torch.set_rng_state(random_state)
+    elif job.config.finetune is not None:
+        _seed_dropout(job.config, engine.place.rank, found.step)
+    device_random_state = found.device_random_state(engine.place.rank)
+    if device_random_state is not None and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(device_random_state)
+    kept = found.progress
+    stability = Stability(job.config.health, kept.get("stability", {}))
+    progress = Progress(found.step, LeftOut.of(kept.get("left_out", ())), stability)
+    if "best" in kept:
+        progress.best, progress.stale = (kept["best"][0], kept["best"][1]), kept["stale"]
+    return progress
+
+
+def _begin(engine: "Engine", config: Config) -> None:
+    """Take the weights that a training begins with, if it does not begin with random ones; rank 0 says which.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    from igpt_ds.weights.base import at_resolution
+
+    if config.finetune is not None:
+        _seed_dropout(config, engine.place.rank, 0)
+    start = engine.from_rank_0(config.finetune.start if config.finetune else config.init_from)
+    if start:
+        found = open_verified(engine, Path(start))
+        assert config.data.resolution is not None
+        engine.state.load(at_resolution(found, config.data.resolution, LOGGER.info), weights_only=True)
+        LOGGER.info(f"begun with the weights of {start}")
+
+
+def open_verified(engine: "Engine", path: Path) -> "Weights":
+    """Weights whose bytes are as they were written, where hashes are recorded; the ranks share the reading.
+
+    Raises:
+        UserError: on every rank, if it is damaged.
+    """
+    from igpt_ds.weights.formats import open_weights
+
+    fault, where = "", engine.place
+    try:
+        found = open_weights(path, verify=False)
+        found.verify(where.rank, where.world)
+    except UserError as error:
+        fault = str(error)
+    if engine.any_rank(bool(fault)):
+        raise UserError(fault or f"{path}: found damaged by another rank: see its message")
+    return found
+
+
+def _seed_dropout(config: Config, rank: int, step: int) -> None:
+    """Every rank drops others; the state is a part of each checkpoint."""
+    import torch
+
+    torch.manual_seed(stable_hash(config.seed, rank, step) & 0xFFFFFFFF)  # 32 bits are all that the CPU's looks at

@@ -1,0 +1,247 @@
+"""The search for the learning rate (paper section 3.4): 0.01, 0.003, 0.001, ... until the final result gets worse.
+
+    DIR/lr-0.01/        one run directory a rate
+    DIR/sweep.json      the command, what came of each rate, the winner; rewritten after every rate
+
+Each rate is a process of its own (or a launcher's), so that a search survives whatever becomes of one of them. The
+result of a pre-training is its final validation loss, that of a fine-tuning its best validation accuracy, since it is
+its best checkpoint that is used. A run whose loss is above that of a blind guess, or that is lost for good, has
+diverged; it is stopped, and counts as worse than any other.
+"""
+
+import json
+import math
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from igpt_ds.atomic import publish_text
+from igpt_ds.config.file import load_config
+from igpt_ds.config.schema import Config
+from igpt_ds.errors import RunError, UserError
+from igpt_ds.run.directory import Run
+from igpt_ds.run.metrics import read_metrics
+
+RATES = (0.01, 0.003, 0.001, 0.0003, 0.0001, 0.00003, 0.00001, 0.000003)
+_LOSSES = 10  # recorded losses in a row, whose mean is held against a blind guess's
+_LOOK_EVERY = 1.0  # seconds
+_TIME_TO_STOP = 600.0  # seconds that a run has to finish a step and save
+
+Status = Literal["done", "diverged", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one rate. A fine-tuning's accuracy and loss are those of its best validation.
+
+    Attributes:
+        step: of the validation that is told, or the last recorded one.
+        n: validation images.
+    """
+
+    rate: float
+    status: Status
+    step: int
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    n: int | None = None
+
+    @property
+    def badness(self) -> float:
+        """What the search makes small: validation loss, or the share of images told wrong; infinite if diverged."""
+        if self.status != "done" or self.val_loss is None:
+            return math.inf
+        return self.val_loss if self.val_accuracy is None else 1 - self.val_accuracy
+
+
+def folder(directory: Path, rate: float) -> Path:
+    """The run directory of a rate, named as slurm/sweep_lr.sh names it."""
+    return directory / f"lr-{Decimal(repr(rate)):f}"
+
+
+def read_trial(directory: Path, rate: float, end: int) -> Trial:
+    """What the run directory of one rate tells.
+
+    Args:
+        end: the step whose validation counts; a fine-tuning may end earlier.
+    """
+    lines = read_metrics(directory / "metrics.jsonl")
+    validations = [line for line in lines if "val_loss" in line]
+    last = max((line["step"] for line in lines), default=0)
+    finished = (directory / "result.json").exists() or any(line["step"] >= end for line in validations)
+    if not finished or not validations:
+        return Trial(rate, "diverged" if _diverged(directory, lines) else "unfinished", last)
+    chosen = validations[-1]
+    if "val_accuracy" in chosen:
+        chosen = max(validations, key=lambda line: line["val_accuracy"])  # the first of equals
+    status: Status = "done" if math.isfinite(chosen["val_loss"]) else "diverged"
+    return Trial(
+        rate, status, chosen["step"], chosen["val_loss"], chosen.get("val_accuracy"), int(chosen["val_images"])
+    )
+
+
+def _diverged(directory: Path, lines: Sequence[dict[str, Any]]) -> bool:
+    """Whether the last losses after the warm-up are, in the mean, above a blind guess's."""
+    run = Run(directory)
+    if not run.config.exists():
+        return False
+    config = load_config(run.config)
+    losses = [line["loss"] for line in lines if "loss" in line and line["step"] > config.training.warmup_steps]
+    return len(losses) >= _LOSSES and sum(losses[-_LOSSES:]) / _LOSSES > blind_guess(config)
+
+
+def blind_guess(config: Config) -> float:
+    """The loss of a network that takes all colours, and all classes, to be equally likely, in nats."""
+    generative = math.log(config.palette_size)
+    if config.finetune is None:
+        return generative
+    return config.finetune.generative_weight * generative + math.log(config.classes)
+
+
+def rose(trials: Sequence[Trial]) -> bool:
+    """Whether the search is over: the last rate did worse than the one before it."""
+    return len(trials) > 1 and trials[-1].badness > trials[-2].badness
+
+
+def winner(trials: Sequence[Trial]) -> Trial | None:
+    """The best rate, the largest of equals; None if all diverged."""
+    best = min(trials, key=lambda trial: trial.badness, default=None)
+    return best if best is not None and best.badness < math.inf else None
+
+
+def table(trials: Sequence[Trial]) -> str:
+    """The trials as an aligned table."""
+    best = winner(trials)
+    lines = [f"{'rate':>9}  {'status':<10}  {'step':>9}  {'val loss':>9}  {'accuracy':>9}  {'n':>9}"]
+    for trial in trials:
+        loss = "" if trial.val_loss is None else f"{trial.val_loss:.4f}"
+        accuracy = "" if trial.val_accuracy is None else f"{trial.val_accuracy:.4f}"
+        n = "" if trial.n is None else f"{trial.n}"
+        row = f"{trial.rate:>9g}  {trial.status:<10}  {trial.step:>9}  {loss:>9}  {accuracy:>9}  {n:>9}"
+        lines.append(row.rstrip() + ("  <- best" if trial == best else ""))
+    return "\n".join(lines)
+
+
+def record(directory: Path, trials: Sequence[Trial], facts: dict[str, Any]) -> None:
+    """Write DIR/sweep.json."""
+    best = winner(trials)
+    by_accuracy = any(trial.val_accuracy is not None for trial in trials)
+    content = {
+        "kind": "sweep",
+        **facts,
+        "criterion": "val_accuracy" if by_accuracy else "val_loss",
+        "rates": [asdict(trial) for trial in trials],
+        "winner": best.rate if best else None,
+    }
+    publish_text(directory / "sweep.json", json.dumps(content, indent=2) + "\n")
+
+
+def collect(directory: Path) -> list[Trial]:
+    """What is there of runs that were started otherwise, as Slurm jobs say, largest rate first.
+
+    The runs must have been validated at the same step to be compared; those that are behind are unfinished.
+
+    Raises:
+        UserError: there is no run.
+    """
+    found = {load_config(path).training.learning_rate: path.parent for path in directory.glob("lr-*/config.toml")}
+    if not found:
+        raise UserError(f"{directory}: no run in it: name the folder of the runs lr-0.01, lr-0.003, ...")
+    validated = [
+        max((line["step"] for line in read_metrics(path / "metrics.jsonl") if "val_loss" in line), default=0)
+        for path in found.values()
+    ]
+    return [read_trial(found[rate], rate, max(validated)) for rate in sorted(found, reverse=True)]
+
+
+def search(
+    directory: Path, rates: Sequence[float], command: Sequence[str], launcher: Sequence[str], end: int, share: float
+) -> Iterator[list[Trial]]:
+    """Run rate after rate; yields the trials so far after each. Finished ones are not run again.
+
+    Args:
+        command: a verb of igpt-ds and its options, without the rate and without --run.
+        launcher: what `command` is appended to.
+        end: the step at which each run ends.
+        share: what part of the whole schedule that is.
+
+    Raises:
+        UserError: the folder belongs to another search, or a run was refused.
+        RunError: a run failed without having diverged, or the search was stopped.
+    """
+    facts = {"command": list(command), "share": share}
+    path = directory / "sweep.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**facts, "rates": []}
+    for key, value in facts.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{path}: {key} was {before.get(key)}, but now is {value}: restore it, or choose another --out"
+            )
+    known = {trial["rate"]: Trial(**trial) for trial in before["rates"] if trial["status"] != "unfinished"}
+    trials: list[Trial] = []
+    for rate in rates:
+        if rate in known:
+            trials.append(known[rate])
+        else:
+            stop_at = [] if share == 1 else ["--set", f"training.stop_at={end}"]
+            options = ["--run", str(folder(directory, rate)), "--set", f"training.learning_rate={rate!r}", *stop_at]
+            trials.append(_run(folder(directory, rate), rate, [*launcher, *command, *options], end))
+            record(directory, trials, facts)
+        yield trials
+        if rose(trials):
+            return
+
+
+def _run(directory: Path, rate: float, command: Sequence[str], end: int) -> Trial:
+    """Run one rate to its end, or until it is seen to diverge."""
+    stop = directory / "STOP"
+    stop.unlink(missing_ok=True)
+    with _asked_to_stop() as asked, subprocess.Popen(command) as process:
+        stopped_at = None
+        while process.poll() is None:
+            time.sleep(_LOOK_EVERY)
+            diverged = _diverged(directory, read_metrics(directory / "metrics.jsonl"))
+            if stopped_at is None and (asked or diverged):
+                # Not by a signal: a launcher would end its ranks before they have saved.
+                stopped_at = time.monotonic()
+                if directory.exists():
+                    stop.touch()
+            if stopped_at is not None and time.monotonic() - stopped_at > _TIME_TO_STOP:
+                process.terminate()
+    stop.unlink(missing_ok=True)
+    if process.returncode == 2:
+        raise UserError(f"sweep: rate {rate:g} was refused: see the line above: mend it and give the same command")
+    lines = read_metrics(directory / "metrics.jsonl")
+    lost = process.returncode != 0 and bool(lines) and lines[-1].get("event") in ("spike", "skipped")
+    trial = read_trial(directory, rate, end)
+    if lost:
+        return Trial(rate, "diverged", lines[-1]["step"])
+    if trial.status == "unfinished":
+        raise RunError(
+            f"sweep: rate {rate:g} ended at step {trial.step} of {end} (exit status {process.returncode}); "
+            "the same command goes on from there"
+        )
+    return trial
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Signals that asked this process to stop meanwhile, in a list that grows."""
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

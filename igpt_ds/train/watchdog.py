@@ -1,0 +1,194 @@
+"""A hang is found, named and ended.
+
+Every rank counts its beats: one before each thing that can hang (a batch is awaited, a step computed, a checkpoint
+written). A thread of each rank writes the count into RUN/heartbeats/rank-NNNNN.json. Since all ranks beat alike, the
+one that hangs has the lowest count while the others wait for it in a collective; a rank that was stopped or cut off
+leaves a file that is no longer renewed.
+
+A rank without a beat for `timeout` seconds reads the others' files, tells who is to blame, writes the stacks of its
+threads into its log and ends. A stopped neighbour on the same machine is made to write its stacks, too, and is killed,
+since it could not obey its launcher. The launcher ends what is left and its script starts the run again.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from igpt_ds.dataset.manifest import typed
+
+T = TypeVar("T")
+
+STATUS = 1  # of a rank that was ended for a hang
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """One rank's sign of life: `count` beats so far, the last of them when it began `doing` at `step`."""
+
+    count: int
+    doing: str
+    step: int
+    host: str
+    pid: int
+    born: int  # when the process started (clock ticks since boot): tells it from a later one of the same pid
+
+
+class Watchdog:
+    """One rank's heartbeat and its watch over the others.
+
+    Args:
+        run: the run directory.
+        timeout: seconds without a beat that are a hang; 0 watches nothing.
+        log: where the stacks are written.
+    """
+
+    def __init__(self, run: Path, rank: int, world: int, timeout: float, log: TextIO):
+        self._folder, self._rank, self._world = run / "heartbeats", rank, world
+        self._timeout, self._log = timeout, log
+        self._interval = max(0.05, min(2.0, timeout / 10))
+        self._mine = Heartbeat(0, "starting", 0, socket.gethostname(), os.getpid(), _born(os.getpid()) or 0)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Show the first sign of life and begin to watch."""
+        if not self._timeout:
+            return
+        self._folder.mkdir(exist_ok=True)
+        self._stopped(self._rank).unlink(missing_ok=True)
+        # Written by the signal's handler itself, so that a rank stuck in C code, or just continued, obeys.
+        faulthandler.register(signal.SIGUSR2, file=self._log, all_threads=True)
+        self._show()
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            (self._folder / _name(self._rank)).unlink(missing_ok=True)
+
+    def beat(self, doing: str, step: int) -> None:
+        """This rank begins something that may hang."""
+        mine = self._mine
+        self._mine = Heartbeat(mine.count + 1, doing, step, mine.host, mine.pid, mine.born)
+
+    def over(self, items: Iterable[T], getting: str, using: str, step: int) -> Iterator[T]:
+        """The items, with a beat before each is got and one before it is used."""
+        iterator = iter(items)
+        while True:
+            self.beat(getting, step)
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.beat(using, step)
+            yield item
+
+    def _watch(self) -> None:
+        seen, silent, last = self._mine.count, 0.0, time.monotonic()
+        while not self._ended.wait(self._interval):
+            # Should even this thread be held up, by code that never lets go of the interpreter, a timer in C ends it.
+            # (The timer cannot tell that from a job that was suspended for longer, which has to be started again.)
+            faulthandler.dump_traceback_later(2 * self._timeout + 30, exit=True, file=self._log)
+            with contextlib.suppress(OSError):  # a full disk is told of elsewhere
+                self._show()
+            now = time.monotonic()
+            # A look that comes late counts as if in time: what held this process up (a suspended job, a machine too
+            # busy) may have held up the others, which have not shown themselves again yet.
+            silent = silent + min(now - last, 2 * self._interval) if self._mine.count == seen else 0.0
+            seen, last = self._mine.count, now
+            if silent > self._timeout:
+                self._end_the_run(silent)
+
+    def _show(self) -> None:
+        path = self._folder / _name(self._rank)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self._mine)))
+        temporary.replace(path)
+
+    def _stopped(self, rank: int) -> Path:
+        """The mark of a rank that a neighbour found stopped."""
+        return (self._folder / _name(rank)).with_suffix(".stopped")
+
+    def _end_the_run(self, silent: float) -> None:
+        stopped, blame = self._diagnose(silent)
+        text = f"hang: no progress for {silent:.0f} s: {blame}; the ranks' stacks are in their logs"
+        print(f"{time.strftime('%F %T')} {text}", file=self._log, flush=True)
+        faulthandler.dump_traceback(self._log, all_threads=True)
+        if self._rank == min(set(range(self._world)) - stopped.keys(), default=self._rank):
+            print(f"igpt-ds: {text}", file=sys.stderr, flush=True)
+        for rank, other in stopped.items():
+            if other.host == self._mine.host and _born(other.pid) == other.born:
+                # It shows itself when it is made to go on, and who looks then must not take it for alive.
+                with contextlib.suppress(OSError):
+                    self._stopped(rank).touch()
+                _end_neighbour(other.pid)
+        time.sleep(2 * self._interval + 0.5)  # the others notice within an interval, and have stacks to write
+        os._exit(STATUS)
+
+    def _diagnose(self, silent: float) -> tuple[dict[int, Heartbeat], str]:
+        """The ranks without a sign of life, and a sentence about who is to blame."""
+        # Times of one file system, since clocks differ.
+        now = (self._folder / _name(self._rank)).stat().st_mtime
+        alive: dict[int, Heartbeat] = {}
+        stopped: dict[int, Heartbeat] = {}
+        missing = []
+        for rank in range(self._world):
+            path = self._folder / _name(rank)
+            try:
+                heartbeat = typed(Heartbeat, json.loads(path.read_text()))
+                silence = now - path.stat().st_mtime
+            except (OSError, ValueError, TypeError):
+                missing.append(f"rank {rank} has shown no sign of life")
+                continue
+            gone = silence > self._timeout / 2 or self._stopped(rank).exists()
+            (stopped if gone else alive)[rank] = heartbeat
+        if stopped or missing:
+            those = [
+                f"rank {rank} (process {h.pid} on {h.host}) shows no sign of life: stopped, dead or cut off while "
+                f"{h.doing} at step {h.step}"
+                for rank, h in stopped.items()
+            ]
+            return stopped, "; ".join([*those, *missing])
+        behind = min(h.count for h in alive.values())
+        if all(h.count == behind for h in alive.values()) and self._world > 1:
+            return {}, f"all ranks are {self._mine.doing} at step {self._mine.step}"
+        stuck = [
+            f"rank {rank} (process {h.pid} on {h.host}) is stuck {h.doing} at step {h.step}"
+            for rank, h in alive.items()
+            if h.count == behind
+        ]
+        return {}, "; ".join(stuck)
+
+
+def _name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _born(pid: int) -> int | None:
+    """When a process of this machine started, clock ticks since boot; None where that is not known."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _end_neighbour(pid: int) -> None:
+    """Make a stopped process of this machine write its stacks, then kill it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR2)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,322 @@
+"""Hugging Face's ImageGPT directories, in and out.
+
+    DIR/config.json                     the network, and (ours) what the training was
+        model.safetensors               or model-00001-of-0000N.safetensors and model.safetensors.index.json,
+                                        or (read only) pytorch_model.bin
+        preprocessor_config.json        the palette ("clusters") and the input resolution
+
+Their table of embeddings has a row more than colours: the last one is the start vector. Their linear layers keep
+[inputs, outputs], the transpose of ours, and have biases, which are zero in the released models: all zero they are
+dropped, otherwise the network gets biases, too. Their network is auto-regressive; a BERT model's weights fit their
+names, but their code cannot run it.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt_ds.atomic import publish_text
+from igpt_ds.config.schema import Config, ModelConfig
+from igpt_ds.dataset.palette import Palette
+from igpt_ds.errors import UserError
+from igpt_ds.model.transformer import NORM_EPSILON
+from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
+from igpt_ds.weights.formats.facts import imported, read_json, record, side, stated, whole_number
+from igpt_ds.weights.formats.tensors import PickledFile, SafetensorsFiles, TensorFiles
+from igpt_ds.weights.safetensors_stream import BYTES, Precision, Streamed, write_safetensors
+
+ORIGIN = "Hugging Face"
+OURS = "igpt_ds"  # the key of our record in their config.json
+INDEX = "model.safetensors.index.json"
+# What their computation must be for the weights to mean the same in ours.
+_FIXED = {
+    "activation_function": "quick_gelu",
+    "layer_norm_epsilon": NORM_EPSILON,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": False,
+    "add_cross_attention": False,
+}
+# Causal masks that older versions of their code stored; the weights of a classifier on top.
+_IGNORED = (".attn.bias", ".attn.masked_bias", "score.weight")
+# Our linear layers by their names.
+_LINEAR = {
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+_GAINS = {"norm_attention.gain": "ln_1.weight", "norm_mlp.gain": "ln_2.weight"}
+_TOP = {
+    "position_embedding": "transformer.wpe.weight",
+    "norm.gain": "transformer.ln_f.weight",
+    "head.weight": "lm_head.weight",
+}
+_TABLE = "transformer.wte.weight"
+
+
+def recognises(path: Path) -> bool:
+    """Whether the directory's config.json is of ImageGPT."""
+    return bool(stated(path, "model_type") == "imagegpt")
+
+
+def their_name(name: str) -> tuple[str, bool]:
+    """Their name of one of our parameters (but token embedding and start vector), and whether theirs is transposed."""
+    if name in _TOP:
+        return _TOP[name], False
+    _, layer, rest = name.split(".", 2)
+    prefix = f"transformer.h.{layer}."
+    if rest in _GAINS:
+        return prefix + _GAINS[rest], False
+    linear, _, kind = rest.rpartition(".")
+    return f"{prefix}{_LINEAR[linear]}.{kind}", kind == "weight"
+
+
+def read(path: Path) -> Imported:
+    """Open a directory.
+
+    Raises:
+        UserError: a file is missing or damaged, or it is another network than ours.
+    """
+    config = read_json(path / "config.json")
+    place = path / "config.json"
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{place}: {key} is {config[key]!r}, not {value!r}: it is another network than Image GPT's")
+    width, heads = whole_number(place, config, "n_embd"), whole_number(place, config, "n_head")
+    layers, positions = whole_number(place, config, "n_layer"), whole_number(place, config, "n_positions")
+    colours = whole_number(place, config, "vocab_size") - 1
+    if config.get("n_inner") not in (None, 4 * width) or width % heads or colours < 1:
+        raise UserError(
+            f"{place}: n_inner {config.get('n_inner')}, n_embd {width}, n_head {heads}, vocab_size {colours + 1}: "
+            "it is another network than Image GPT's"
+        )
+    resolution = side(place, positions)
+    files = _open_files(path)
+    files.require_layers(layers)
+    files.require(_their_shapes(layers, width, positions, colours), _IGNORED)
+    told = config.get(OURS)
+    if told is not None and not isinstance(told, dict):
+        raise UserError(f"{place}: {OURS} is no record of ours: take it out")
+    objective = "next_pixel"
+    if told is not None and isinstance(told.get("config"), dict):
+        objective = (told["config"].get("objective") or {}).get("name", objective)
+    model = ModelConfig(layers, width, heads, _has_biases(files, layers))
+    return imported(
+        path,
+        ORIGIN,
+        told,
+        (model, resolution, colours, objective),
+        _rows(files, colours),
+        _palette(path),
+        {file: _stamp(path / file) for file in files.files},
+    )
+
+
+def _rows(files: TensorFiles, colours: int) -> Callable[[str, int, int], Tensor]:
+    def rows(name: str, first: int, last: int) -> Tensor:
+        if name == "token_embedding":
+            return files.part(_TABLE, slice(first, last)).float()
+        if name == "start":
+            return files.part(_TABLE, slice(colours, colours + 1), slice(first, last)).float().reshape(-1)
+        theirs, transposed = their_name(name)
+        if transposed:
+            return files.part(theirs, slice(None), slice(first, last)).float().T.contiguous()
+        return files.part(theirs, slice(first, last)).float()
+
+    return rows
+
+
+def _open_files(path: Path) -> TensorFiles:
+    if (path / INDEX).is_file():
+        index = read_json(path / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(_plain(file) for file in index.values()):
+            raise UserError(f"{path / INDEX}: has no weight_map of file names in this directory: get it anew")
+        return SafetensorsFiles(path, sorted(set(index.values())), index)
+    if (path / "model.safetensors").is_file():
+        return SafetensorsFiles(path, ["model.safetensors"])
+    if (path / "pytorch_model.bin").is_file():
+        return PickledFile(path, "pytorch_model.bin")
+    raise UserError(f"{path}: holds neither model.safetensors, its index, nor pytorch_model.bin: get it anew")
+
+
+def _plain(file: Any) -> bool:
+    """Whether it is the name of a file in the same directory."""
+    return isinstance(file, str) and file not in ("", ".", "..") and Path(file).name == file
+
+
+def _their_shapes(layers: int, width: int, positions: int, colours: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        _TABLE: (colours + 1, width),
+        "transformer.wpe.weight": (positions, width),
+        "transformer.ln_f.weight": (width,),
+        "lm_head.weight": (colours, width),
+    }
+    linear = {"c_attn": (width, 3 * width), "attn.c_proj": (width, width), "c_fc": (width, 4 * width)}
+    linear["mlp.c_proj"] = (4 * width, width)
+    for layer in range(layers):
+        prefix = f"transformer.h.{layer}."
+        shapes |= {prefix + gain: (width,) for gain in _GAINS.values()}
+        for name in _LINEAR.values():
+            shape = next(shape for end, shape in linear.items() if name.endswith(end))
+            shapes |= {f"{prefix}{name}.weight": shape, f"{prefix}{name}.bias": shape[1:]}
+    return shapes
+
+
+def _has_biases(files: TensorFiles, layers: int) -> bool:
+    names = [f"transformer.h.{layer}.{name}.bias" for layer in range(layers) for name in _LINEAR.values()]
+    return any(bool(files.part(name, slice(None)).any()) for name in names)
+
+
+def _stamp(file: Path) -> dict[str, Any]:
+    """Tells a file from another one without reading it: a model's features are cached by this."""
+    facts = file.stat()
+    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
+
+
+def _palette(path: Path) -> Palette | None:
+    file = path / "preprocessor_config.json"
+    if not file.exists():
+        return None
+    clusters = read_json(file).get("clusters")
+    if clusters is None:
+        return None
+    try:
+        colours = torch.tensor(clusters, dtype=torch.float32).numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{file}: its clusters are no table of colours: get it anew") from error
+    try:
+        return Palette(colours)
+    except UserError as error:
+        raise UserError(f"{file}: clusters: {error}") from None
+
+
+def write(
+    weights: Weights,
+    palette: Palette | None,
+    folder: Path,
+    precision: Precision,
+    tick: Callable[[int], object],
+    shard_bytes: int,
+) -> dict[str, str]:
+    """Write the files into the empty `folder`; return file -> sha256.
+
+    Args:
+        shard_bytes: no file holds more than so many bytes of tensors, but for one that is larger alone.
+    """
+    config = config_of(weights)
+    shards: list[list[Streamed]] = [[]]
+    room = shard_bytes
+    for tensor in _streamed(weights, config):
+        size = tensor.elements * BYTES[precision]
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= size
+    digests: dict[str, str] = {}
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        digests[file] = write_safetensors(folder / file, shard, precision, tick, {"format": "pt"})
+        index |= {tensor.name: file for tensor in shard}
+    if len(shards) > 1:
+        total = sum(tensor.elements * BYTES[precision] for shard in shards for tensor in shard)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    _write_json(
+        folder / "config.json", _their_config(config, precision) | {OURS: record(weights, palette, class_head=False)}
+    )
+    if palette is not None:
+        _write_json(folder / "preprocessor_config.json", _their_processor(config, palette))
+    return digests
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    publish_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _their_config(config: Config, precision: Precision) -> dict[str, Any]:
+    # Their class would run a BERT model with a causal mask, so it is not named as the one to run it with.
+    return {
+        **({"architectures": ["ImageGPTForCausalImageModeling"]} if config.causal else {}),
+        "model_type": "imagegpt",
+        "vocab_size": config.palette_size + 1,
+        "n_positions": config.sequence_length,
+        "n_embd": config.model.width,
+        "n_layer": config.model.layers,
+        "n_head": config.model.heads,
+        "n_inner": None,
+        **_FIXED,
+        # The paper trains without dropout.
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": 0.02,
+        "reorder_and_upcast_attn": False,
+        "use_cache": True,
+        "dtype": precision,
+    }
+
+
+def _their_processor(config: Config, palette: Palette) -> dict[str, Any]:
+    resolution = config.data.resolution
+    return {
+        "image_processor_type": "ImageGPTImageProcessor",
+        "do_resize": True,
+        "size": {"height": resolution, "width": resolution},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_color_quantize": True,
+        "clusters": palette.colours.tolist(),
+    }
+
+
+def _streamed(weights: Weights, config: Config) -> Iterator[Streamed]:
+    """Their tensors, made of ours one at a time."""
+    width = config.model.width
+
+    def table() -> Iterator[Tensor]:
+        yield from chunks(weights, "token_embedding")
+        # A BERT model has no start vector.
+        yield whole(weights, "start") if config.causal else torch.zeros(width)
+
+    for name, facts in weights.tensors.items():
+        shape = tuple(facts["shape"])
+        if name == "token_embedding":
+            yield Streamed(_TABLE, (shape[0] + 1, width), table)
+        elif name not in ("start", "class_head.weight"):
+            theirs, turned = their_name(name)
+            if not turned:
+                yield Streamed(theirs, shape, lambda name=name: chunks(weights, name))  # type: ignore[misc]
+                continue
+            yield Streamed(theirs, shape[::-1], lambda name=name: transposed(whole(weights, name)))  # type: ignore[misc]
+            if not config.model.bias:
+                bias = theirs.removesuffix("weight") + "bias"
+                yield Streamed(bias, shape[:1], lambda count=shape[0]: iter([torch.zeros(count)]))  # type: ignore[misc]
+
+
+@torch.no_grad()
+def logits(path: Path, config: Config, tokens_BT: Tensor) -> tuple[Tensor, str]:
+    """Logits [B, T, K] of a prefix of images by transformers, float32, and its name and version."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.ImageGPTForCausalImageModeling.from_pretrained(
+            path, local_files_only=True, torch_dtype=torch.float32
+        )
+    finally:
+        transformers.logging.set_verbosity(level)
+    start_B1 = torch.full((len(tokens_BT), 1), config.palette_size)
+    output = model.eval()(torch.cat([start_B1, tokens_BT[:, :-1]], dim=1), use_cache=False)
+    return output.logits.float(), f"transformers {transformers.__version__}"

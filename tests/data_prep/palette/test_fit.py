@@ -1,0 +1,140 @@
+"""The palette fit: exact where it can be, as good as k-means over all pixels, and reproducible."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits, load_sample_images
+
+from data_prep.images.transforms import evaluation
+from data_prep.palette.count import add_colours, colour_tasks, count_all
+from data_prep.palette.fit import _coarse, _colours, distortion, fit
+from data_prep.sources import open_source
+from igpt_ds.errors import UserError
+from tests.helpers.streams import Folders
+
+
+def counts_of(*images: np.ndarray) -> np.ndarray:
+    counts = np.zeros(1 << 24, np.int64)
+    for image in images:
+        add_colours(counts, image)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    """A real photograph, every other pixel: 68 000 pixels, 213 x 320."""
+    return np.ascontiguousarray(load_sample_images().images[0][::2, ::2])
+
+
+def test_counts_add_up(photo: np.ndarray) -> None:
+    counts = counts_of(photo[:50], photo[50:])
+    assert np.array_equal(counts, counts_of(photo))
+    assert counts.sum() == photo.shape[0] * photo.shape[1]
+    red, green, blue = photo[3, 4].astype(int)
+    assert counts[red << 16 | green << 8 | blue] == (photo == photo[3, 4]).all(-1).sum()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_exactly_k_colours_are_kept_exactly(seed: int) -> None:
+    levels = np.unique(np.random.default_rng(seed).integers(0, 256, (40, 3)), axis=0).astype(np.uint8)
+    image = np.concatenate([levels, levels[:7], levels[:3]])
+    counts = counts_of(image)
+    palette = fit(counts, len(levels), seed)
+    assert np.array_equal(palette.decode(palette.encode(image)), image)
+    # Zero but for the float32 in which palettes are stored.
+    assert distortion(counts, palette).mse < 1e-14
+
+
+def test_the_distortion_is_what_it_says(photo: np.ndarray) -> None:
+    counts = counts_of(photo)
+    palette = fit(counts, 8, seed=0)
+    error = photo / 127.5 - 1.0 - palette.colours[palette.encode(photo)]
+    found = distortion(counts, palette)
+    assert found.mse == pytest.approx((error**2).sum(-1).mean(), rel=1e-9)
+    assert found.rms_levels == pytest.approx(127.5 * np.sqrt((error**2).mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [8, 64])
+def test_no_worse_than_k_means_over_all_pixels(photo: np.ndarray, k: int) -> None:
+    counts = counts_of(photo)
+    pixels = photo.reshape(-1, 3) / 127.5 - 1.0
+    reference = KMeans(k, n_init=1, random_state=0).fit(pixels)
+    assert distortion(counts, fit(counts, k, seed=0)).mse < 1.01 * reference.inertia_ / len(pixels)
+
+
+def test_small_sets_find_the_best_grouping() -> None:
+    """17 grey levels into 16: the best palette merges the pair that costs least; all pairs are tried."""
+    images = np.minimum(load_digits().images * 16, 255).astype(np.uint8)
+    counts = counts_of(images[..., None].repeat(3, -1))
+    levels, weights = np.unique(images, return_counts=True)
+    x = levels / 127.5 - 1.0
+    merged = []
+    for i in range(len(x) - 1):
+        mean = np.average(x[i : i + 2], weights=weights[i : i + 2])
+        merged.append(3 * (weights[i : i + 2] * (x[i : i + 2] - mean) ** 2).sum() / weights.sum())
+    assert distortion(counts, fit(counts, 16, seed=0)).mse == pytest.approx(min(merged), rel=1e-5)
+
+
+def test_the_same_bytes_again_sorted_and_whatever_the_threads(photo: np.ndarray) -> None:
+    from threadpoolctl import threadpool_limits
+
+    counts = counts_of(photo)
+    palette = fit(counts, 32, seed=4)
+    with threadpool_limits(1):
+        assert fit(counts, 32, seed=4).sha256 == palette.sha256
+    assert fit(counts, 32, seed=5).sha256 != palette.sha256
+    rows = palette.colours.tolist()
+    assert rows == sorted(rows)
+
+
+def test_fewer_colours_than_k_names_both() -> None:
+    counts = counts_of(np.array([[0, 0, 0], [1, 2, 3], [9, 9, 9]], np.uint8))
+    with pytest.raises(UserError, match=r"--k 4: .* only 3 unique colours"):
+        fit(counts, 4, seed=0)
+    for k in (0, 70_000):
+        with pytest.raises(UserError, match="1 to 65536"):
+            fit(counts, k, seed=0)
+
+
+def test_coarse_bins_are_not_used_where_they_are_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand colours in 27 bins of 6 bits: the fit must still tell them apart."""
+    monkeypatch.setattr("data_prep.palette.fit._EASY", 0)
+    grid = np.stack(np.meshgrid(*[np.arange(100, 110)] * 3), -1).astype(np.uint8)
+    palette = fit(counts_of(grid), 100, seed=0)
+    assert len(np.unique(palette.encode(grid))) == 100
+
+
+def test_coarse_bins_stand_at_their_exact_means(photo: np.ndarray) -> None:
+    packed = np.flatnonzero(counts := counts_of(photo))
+    means, weights = _coarse(packed, _colours(packed), counts[packed].astype(np.float64))
+    x, bins = photo.reshape(-1, 3) / 127.5 - 1.0, photo.reshape(-1, 3) >> 2
+    assert len(means) == len(np.unique(bins, axis=0))
+    assert weights.sum() == len(x)
+    for mean, weight in zip(means[::97], weights[::97], strict=True):
+        inside = (bins == np.floor((mean + 1) * 127.5 + 1e-6) // 4).all(-1)
+        assert x[inside].mean(0) == pytest.approx(mean, abs=1e-12)
+        assert inside.sum() == weight
+
+
+def test_images_are_counted_after_the_evaluation_transform(photos: Path) -> None:
+    source = open_source("image_folder", [str(photos)])
+    counts, tally = count_all(colour_tasks(source, evaluation(16, crop=True)))
+    assert counts.sum() == 48 * 16 * 16
+    assert (tally.seen, tally.rejected) == (48, 0)
+    whole, _ = count_all(colour_tasks(source, evaluation(None, crop=False)))
+    assert whole.sum() == 48 * 80 * 106
+    images = (np.asarray(Image.open(photos / item.id)) for item in source.items("train"))
+    assert np.array_equal(whole, counts_of(*images))
+
+
+def test_counts_of_tasks_add_up(photos: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        shutil.copytree(photos / "china", tmp_path / name)
+    one, _ = count_all(colour_tasks(open_source("image_folder", [str(tmp_path / "a")]), evaluation(16, crop=True)))
+    three, tally = count_all(colour_tasks(Folders(tmp_path), evaluation(16, crop=True)))
+    assert np.array_equal(three, 3 * one)
+    assert tally.seen == 72

@@ -1,0 +1,121 @@
+"""Few labels a class: the subsets, their statistics, the command."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from igpt_ds.dataset.shards import Dataset
+from igpt_ds.errors import UserError
+from igpt_ds.evals.feature_cache import Features
+from igpt_ds.evals.low_data import SUBSETS, judge, subset
+from igpt_ds.evals.splits import Scored
+from tests.helpers.commands import call
+from tests.helpers.models import small_config
+from tests.igpt_ds.evals.test_probe import make_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+LABELS = np.repeat([0, 1, 2], [50, 80, 65])[np.random.default_rng(0).permutation(195)]
+
+
+def test_subsets_hold_as_many_distinct_images_of_every_class() -> None:
+    for count in (1, 7, 50):
+        chosen = subset(LABELS, count, seed=3, repeat=0)
+        assert len(set(chosen.tolist())) == 3 * count
+        assert np.bincount(LABELS[chosen]).tolist() == [count] * 3
+    assert set(np.flatnonzero(LABELS == 0)) <= set(subset(LABELS, 50, 3, 0).tolist())
+
+
+def test_subsets_are_drawn_by_the_seed() -> None:
+    first = subset(LABELS, 10, seed=3, repeat=0).tolist()
+    assert subset(LABELS, 10, seed=3, repeat=0).tolist() == first
+    assert subset(LABELS, 10, seed=3, repeat=1).tolist() != first
+    assert subset(LABELS, 10, seed=4, repeat=0).tolist() != first
+
+
+def test_every_image_of_a_class_is_as_likely() -> None:
+    """Over 2000 draws of 10 of the 50 images of class 0: each 400 times, within six standard deviations."""
+    times = np.zeros(195)
+    for repeat in range(2000):
+        times[subset(LABELS, 10, 0, repeat)] += 1
+    assert np.abs(times[LABELS == 0] - 400).max() < 6 * (2000 * 0.2 * 0.8) ** 0.5
+
+
+def test_a_subset_larger_than_a_class_is_refused() -> None:
+    with pytest.raises(UserError, match="--labels 51: class 0 has 50 training images"):
+        subset(LABELS, 51, 0, 0)
+
+
+def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets() -> None:
+    generator = np.random.default_rng(2)
+    centres = generator.normal(size=(3, 8))
+
+    def features(labels: np.ndarray) -> Features:
+        layers = np.stack([generator.normal(size=(len(labels), 8)), centres[labels]])
+        return Features((4, 6), (layers + generator.normal(size=layers.shape)).astype(np.float32), labels)
+
+    train, test = features(LABELS), features(generator.integers(0, 3, 300))
+    found = judge(train, Scored(test), 6, (2, 20), 1.0, small_config("seed=9"))
+    for count in (2, 20):
+        accuracies = []
+        for repeat in range(SUBSETS):
+            chosen = subset(LABELS, count, 9, repeat)
+            scaler = StandardScaler().fit(train.of(6)[chosen].astype(np.float64))
+            model = LogisticRegression(max_iter=1000).fit(scaler.transform(train.of(6)[chosen]), LABELS[chosen])
+            accuracies.append(model.score(scaler.transform(test.of(6)), test.labels))
+        result = found[str(count)]
+        assert result["accuracies"] == pytest.approx(accuracies, abs=1.5 / 300)
+        centre = sum(result["accuracies"]) / 5
+        assert result["mean"] == pytest.approx(centre)
+        assert result["std"] == pytest.approx((sum((a - centre) ** 2 for a in result["accuracies"]) / 4) ** 0.5)
+        assert result["n"] == 300 and result["masks"] is None and result["std"] > 0
+    assert found["20"]["mean"] > found["2"]["mean"] > 0.4
+
+
+def test_masks_are_ensembled_in_each_subset() -> None:
+    labels = np.arange(60) % 3
+    layers = (10 * np.eye(3)[labels])[None].astype(np.float32)
+    clear, blind = Features((0,), layers, labels), Features((0,), np.zeros_like(layers), labels)
+    found = judge(clear, Scored(blind, [blind, clear, clear], clear), 0, (5,), 1.0, small_config())["5"]
+    assert found["masks"] == {"count": 3, "accuracies": [1.0] * 5, "mean": 1.0, "std": 0.0}
+    assert found["mean"] == pytest.approx(1 / 3)  # under the first mask alone
+
+
+def test_command_takes_the_probes_best_layer_and_refuses_what_does_not_fit(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(digits, tmp_path / "run")
+
+    def refused(*words: object) -> str:
+        assert call(monkeypatch, "low-data", run, *words) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("igpt-ds: "), lines
+        return lines[0]
+
+    assert "run igpt-ds probe first" in refused("--labels", "4")
+    assert call(monkeypatch, "probe", run, "--regularisation", 1) == 0
+    record = json.loads((run / "probe.json").read_text())
+    capsys.readouterr()
+    assert call(monkeypatch, "low-data", run, "--labels", "9, 3") == 0
+    found = json.loads((run / "low_data.json").read_text())
+    assert (found["layer"], found["step"], found["split"]) == (record["best_layer"], 7, "val")
+    assert list(found["labels_per_class"]) == ["3", "9"]
+    printed = capsys.readouterr().out
+    images = Dataset.open(digits / "val").rows
+    for result in found["labels_per_class"].values():
+        assert result["n"] == images and len(result["accuracies"]) == 5
+        assert f"{result['mean']:.4f}  {result['std']:.4f}" in printed
+    assert "sample standard deviation" in printed
+    # The probe's features are used again.
+    assert len(list((run / "features").iterdir())) == 2
+
+    assert "images: ask for at most" in refused("--labels", "4,400")
+    assert "not of the form" in refused("--labels", "4,x")
+    assert "layers 0 to 2" in refused("--labels", "4", "--layer", "3")
+    (run / "probe.json").write_text(json.dumps({**record, "checkpoint": "0" * 64, "step": 5}))
+    assert "a probe of another checkpoint (step 5)" in refused("--labels", "4")

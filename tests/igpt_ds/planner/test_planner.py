@@ -1,0 +1,268 @@
+"""`igpt-ds plan`: what it says, what it refuses, and the stated model of a step's time in closed form."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt_ds.cli import cli
+from igpt_ds.config import size as plan
+from igpt_ds.config.file import load_config
+from igpt_ds.errors import UserError
+from igpt_ds.planner.communication import transfers
+from igpt_ds.planner.devices import DEVICES, INTERCONNECTS, find_interconnect
+from igpt_ds.planner.gathering import gathering
+from igpt_ds.planner.layout import Layout, lay_out, module_sizes
+from igpt_ds.planner.report import Machine, make_plan
+from igpt_ds.planner.step_time import Assumptions, assumed_mfu, recomputed_share, step_time
+from igpt_ds.planner.text import plan_text
+
+H200 = DEVICES["h200"]
+
+
+def laid_out(preset: str = "xl", nodes: int = 8, gpus: int = 8, ds: str = "zero3", *overrides: str) -> Layout:
+    return lay_out(load_config(preset, overrides), ds, nodes, gpus)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    cli(["plan", *arguments, "--json"], standalone_mode=False)
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_the_command_tells_everything_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "xl", "--nodes", "8", "--gpus-per-node", "8", "--device", "h200")
+    config = load_config("xl")
+    assert found["parameters"] == plan.parameter_count(config) == 6_810_875_904
+    assert found["flops_per_step"] == 64 * plan.flops_per_image(config)
+    assert found["checkpoint_bytes"] == 12 * found["parameters"]
+    assert found["dataset_bytes"]["uint16"] == 1_281_167 * 4096 * 2
+    kinds = {"parameters", "gradients", "master", "moments", "activations", "buffers", "live", "total"}
+    assert kinds <= set(found["bytes_per_rank"])
+    assert found["bytes_per_rank"]["moments"] == pytest.approx(8 * found["parameters"] / 64, abs=8)
+    assert found["communication_bytes_per_step"]["total"] > 0
+    assert found["days"] == pytest.approx(2_000_000 * found["step_seconds"] / 86400)
+    assert found["tokens_per_second"] == pytest.approx(64 * 4096 / found["step_seconds"])
+    assert found["limits"]["data_parallel_ranks"] == 64
+    assert found["limits"]["fits"] is True
+    activations = found["activation_bytes"]
+    assert activations["full"] < activations["selective"] < activations["none"]
+    assert activations["full"] == found["bytes_per_rank"]["activations"]
+    assert set(found["by_ds_config"]) == {"zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload"}
+
+
+@pytest.mark.parametrize("preset", ["s", "m-bert", "l48", "xl"])
+def test_the_tables_tell_the_same(preset: str) -> None:
+    found = make_plan(laid_out(preset, 2), Machine("h100"))
+    text = plan_text(found)
+    assert f"{found['parameters']:,} parameters" in text
+    assert f"{found['bytes_per_rank']['total'] / 2**30:.2f}" in text
+    for name in found["by_ds_config"]:
+        assert name in text
+    assert "Assumed, not measured" in text
+    tables = text.split("\n\n")[1:-1]
+    assert len(tables) == 4
+    # Columns are aligned: a figure ends where its heading does.
+    for line in tables[1].splitlines()[2:]:
+        assert len(line) == len(tables[1].splitlines()[1])
+
+
+def test_a_batch_of_64_caps_data_parallelism_at_64_ranks() -> None:
+    assert laid_out(nodes=8).division.replicas == 64
+    with pytest.raises(UserError) as caught:
+        laid_out(nodes=16)
+    told = str(caught.value)
+    assert "training.batch=64: caps data parallelism at 64 ranks, not 128" in told
+    for way in ("start 64 ranks", "training.batch=128", "training.sequence_parallel=2"):
+        assert way in told
+    with pytest.raises(UserError, match="24 ranks cannot share it evenly"):
+        laid_out(nodes=3)
+
+
+def test_ranks_that_share_an_image_go_past_the_cap() -> None:
+    config = load_config("xl", ["training.sequence_parallel=8"])
+    layout = lay_out(config, "zero3", 64, 8)
+    assert (layout.ranks, layout.division.replicas, layout.division.micro_batch) == (512, 64, 1)
+    exchange = next(t for t in transfers(layout) if t.operation == "exchange heads")
+    # q, k, v and the output of 60 blocks, forward, recomputed and backward: 7/8 of a rank's tokens go to others.
+    assert exchange.sent == 4 * 3 * 60 * (4096 // 8) * 3072 * 2 * 7 // 8
+    kept = layout.with_training(activation_checkpointing="none")
+    assert exchange.sent == 1.5 * next(t for t in transfers(kept) if t.operation == "exchange heads").sent
+    with pytest.raises(UserError, match=r"training\.sequence_parallel=8: does not divide 4 ranks"):
+        lay_out(config, "zero3", 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["tiny"], "plan: tiny takes resolution and palette_size from its data: add --set data.resolution=32"),
+        (["xl", "--device", "h300"], "device h300: its data sheet is not here: choose b200, h200"),
+        (["xl", "--interconnect", "carrier-pigeon"], "interconnect carrier-pigeon: unknown: choose ib-xdr"),
+        (["xl", "--interconnect", "-5"], "interconnect -5: unknown"),
+        (["xl", "--interconnect", "nan"], "interconnect nan: unknown"),
+        (["xl", "--ds", "zero9"], "DeepSpeed configuration zero9: no such file"),
+        (["xl", "--ds", "zero0"], "training.precision=bfloat16: needs ZeRO stage 1 to 3"),
+        (["none"], "preset none: there is none of this name"),
+        (["s", "--set", "finetune.patience=3"], "takes its classes from its data"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        cli(["plan", *arguments], standalone_mode=False)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_interconnect_is_a_name_or_a_number() -> None:
+    assert find_interconnect("IB-NDR") == INTERCONNECTS["ib-ndr"] == 50e9
+    assert find_interconnect("12.5") == 12.5e9
+
+
+def test_zero_3_gathers_twice_and_scatters_once() -> None:
+    layout = laid_out("xl", 8)
+    parameters = plan.parameter_count(layout.config)
+    sent = {t.operation: t.sent for t in transfers(layout)}
+    assert sent["scatter gradients"] == 2 * parameters * 63 // 64
+    # But for what the end of the forward pass leaves for the beginning of the backward pass.
+    found = gathering(layout)
+    assert 0.95 * 2 * parameters < found.forward + found.backward < 2 * parameters
+    assert found.live < layout.zero["stage3_max_live_parameters"] + 4 * 3072**2 + sum(module_sizes(layout.config).root)
+
+
+@pytest.mark.parametrize(("ds", "factor"), [("zero1", 3), ("zero2", 3), ("zero3", 3)])
+def test_all_stages_move_three_times_the_parameters(ds: str, factor: int) -> None:
+    layout = laid_out("xl", 8, 8, ds)
+    total = sum(t.sent for t in transfers(layout))
+    assert total == pytest.approx(factor * 2 * plan.parameter_count(layout.config) * 63 / 64, rel=0.02)
+
+
+def test_accumulation_multiplies_what_every_micro_batch_needs() -> None:
+    once, four = (
+        {t.operation: t.sent for t in transfers(laid_out("xl", 1, 8, ds, f"training.micro_batch={m}"))}
+        for ds in ("zero3",)
+        for m in (8, 2)
+    )
+    for operation in ("gather weights", "scatter gradients"):
+        assert four[operation] == pytest.approx(4 * once[operation], rel=1e-6)
+    for ds, times in (("zero1", 1), ("zero2", 4)):
+        one, more = (
+            {t.operation: t.sent for t in transfers(laid_out("xl", 1, 8, ds, f"training.micro_batch={m}"))}
+            for m in (8, 2)
+        )
+        assert more["reduce gradients"] == times * one["reduce gradients"]
+        assert more["gather weights"] == one["gather weights"]
+
+
+def test_one_gpu_sends_nothing() -> None:
+    layout = laid_out("s", 1, 1)
+    assert transfers(layout) == []
+    time = step_time(layout, H200, 50e9, Assumptions(mfu=0.5))
+    flops = 128 * plan.flops_per_image(layout.config)
+    assert time.computation == pytest.approx(flops / (67e12 * 0.5))  # float32
+    assert time.optimizer == pytest.approx(32 * plan.parameter_count(layout.config) / (4.8e12 * 0.8))
+    assert time.step == pytest.approx(time.computation + time.optimizer)
+
+
+def test_the_time_of_messages_in_closed_form() -> None:
+    layout = laid_out("xl", 8)
+    assumed = Assumptions(mfu=0.4, hop=0.0, hop_between_nodes=0.0)
+    time = step_time(layout, H200, 10e9, assumed)
+    seconds = {t.operation: s for t, s in time.transfers}
+    # Of what is scattered 7/8 come from other nodes, through 8 GPUs' network of 10 GB/s.
+    expected = 2 * plan.parameter_count(layout.config) * 7 / 8 / (8 * 10e9 * 0.8)
+    assert seconds["scatter gradients"] == pytest.approx(expected)
+    # A faster network leaves the links within a node.
+    fast = step_time(layout, H200, 1e15, assumed)
+    within = 2 * plan.parameter_count(layout.config) * 63 / 64 / (450e9 * 0.8)
+    assert {t.operation: s for t, s in fast.transfers}["scatter gradients"] == pytest.approx(within)
+    # A delay a hop: 7 between nodes and 56 within, for each of 61 buckets.
+    late = step_time(layout, H200, 10e9, replace(assumed, hop=1e-6, hop_between_nodes=1e-5))
+    buckets = math.ceil(plan.parameter_count(layout.config) / layout.zero["reduce_bucket_size"])
+    delay = {t.operation: s for t, s in late.transfers}["scatter gradients"] - expected
+    assert delay == pytest.approx(buckets * (56e-6 + 7e-5))
+
+
+def test_overlap_hides_messages_behind_the_computation() -> None:
+    layout = laid_out("xl", 8)
+    apart = replace(layout, zero={**layout.zero, "overlap_comm": False})
+    assumed = Assumptions(mfu=0.4)
+    hidden, added = (step_time(each, H200, 50e9, assumed) for each in (layout, apart))
+    assert hidden.computation > hidden.hidden_messages > 0
+    assert added.hidden_messages == 0
+    assert added.step - hidden.step == pytest.approx(hidden.hidden_messages)
+    # Where the network is slow the messages set the pace.
+    slow = step_time(layout, H200, 1e9, assumed)
+    assert slow.step == pytest.approx(slow.hidden_messages + slow.messages + slow.optimizer)
+
+
+def test_recomputation_takes_a_third_of_the_blocks() -> None:
+    full = laid_out("xl")
+    selective, none = (full.with_training(activation_checkpointing=mode) for mode in ("selective", "none"))
+    head = 6 * 4096 * 512 * 3072 / plan.flops_per_image(full.config)
+    assert recomputed_share(full) == pytest.approx((1 - head) / 3)
+    attention = plan.attention_flops_per_image(full.config) / plan.flops_per_image(full.config)
+    assert recomputed_share(full) - recomputed_share(selective) == pytest.approx(attention / 3)
+    assert recomputed_share(none) == 0
+    assert assumed_mfu(none) == 0.5 > assumed_mfu(selective) > assumed_mfu(full)
+
+
+def advice(layout: Layout, **machine: Any) -> str:
+    return "\n".join(make_plan(layout, Machine(**machine))["advice"])
+
+
+def test_what_fits_faster_is_named() -> None:
+    told = advice(laid_out("xl", 8))
+    assert "--set training.activation_checkpointing=none: by this model 0.75 of the time" in told
+    assert "one image a rank: the batch of 64 caps data parallelism here" in told
+    better = laid_out("xl", 8).with_training(activation_checkpointing="none")
+    assert "of the time" not in advice(better)
+
+
+def test_what_does_not_fit_is_mended_or_given_up() -> None:
+    layout = laid_out("xl", 1, 2, "zero1")
+    found = make_plan(layout, Machine("a100"))
+    assert found["limits"]["fits"] is False
+    assert "it does not fit: --ds zero3" in found["advice"][0]
+    assert "--set training.micro_batch=4 --set training.activation_checkpointing=selective" in found["advice"][0]
+    # 6.8 billion parameters never fit a small GPU alone, but with everything in the processor's memory.
+    assert "it does not fit: --ds zero3_offload" in advice(laid_out("xl", 1, 1), device="l4")
+    huge = laid_out("xl", 1, 1, "zero3", "model.width=24576", "model.layers=96")
+    assert "nothing fits: the least is" in advice(huge, device="l4")
+
+
+def test_float32_is_named_where_it_costs() -> None:
+    assert "training.precision=bfloat16: 15 times the peak of float32" in advice(laid_out("l", 1))
+    assert "precision" not in advice(laid_out("xl", 1))
+
+
+def test_hpz_is_worth_it_where_the_network_is_slow() -> None:
+    layout = laid_out("xl", 8).with_training(activation_checkpointing="none")
+    found = make_plan(layout, Machine("h200", "5"))
+    groups, plain = found["by_ds_config"]["zero3_hpz"], found["by_ds_config"]["zero3"]
+    assert groups["step_seconds"] < 0.8 * plain["step_seconds"]
+    assert groups["bytes_per_rank"] - plain["bytes_per_rank"] == pytest.approx(2 * found["parameters"] / 8, abs=16)
+    assert found["limits"]["step"] == "messages"
+    assert "messages take longer than the computation" in "\n".join(found["advice"])
+
+
+def test_a_dry_run_tells_the_plan_of_its_job(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "pretrain",
+        "--preset",
+        "tiny",
+        "--data",
+        str(digits),
+        "--dry-run",
+        "--ranks",
+        "16",
+        "--device",
+        "a100",
+    ]
+    cli([*arguments, "--gpus-per-node", "4"], standalone_mode=False)
+    out = capsys.readouterr().out
+    assert "16 x a100: 4 nodes of 4" in out
+    assert "epochs of the first source" in out
+    assert "533 images are" in out
+    assert "Memory of a rank" in out and "zero3_hpz" in out

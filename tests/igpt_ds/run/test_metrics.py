@@ -1,0 +1,137 @@
+"""metrics.jsonl, TensorBoard events and Weights & Biases: no step twice, whatever killed the run."""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from igpt_ds.errors import UserError
+from igpt_ds.run.metrics import Metrics, read_metrics
+
+LINES = [{"step": step, "loss": 1 / step, "lr": 0.001 * step, "mfu": None} for step in range(1, 8)]
+
+
+def record(run: Path, step: int, lines: list[dict[str, Any]]) -> None:
+    run.mkdir(exist_ok=True)
+    metrics = Metrics(run, step, {"seed": 1})
+    for line in lines:
+        metrics.write(line)
+    metrics.close()
+
+
+def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(run / "events"))
+    accumulator.Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def test_lines_are_read_back_and_one_cut_short_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    record(tmp_path, 0, LINES)
+    assert read_metrics(path) == LINES
+    whole = path.read_text()
+    assert [json.loads(line) for line in whole.splitlines()] == LINES
+    last = len(whole.splitlines()[-1]) + 1
+    for cut in range(2, last + 1):
+        path.write_text(whole[:-cut])
+        assert read_metrics(path) == LINES[:-1], cut
+
+
+def test_every_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0, {})
+    for i, line in enumerate(LINES):
+        metrics.write(line)
+        assert read_metrics(tmp_path / "metrics.jsonl") == LINES[: i + 1]
+    metrics.close()
+
+
+def test_a_resumed_run_drops_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
+    record(tmp_path, 0, [*LINES[:4], {"step": 4, "val_loss": 0.5}, *LINES[4:]])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    again = [{**line, "loss": 9.0} for line in LINES[4:6]]
+    record(tmp_path, 4, again)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [*LINES[:4], {"step": 4, "val_loss": 0.5}, *again]
+
+
+def test_a_fresh_start_drops_every_line(tmp_path: Path) -> None:
+    record(tmp_path, 0, LINES)
+    record(tmp_path, 0, LINES[:2])
+    assert read_metrics(tmp_path / "metrics.jsonl") == LINES[:2]
+
+
+def test_tensorboard_shows_the_same_figures(tmp_path: Path) -> None:
+    record(tmp_path, 0, [*LINES, {"step": 7, "val_loss": 0.25}])
+    for key in ("loss", "lr"):
+        found = scalars(tmp_path, key)
+        assert [step for step, _ in found] == list(range(1, 8))
+        assert [value for _, value in found] == pytest.approx([line[key] for line in LINES])
+    assert scalars(tmp_path, "val_loss") == [(7, 0.25)]
+    with pytest.raises(KeyError):
+        scalars(tmp_path, "mfu")  # unknown on this device
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path: Path) -> None:
+    record(tmp_path, 0, LINES)
+    record(tmp_path, 4, [{"step": step, "loss": 9.0} for step in (5, 6)])
+    steps, losses = zip(*scalars(tmp_path, "loss"), strict=True)
+    assert steps == (1, 2, 3, 4, 5, 6)
+    assert losses == pytest.approx((1, 1 / 2, 1 / 3, 1 / 4, 9, 9))
+
+
+def test_an_unwritable_directory_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another path"):
+        Metrics(tmp_path / "file", 0, {})
+
+
+def test_wandb_that_is_not_installed_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError) as caught:
+        Metrics(tmp_path, 0, {}, wandb_project="images")
+    assert "\n" not in str(caught.value)
+    assert "pip install" in str(caught.value)
+
+
+def test_wandb_gets_every_line_under_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, dict[str, Any]]] = []
+    started: dict[str, Any] = {}
+    ended: list[bool] = []
+
+    class FakeRun:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            logged.append((step, values))
+
+        def finish(self) -> None:
+            ended.append(True)
+
+    def init(**kwargs: Any) -> FakeRun:
+        started.update(kwargs)
+        return FakeRun()
+
+    fake = types.ModuleType("wandb")
+    monkeypatch.setattr(fake, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    metrics = Metrics(tmp_path / "my-run", 0, {"seed": 1}, wandb_project="images")
+    metrics.write({"step": 3, "loss": 0.5})
+    metrics.close()
+    assert started["project"] == "images"
+    assert started["config"] == {"seed": 1}
+    assert started["resume"] == "allow"
+    assert logged == [(3, {"loss": 0.5})]
+    assert ended == [True]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the wandb extra is not installed")
+def test_wandb_writes_a_run_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    metrics = Metrics(tmp_path, 0, {"seed": 1}, wandb_project="images")
+    metrics.write({"step": 1, "loss": 0.5})
+    metrics.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -1,0 +1,133 @@
+"""The watchdog of ranks that are small processes: who is named, whose stacks are written, and that all end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from igpt_ds.train.watchdog import Watchdog
+from tests.helpers.ranks import kill_group, quick_start
+
+TIMEOUT = 2.0
+# Ranks that beat alike and meet at every step, as a collective makes them: a file a rank and step is the meeting.
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+from igpt_ds.train.watchdog import Watchdog
+run, rank, world, fault = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+late = 0.6 if fault == "stopped 0, seen late" and rank == 1 else 0
+watchdog = Watchdog(run, rank, world, {timeout} + late, (run / f"log.{{rank}}").open("w"))
+watchdog.start()
+def the_place_of_the_fault():
+    while True:
+        time.sleep(0.05)
+def batches():
+    for step in range(1000):
+        if step == 5 and rank == 1 and fault == "data":
+            the_place_of_the_fault()
+        yield step
+for step in batches() if fault == "none" else watchdog.over(batches(), "loading data", "computing a step", 5):
+    watchdog.beat("computing a step", step)
+    if step == 5 and fault.startswith(f"stopped {{rank}}"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        the_place_of_the_fault()
+    until = time.process_time() + (0.3 if fault == "slow" else 0)
+    while time.process_time() < until:
+        pass
+    if step == 5 and rank == 1 and fault == "computing":
+        the_place_of_the_fault()
+    (run / f"met-{{rank}}-{{step}}").touch()
+    watchdog.beat("waiting for the other ranks", step)
+    while not all((run / f"met-{{other}}-{{step}}").exists() for other in range(world)):
+        time.sleep(0.005)
+    time.sleep(0.02)
+    if step == {{"none": 100, "slow": 12}}.get(fault):
+        watchdog.end()
+        break
+"""
+
+
+@contextmanager
+def ranks(run: Path, fault: str, world: int = 3) -> Iterator[list["subprocess.Popen[str]"]]:
+    processes = []
+    try:
+        for rank in range(world):
+            command = [sys.executable, "-c", RANK.format(timeout=TIMEOUT), str(run), str(rank), str(world), fault]
+            processes.append(
+                subprocess.Popen(command, env=quick_start(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+            )
+        yield processes
+    finally:
+        for process in processes:
+            kill_group(process)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.02)
+
+
+def test_a_run_without_a_hang_ends_by_itself(tmp_path: Path) -> None:
+    with ranks(tmp_path, "none") as processes:
+        for process in processes:
+            assert process.wait(timeout=30) == 0
+            assert process.stderr is not None and process.stderr.read() == ""
+    assert list((tmp_path / "heartbeats").iterdir()) == []
+
+
+@pytest.mark.parametrize(("fault", "doing"), [("data", "loading data"), ("computing", "computing a step")])
+def test_a_stuck_rank_is_named(tmp_path: Path, fault: str, doing: str) -> None:
+    with ranks(tmp_path, fault) as processes:
+        codes = [process.wait(timeout=30) for process in processes]
+        errors = [process.stderr.read() for process in processes if process.stderr]
+    assert codes == [1, 1, 1]
+    assert f"rank 1 (process {processes[1].pid} on " in errors[0]
+    assert f"is stuck {doing} at step 5" in errors[0]
+    assert errors[1:] == ["", ""], "one rank speaks"
+    for rank in range(3):
+        assert "no progress for" in (tmp_path / f"log.{rank}").read_text()
+    assert "the_place_of_the_fault" in (tmp_path / "log.1").read_text()
+
+
+def test_a_suspended_run_goes_on_when_it_is_resumed(tmp_path: Path) -> None:
+    with ranks(tmp_path, "slow", world=1) as processes:
+        wait_for(tmp_path / "met-0-3")
+        time.sleep(0.1)  # in the midst of the next step
+        os.kill(processes[0].pid, signal.SIGSTOP)
+        time.sleep(2 * TIMEOUT)
+        os.kill(processes[0].pid, signal.SIGCONT)
+        assert processes[0].wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize(("victim", "fault"), [(0, "stopped 0"), (0, "stopped 0, seen late"), (2, "stopped 2")])
+def test_a_stopped_rank_is_named_and_ended_and_leaves_its_stack(tmp_path: Path, victim: int, fault: str) -> None:
+    # Late: rank 1, which has to speak, looks when rank 2 has already made rank 0 go on for a moment.
+    with ranks(tmp_path, fault) as processes:
+        wait_for(tmp_path / f"met-{victim}-4")
+        began = time.monotonic()
+        codes = [process.wait(timeout=30) for process in processes]
+        took = time.monotonic() - began
+        errors = [process.stderr.read() for process in processes if process.stderr]
+    assert codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(3)]
+    speaker = 1 if victim == 0 else 0
+    assert f"rank {victim} (process {processes[victim].pid} on " in errors[speaker]
+    assert "shows no sign of life" in errors[speaker]
+    assert took < TIMEOUT + 10
+    for rank in range(3):
+        assert "most recent call first" in (tmp_path / f"log.{rank}").read_text()
+
+
+def test_without_a_timeout_nothing_is_watched(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, 0, 1, 0, sys.stderr)
+    watchdog.start()
+    assert list(watchdog.over([1, 2], "a", "b", 0)) == [1, 2]
+    watchdog.end()
+    assert list(tmp_path.iterdir()) == []
