@@ -9,23 +9,65 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_CGROUP = Path("/sys/fs/cgroup")
-
 
 def available_bytes() -> int:
-    """Memory that can be taken without swapping, bytes: the machine's, or what a container's limit leaves of it."""
+    """Memory that this process can take without swapping, bytes: the machine's, or what its control groups leave."""
+    group = group_bytes()
+    return machine_bytes() if group is None else min(machine_bytes(), group)
+
+
+def machine_bytes() -> int:
+    """Memory of the machine that can be taken without swapping, bytes."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
-        except (OSError, ValueError):  # no such kind of container, or "max"
+    return int(psutil.virtual_memory().available)
+
+
+def group_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes that the control groups (schedulers and containers set them) leave to this process; None: no limit.
+
+    A group counts its page cache as used, which it gives back when asked: what is idle of it is free here.
+
+    Args:
+        root: where the groups are mounted; version 1 and 2 are known.
+        membership: the groups that the process is in.
+    """
+    least = None
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit_name, used_name, cached = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            limit_name, used_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
             continue
-    return max(free, 0)
+        folder = base / path.strip("/")
+        # A limit on any level binds.
+        for level in (folder, *folder.parents):
+            limit, used = _number_in(level / limit_name), _number_in(level / used_name)
+            if limit is not None and used is not None and limit < 2**60:
+                left = max(0, limit - used + _statistic(level / "memory.stat", cached))
+                least = left if least is None else min(least, left)
+            if level == base:
+                break
+    return least
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        fields = dict(line.split() for line in path.read_text().splitlines())
+        return int(fields.get(name, 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def free_bytes(device: "torch.device", neighbours: int) -> int:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.doctor.report import Check, Status, counted, named, size_text, time_text
+from igpt_ds import memory
+from igpt_ds.doctor.report import Check, Status, named
+from igpt_ds.text import counted, size_text, time_text
 
 _SHOWN = ("python", "torch", "deepspeed", "numpy", "webdataset")
 _LOCK_IS_STALE_AFTER = 1800.0  # seconds; no compilation of an extension takes that long
@@ -107,64 +109,9 @@ def judge_locks(fact: dict[str, float]) -> Check:
 
 
 def read_memory() -> dict[str, Any]:
-    """Bytes of RAM that this process may still take: the machine's, or less where a control group limits it."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        machine = int(fields["MemAvailable"].split()[0]) * 1024
-        group = cgroup_available(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text())
-    else:
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        group = None
-    return {
-        "available": machine if group is None else min(machine, group),
-        "limited": group is not None and group < machine,
-    }
-
-
-def cgroup_available(root: Path, membership: str) -> int | None:
-    """Bytes that the control groups (schedulers and containers set them) leave to this process; None: no limit.
-
-    Args:
-        root: where the groups are mounted.
-        membership: the text of /proc/self/cgroup.
-    """
-    least = None
-    for line in membership.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, limit_name, used_name, cached = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base = root / "memory"
-            limit_name, used_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
-        else:
-            continue
-        folder = base / path.strip("/")
-        # A limit on any level binds.
-        for level in (folder, *folder.parents):
-            limit, used = _number_in(level / limit_name), _number_in(level / used_name)
-            if limit is not None and used is not None and limit < 2**60:
-                left = limit - used + _statistic(level / "memory.stat", cached)
-                least = left if least is None else min(least, left)
-            if level == base:
-                break
-    return least
-
-
-def _number_in(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # not there, or "max"
-        return None
-
-
-def _statistic(path: Path, name: str) -> int:
-    try:
-        fields = dict(line.split() for line in path.read_text().splitlines())
-        return int(fields.get(name, 0))
-    except (OSError, ValueError):
-        return 0
+    """Bytes of RAM that this process may still take, and whether it is a control group that limits them."""
+    group = memory.group_bytes()
+    return {"available": memory.available_bytes(), "limited": group is not None and group < memory.machine_bytes()}
 
 
 def judge_memory(fact: dict[str, Any], tensors: float | None, ranks: int) -> Check:

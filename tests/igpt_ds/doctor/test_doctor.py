@@ -15,7 +15,8 @@ import pytest
 from igpt_ds.doctor import devices, disk, examine, inputs, machine, ranks, speed
 from igpt_ds.doctor.examine import Reading
 from igpt_ds.doctor.inputs import Plan, Request
-from igpt_ds.doctor.report import Check, Report, judged, judged_together, merged, size_text, table, time_text, to_json
+from igpt_ds.doctor.report import Check, Report, judged, judged_together, merged, table, to_json
+from igpt_ds.text import size_text, time_text
 from tests.helpers.checkpoints import save_all
 from tests.helpers.commands import call
 from tests.helpers.ranks import free_port, run_ranks
@@ -272,30 +273,6 @@ def test_locks_are_found_at_both_depths(tmp_path: Path, monkeypatch: pytest.Monk
     ages = machine.read_locks()
     assert ages[str(tmp_path / "fused_adam/lock")] == pytest.approx(7200, abs=60)
     assert ages[str(tmp_path / "py311_cu121/async_io/lock")] < 60
-
-
-def test_a_control_groups_limit_counts_on_every_level(tmp_path: Path) -> None:
-    job = tmp_path / "slurm" / "job_7"
-    job.mkdir(parents=True)
-    (job / "memory.max").write_text("max\n")
-    (job / "memory.current").write_text("5\n")
-    assert machine.cgroup_available(tmp_path, "0::/slurm/job_7\n") is None
-    (tmp_path / "slurm" / "memory.max").write_text("1000\n")
-    (tmp_path / "slurm" / "memory.current").write_text("400\n")
-    (tmp_path / "slurm" / "memory.stat").write_text("anon 300\ninactive_file 50\n")
-    assert machine.cgroup_available(tmp_path, "0::/slurm/job_7\n") == 650
-    # The narrowest counts, wherever it is.
-    (job / "memory.max").write_text("505\n")
-    assert machine.cgroup_available(tmp_path, "0::/slurm/job_7\n") == 500
-    (job / "memory.max").write_text("900\n")
-    assert machine.cgroup_available(tmp_path, "0::/slurm/job_7\n") == 650
-    old = tmp_path / "memory" / "job"
-    old.mkdir(parents=True)
-    (old / "memory.limit_in_bytes").write_text("300")
-    (old / "memory.usage_in_bytes").write_text("100")
-    assert machine.cgroup_available(tmp_path, "4:cpu:/x\n3:memory:/job\n") == 200
-    (old / "memory.limit_in_bytes").write_text(str(2**63 - 4096))  # says: none
-    assert machine.cgroup_available(tmp_path, "3:memory:/job\n") is None
 
 
 def test_what_nvidia_smi_writes_is_read() -> None:
