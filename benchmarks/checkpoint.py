@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from igpt_ds.checkpoint.write import Saver
-from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import divide_batch
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.distributed.engine import Engine, leave
 from igpt_ds.distributed.ranks import place

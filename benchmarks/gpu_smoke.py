@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels import require_fused
-from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import divide_batch
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Place

@@ -91,7 +91,8 @@ def rank_main(folder: Path, rounds: int, apart: bool) -> None:
     """
     import torch
 
-    from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+    from igpt_ds.config.batch import divide_batch
+    from igpt_ds.config.deepspeed import load_ds_config, resolve
     from igpt_ds.distributed.engine import Engine, leave
     from igpt_ds.distributed.ranks import place
 

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import divide_batch
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Place

@@ -1,4 +1,4 @@
-"""Tables as people read them: aligned text, Markdown and CSV from the same cells."""
+"""Text for people: tables (aligned, Markdown and CSV from the same cells), sizes, durations, counts."""
 
 import csv
 import io
@@ -72,3 +72,31 @@ def figure(value: float | None, digits: int = 4) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as per cent without the sign, as the paper prints accuracies."""
     return MISSING if value is None else f"{100 * value:.{digits}f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 rank", "2 ranks"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def size_text(count: float) -> str:
+    """Bytes for people, with three significant digits: "76.2 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} PiB"
+
+
+def time_text(seconds: float) -> str:
+    """A duration for people: "0.2 s", "14 min", "3.1 h"."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def clock(seconds: float) -> str:
+    """A duration to the second: "3d 04:05:06"."""
+    days, rest = divmod(round(seconds), 86400)
+    hours = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {hours}" if days else hours

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_prep.sources import MAX_BYTES
+from data_prep.files import MAX_BYTES
 from igpt_ds.errors import UserError
 
 BLOCK = 512

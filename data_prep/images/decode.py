@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base as Exif
 
-from data_prep.sources import MAX_BYTES
+from data_prep.files import MAX_BYTES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB

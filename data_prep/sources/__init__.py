@@ -21,8 +21,6 @@ from typing import Literal, NamedTuple, Protocol
 
 from igpt_ds.errors import UserError
 
-MAX_BYTES = 64 << 20  # no photograph's file is larger; a source reads no more of one than a byte beyond this
-
 Pool = Literal["train", "test"]
 
 

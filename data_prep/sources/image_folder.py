@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.sources import MAX_BYTES, Item, Pool
+from data_prep.files import MAX_BYTES
+from data_prep.sources import Item, Pool
 from igpt_ds.errors import UserError
 
 _JPEG, _PNM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")

@@ -28,9 +28,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_prep.files import MAX_BYTES
 from data_prep.files.remote import opened, reading
 from data_prep.files.tar_index import Entry, images_of, tar_index
-from data_prep.sources import MAX_BYTES, Item, Pool
+from data_prep.sources import Item, Pool
 from data_prep.sources._ilsvrc import WNID, devkit_synsets, validation_synsets
 from data_prep.sources.image_folder import SUFFIXES
 from igpt_ds.errors import UserError

@@ -23,9 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from data_prep.files import MAX_BYTES
 from data_prep.files.patterns import FileSet
 from data_prep.files.remote import existing, fetched, opened
-from data_prep.sources import MAX_BYTES, Encoded, Item, Pool, UnusableError
+from data_prep.sources import Encoded, Item, Pool, UnusableError
 from data_prep.sources._class_names import read_classes
 from igpt_ds.errors import UserError
 

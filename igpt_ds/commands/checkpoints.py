@@ -1,46 +1,13 @@
 """`igpt-ds checkpoints`: what a run could go on from, and what is wrong with the rest."""
 
 import json
-import re
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from igpt_ds.commands import CONTEXT
-from igpt_ds.doctor.report import size_text
-from igpt_ds.errors import RunError, UserError
-
-PUBLISHED, UNFINISHED, DELETED = "published", "unfinished", "half deleted"
-DAMAGED, ABANDONED = "set aside as damaged", "abandoned by a rollback"
-# checkpoint.py publishes, writes, deletes and sets aside under these names.
-_NAMES = {
-    PUBLISHED: re.compile(r"step-(\d+)"),
-    DAMAGED: re.compile(r"damaged-step-(\d+)\b.*"),
-    ABANDONED: re.compile(r"abandoned-step-(\d+)\b.*"),
-    UNFINISHED: re.compile(r"\.step-(\d+)\.tmp"),
-    DELETED: re.compile(r"\.step-(\d+)\.old"),
-}
-
-
-@dataclass
-class Row:
-    """One directory in RUN/checkpoints. What its checkpoint.json does not tell is None."""
-
-    name: str
-    step: int
-    state: str
-    written: float  # seconds since 1970
-    bytes: int
-    world: int | None
-    zero_stage: int | None
-    code_version: str | None
-    kept: str | None  # "milestone", "newest", or None: the next save deletes it
-    fault: str | None  # None: nothing wrong was found
-    verified: bool  # every byte was read
+from igpt_ds.errors import UserError
 
 
 @click.command(context_settings=CONTEXT)
@@ -60,166 +27,15 @@ def checkpoints(run_path: Path, as_json: bool, verify: bool) -> None:
     Exit status: 0 nothing to go on from is damaged, 1 a published checkpoint is damaged or only damaged ones are left,
     2 RUN is no run directory.
     """
-    from tqdm import tqdm
-
+    from igpt_ds.checkpoint.survey import require_sound, survey, table
     from igpt_ds.run.directory import Run
 
     run = Run(run_path)
     if not run.config.exists() and not run.checkpoints.is_dir():
         raise UserError(f"{run.path}: no run directory (no config.toml): name the --run of a pre-training")
-    # disable=None: a bar on a terminal only.
-    hidden = None if verify else True
-    total = sum(size for path, _, _ in directories(run.checkpoints) for size in sizes(path).values()) if verify else 0
-    with tqdm(desc="verify", total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
-        rows = survey(run.checkpoints, verify, bar.update)
-    click.echo(json.dumps([asdict(row) for row in rows], indent=2) if as_json else table(rows, verify))
-    damaged = [row.name for row in rows if row.state == PUBLISHED and row.fault]
-    if damaged:
-        raise RunError(
-            f"{run.checkpoints}: damaged: {', '.join(damaged)}: a run that goes on takes the newest valid one"
-        )
-    if not any(row.state == PUBLISHED for row in rows) and any(row.state == DAMAGED for row in rows):
-        raise RunError(
-            f"{run.checkpoints}: only damaged ones are left: restore one, or start over with --fresh --force"
-        )
-
-
-def survey(folder: Path, verify: bool, tick: Callable[[int], object] = lambda count: None) -> list[Row]:
-    """Look at every checkpoint in a folder, in the order of their steps.
-
-    Args:
-        folder: RUN/checkpoints; need not exist.
-        verify: read every byte of what is whole in size and compare its sha256.
-        tick: told the bytes of each file, as it is done with.
-    """
-    rows: list[Row] = []
-    settings: dict[str, Any] = {}
-    for path, step, state in directories(folder):
-        record = _record(path)
-        row = _look(path, step, state, record, verify, tick)
-        # A run that goes on deletes its oldest and publishes what was unfinished while we read.
-        if path.exists():
-            rows.append(row)
-            if state == PUBLISHED and row.fault is None:
-                settings = _part(_part(record, "config"), "checkpoint") or settings
-    published = [row for row in rows if row.state == PUBLISHED]
-    keep = settings.get("keep")
-    for row in published[-keep if isinstance(keep, int) and keep > 0 else -1 :]:
-        row.kept = "newest"
-    for row in published:
-        if row.step in settings.get("milestones", ()):
-            row.kept = "milestone"
-    return rows
-
-
-def directories(folder: Path) -> list[tuple[Path, int, str]]:
-    """(path, step, state) of all that checkpoint.py left in a folder, by step."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        for state, pattern in _NAMES.items():
-            match = pattern.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((path, int(match.group(1)), state))
-    return sorted(found, key=lambda entry: (entry[1], entry[0].name))
-
-
-def sizes(path: Path) -> dict[str, int]:
-    """Bytes of each file of a directory that may be changing."""
-    found = {}
-    try:
-        for file in path.iterdir():
-            found[file.name] = file.stat().st_size
-    except FileNotFoundError:
-        pass
-    return found
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((path / "checkpoint.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _part(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    part = tree.get(key)
-    return part if isinstance(part, dict) else {}
-
-
-def _look(
-    path: Path, step: int, state: str, record: dict[str, Any], verify: bool, tick: Callable[[int], object]
-) -> Row:
-    there = sizes(path)
-    try:
-        written = (path / "checkpoint.json" if record else path).stat().st_mtime
-    except OSError:
-        written = 0.0
-    whole = state not in (UNFINISHED, DELETED)
-    fault = _fault(path, verify, tick) if whole else f"{state}: the next save removes it, unless a run is at it"
-    return Row(
-        path.name,
-        step,
-        state,
-        written,
-        sum(there.values()),
-        record.get("world"),
-        _part(_part(record, "ds_config"), "zero_optimization").get("stage"),
-        record.get("code_version"),
-        None,
-        fault,
-        whole and verify,
-    )
-
-
-def _fault(path: Path, verify: bool, tick: Callable[[int], object]) -> str | None:
-    """All that is wrong with the files of a checkpoint, in one line without the directory's name; or None."""
-    from igpt_ds.checkpoint.read import Checkpoint
-
-    faults = []
-    try:
-        checkpoint = Checkpoint.open(path)
-        names = sorted(checkpoint.files) if verify else []
-        for index, name in enumerate(names):
-            try:
-                checkpoint.verify(index, len(names))
-            except (UserError, OSError) as error:
-                faults.append(error)
-            tick(checkpoint.files[name]["bytes"])
-    except (UserError, OSError) as error:
-        faults.append(error)
-    return "; ".join(str(error).replace(f"{path}/", "").replace(f"{path}: ", "") for error in faults) or None
-
-
-def table(rows: list[Row], verified: bool) -> str:
-    """The rows, aligned, for people."""
-    if not rows:
-        return "no checkpoint yet"
-    lines = [("step", "written", "size", "ranks", "zero", "version", "kept", "state")]
-    for row in rows:
-        ok = "valid" if verified else "sizes right"
-        what = row.fault or ok
-        lines.append(
-            (
-                str(row.step),
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(row.written)),
-                size_text(row.bytes),
-                _shown(row.world),
-                _shown(row.zero_stage),
-                _shown(row.code_version),
-                _shown(row.kept),
-                what if row.state in (PUBLISHED, UNFINISHED, DELETED) else f"{row.state}: {row.name}: {what}",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
-    text = [
-        "  ".join([*(f"{cell:>{width}}" for cell, width in zip(line[:-1], widths, strict=True)), line[-1]])
-        for line in lines
-    ]
-    if not verified:
-        text.append("not verified: only sizes were looked at (--verify reads every byte)")
-    return "\n".join(text)
-
-
-def _shown(value: object) -> str:
-    return "-" if value is None else str(value)
+    rows = survey(run.checkpoints, verify)
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        click.echo(table(rows).text() if rows else "no checkpoint yet")
+    require_sound(run.checkpoints, rows)

@@ -25,7 +25,7 @@ from deepspeed.utils import groups
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from igpt_ds.config.deepspeed import Division
+from igpt_ds.config.batch import Division
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Place
 from igpt_ds.distributed.zero_state import ZeroState

@@ -5,7 +5,8 @@ import shutil
 import subprocess
 from typing import Any
 
-from igpt_ds.doctor.report import Check, named, size_text
+from igpt_ds.doctor.report import Check, named
+from igpt_ds.text import size_text
 
 _QUERY = "index,name,driver_version,ecc.errors.uncorrected.volatile.total"
 

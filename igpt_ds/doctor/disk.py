@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.doctor.report import Check, counted, size_text, time_text
+from igpt_ds.doctor.report import Check
+from igpt_ds.text import counted, size_text, time_text
 
 MEASURED_BYTES = 256 * 2**20
 MEASURED_SECONDS = 2.0

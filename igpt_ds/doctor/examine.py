@@ -11,7 +11,8 @@ from typing import Any
 from igpt_ds.distributed.ranks import Place
 from igpt_ds.doctor import devices, disk, inputs, machine, ranks, speed
 from igpt_ds.doctor.inputs import Plan, Request
-from igpt_ds.doctor.report import Check, Report, attempt, counted, judged, judged_together, merged, named
+from igpt_ds.doctor.report import Check, Report, attempt, judged, judged_together, merged, named
+from igpt_ds.text import counted
 
 _DISK_REMEDY = "choose a run directory that every node can write, on a file system with space left"
 _SPARE_CHECKPOINTS = 2  # beside those kept: the one being written, and one set aside

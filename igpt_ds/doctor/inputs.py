@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from igpt_ds.config import size as plan
 from igpt_ds.config.schema import Config
-from igpt_ds.doctor.report import Check, counted
+from igpt_ds.doctor.report import Check
 from igpt_ds.errors import UserError
+from igpt_ds.text import counted
 
 if TYPE_CHECKING:
     from igpt_ds.train.job import Job
@@ -60,7 +61,8 @@ def make_plan(request: Request, ranks: int, ranks_per_node: int | None = None) -
     Args:
         ranks_per_node: None: 8, as most nodes have, or all where there are fewer.
     """
-    from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+    from igpt_ds.config.batch import divide_batch
+    from igpt_ds.config.deepspeed import load_ds_config, resolve
     from igpt_ds.planner.layout import Layout
     from igpt_ds.planner.memory import bytes_per_rank
     from igpt_ds.run.directory import Run

@@ -1,9 +1,11 @@
-"""A check, many ranks' checks as one, the table. Standard library only."""
+"""A check, many ranks' checks as one, the table."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from igpt_ds.text import counted
 
 Status = Literal["OK", "WARN", "FAIL"]
 _BAD: tuple[Status, ...] = ("OK", "WARN", "FAIL")  # from good to bad
@@ -108,27 +110,6 @@ def named(labels: Sequence[str]) -> str:
     """ "a, b, c, d and 7 more"."""
     text = ", ".join(labels[:_NAMED])
     return text if len(labels) <= _NAMED else f"{text} and {len(labels) - _NAMED} more"
-
-
-def counted(count: int, noun: str) -> str:
-    """ "1 rank", "2 ranks"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def size_text(count: float) -> str:
-    """Bytes for people, with three significant digits: "76.2 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} PiB"
-
-
-def time_text(seconds: float) -> str:
-    """A duration for people: "0.2 s", "14 min", "3.1 h"."""
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def table(report: Report, paint: Callable[[Status], str] = str) -> str:

@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from igpt_ds.doctor.report import Check, named, time_text
+from igpt_ds.doctor.report import Check, named
 from igpt_ds.planner.devices import peak_flops
+from igpt_ds.text import time_text
 
 _WARN_BELOW, _FAIL_BELOW = 0.9, 0.7  # of the median rank
 _LOW_SHARE = 0.4  # of the data sheet's peak: a healthy GPU reaches 0.6 and more

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from igpt_ds.config.deepspeed import Division, load_ds_config, resolve
+from igpt_ds.config.batch import Division
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.schema import Config, replace
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed.ranks import Place

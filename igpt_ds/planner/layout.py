@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from igpt_ds.config.deepspeed import Division, divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import Division, divide_batch
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
 

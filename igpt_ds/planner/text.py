@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from igpt_ds.doctor.report import counted, size_text, time_text
-from igpt_ds.text import Table
+from igpt_ds.text import Table, counted, size_text, time_text
 
 _KINDS = {
     "parameters": "weights of this rank",

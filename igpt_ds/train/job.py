@@ -8,7 +8,8 @@ from typing import Any
 
 from igpt_ds.checkpoint.read import list_checkpoints
 from igpt_ds.config import size as plan
-from igpt_ds.config.deepspeed import Division, divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import Division, divide_batch
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config, identity
 from igpt_ds.dataset.shards import Dataset

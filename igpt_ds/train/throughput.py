@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from igpt_ds.config import size as plan
 from igpt_ds.config.schema import Config
 from igpt_ds.planner.devices import peak_flops
+from igpt_ds.text import clock
 
 if TYPE_CHECKING:
     from igpt_ds.distributed.engine import Engine
@@ -83,12 +84,5 @@ def training_line(line: dict[str, Any], steps: int) -> str:
         f"step {line['step']:>8}/{steps}  loss {line['loss']:.4f} {beside}  lr {line['lr']:.2e}  "
         f"grad {line['grad_norm']:8.3g}  {line['tokens_per_s']:9.3g} tokens/s {line['images_per_s']:8.3g} images/s  "
         f"{line['tflops']:6.3g} TFLOP/s{mfu}  data wait {line['data_wait']:5.1%}  "
-        f"memory {line['memory_gib']:.2f} GiB  left {duration(line['eta_s'])}"
+        f"memory {line['memory_gib']:.2f} GiB  left {clock(line['eta_s'])}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 3d 04:05:06."""
-    days, rest = divmod(round(seconds), 86400)
-    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days}d {clock}" if days else clock

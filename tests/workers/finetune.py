@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import divide_batch
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.schema import Config, DataConfig, FinetuneConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 from tests.helpers.ranks import record_and_end
 from tests.workers.parity import COLOURS, RESOLUTION, SEED, images

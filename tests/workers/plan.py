@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from igpt_ds.config.deepspeed import Division, divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import Division, divide_batch
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
 from igpt_ds.planner.layout import Layout

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from igpt_ds.checkpoint.read import Checkpoint
-from igpt_ds.config.deepspeed import divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import divide_batch
+from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.schema import replace
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed.ranks import place

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from igpt_ds.checkpoint import survey as surveys
 from igpt_ds.checkpoint.read import rank_file, set_aside_newer, step_directory
-from igpt_ds.commands import checkpoints as command
 from tests.helpers.checkpoints import FACTS, on_ranks, save, shards_of
 from tests.helpers.commands import call
 
@@ -38,8 +38,8 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def by_step(run: Path, verify: bool = True) -> dict[int, command.Row]:
-    return {row.step: row for row in command.survey(run / "checkpoints", verify)}
+def by_step(run: Path, verify: bool = True) -> dict[int, surveys.Row]:
+    return {row.step: row for row in surveys.survey(run / "checkpoints", verify)}
 
 
 def test_whole_ones_and_what_they_tell(run: Path) -> None:
@@ -80,9 +80,15 @@ def test_all_that_is_wrong_is_named(run: Path) -> None:
     assert rows[20].fault is not None
 
 
-def test_every_byte_is_counted_for_the_bar(run: Path) -> None:
+def test_every_byte_is_counted_for_the_bar(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks: list[int] = []
-    command.survey(run / "checkpoints", True, ticks.append)
+
+    class Bar(surveys.tqdm):
+        def update(self, n: int = 1) -> None:
+            ticks.append(n)
+
+    monkeypatch.setattr(surveys, "tqdm", Bar)
+    surveys.survey(run / "checkpoints", True)
     files = list((run / "checkpoints").glob("step-*/*.safetensors"))
     assert sorted(ticks) == sorted(file.stat().st_size for file in files)
 
@@ -96,7 +102,7 @@ def test_those_set_aside_and_unfinished_are_listed(run: Path) -> None:
     (folder / ".step-00000040.tmp" / rank_file(0)).write_bytes(b"1234")
     (folder / ".step-00000005.old").mkdir()
     (folder / "something-else").mkdir()
-    rows = command.survey(folder, True)
+    rows = surveys.survey(folder, True)
     assert [(row.step, row.state) for row in rows] == [
         (5, "half deleted"),
         (10, "published"),
@@ -107,7 +113,7 @@ def test_those_set_aside_and_unfinished_are_listed(run: Path) -> None:
     assert [row.fault is None for row in rows] == [False, True, True, False, False]
     assert rows[4].bytes == 4
     assert rows[1].kept == "milestone"
-    text = command.table(rows, True)
+    text = surveys.table(rows).text()
     assert "abandoned by a rollback: abandoned-step-00000020-17: valid" in text
     assert "set aside as damaged: damaged-step-00000030-" in text
 
@@ -115,28 +121,27 @@ def test_those_set_aside_and_unfinished_are_listed(run: Path) -> None:
 def test_one_that_vanishes_meanwhile_is_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    look = command._fault
+    look = surveys._fault
 
     def pruned(path: Path, *rest: Any) -> str | None:
         if path.name == "step-00000010":
             shutil.rmtree(path)
         return look(path, *rest)
 
-    monkeypatch.setattr(command, "_fault", pruned)
+    monkeypatch.setattr(surveys, "_fault", pruned)
     assert list(by_step(run)) == [20, 30]
 
 
 def test_the_table_is_aligned(run: Path) -> None:
     flip(step_directory(run / "checkpoints", 20) / rank_file(0))
-    lines = command.table(command.survey(run / "checkpoints", True), True).splitlines()
+    lines = surveys.table(surveys.survey(run / "checkpoints", True)).text().splitlines()
     column = lines[0].index("state")
     assert [line[column:].split(":")[0] for line in lines[1:]] == ["valid", rank_file(0), "valid"]
     assert all(line[column - 2 : column] == "  " for line in lines)
     assert lines[0].split() == ["step", "written", "size", "ranks", "zero", "version", "kept", "state"]
-    unverified = command.table(command.survey(run / "checkpoints", False), False)
+    unverified = surveys.table(surveys.survey(run / "checkpoints", False)).text()
     assert "sizes right" in unverified and " valid" not in unverified
     assert unverified.splitlines()[-1].startswith("not verified")
-    assert command.table([], True) == "no checkpoint yet"
 
 
 def test_the_exit_status(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.config.deepspeed import FOLDER, Division, bucket_sizes, divide_batch, load_ds_config, resolve
+from igpt_ds.config.batch import Division, divide_batch
+from igpt_ds.config.deepspeed import FOLDER, bucket_sizes, load_ds_config, resolve
 from igpt_ds.config.file import load_config, presets
 from igpt_ds.errors import UserError
 

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from igpt_ds.config import size as plan
-from igpt_ds.config.deepspeed import divide_batch
+from igpt_ds.config.batch import divide_batch
 from igpt_ds.config.file import load_config, presets
 from igpt_ds.config.schema import Config
 from igpt_ds.model.transformer import ImageGPT, initialise

@@ -19,13 +19,13 @@ from igpt_ds.errors import RunError
 from igpt_ds.loading.order import LeftOut
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import Metrics, read_metrics
+from igpt_ds.text import clock
 from igpt_ds.train import trainer as train_module
 from igpt_ds.train.job import choose_config, prepare, summary
 from igpt_ds.train.resume import Progress
 from igpt_ds.train.schedule import learning_rate
 from igpt_ds.train.signals import StopRequest
 from igpt_ds.train.stability import Stability
-from igpt_ds.train.throughput import duration
 from igpt_ds.train.watchdog import Watchdog
 
 
@@ -185,8 +185,8 @@ def test_mixture_is_counted_by_its_quotas(digits: Path, tmp_path: Path) -> None:
 
 
 def test_durations_are_read_by_people() -> None:
-    assert duration(59.6) == "00:01:00"
-    assert duration(3 * 86400 + 4 * 3600 + 5 * 60 + 6) == "3d 04:05:06"
+    assert clock(59.6) == "00:01:00"
+    assert clock(3 * 86400 + 4 * 3600 + 5 * 60 + 6) == "3d 04:05:06"
 
 
 def test_metrics_are_valid_json(play: Any, tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""How a global batch is divided: over the ranks, into micro-batches, and these one after another."""
+
+from dataclasses import dataclass
+
+from igpt_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a global batch is spread: replicas * micro_batch * accumulation = batch.
+
+    A replica is one rank, or `sequence_parallel` neighbouring ones that each hold a part of every image's positions.
+    """
+
+    world: int
+    micro_batch: int
+    accumulation: int
+    sequence_parallel: int = 1
+
+    @property
+    def replicas(self) -> int:
+        return self.world // self.sequence_parallel
+
+    @property
+    def batch(self) -> int:
+        return self.replicas * self.micro_batch * self.accumulation
+
+    def replica(self, rank: int) -> int:
+        """The replica that a rank belongs to."""
+        return rank // self.sequence_parallel
+
+
+def divide_batch(batch: int, micro_batch: int | None, world: int, sequence_parallel: int = 1) -> Division:
+    """Micro-batch and accumulation of each replica; without a micro-batch it holds its whole share at once.
+
+    Raises:
+        UserError: the batch cannot be spread evenly; the nearest sizes that can are named.
+    """
+    if world % sequence_parallel:
+        raise UserError(
+            f"training.sequence_parallel={sequence_parallel}: does not divide {world} ranks: start a multiple of it"
+        )
+    replicas = world // sequence_parallel
+    if replicas > batch:
+        remedy = f"start {batch * sequence_parallel} ranks, set training.batch={replicas}"
+        if world % batch == 0:
+            remedy += f", or let {world // batch} ranks share each image (training.sequence_parallel={world // batch})"
+        raise UserError(f"training.batch={batch}: caps data parallelism at {batch} ranks, not {replicas}: {remedy}")
+    if batch % replicas:
+        fitting = [n * sequence_parallel for n in range(1, batch + 1) if batch % n == 0]
+        batches = [b for b in (batch // replicas * replicas, (batch // replicas + 1) * replicas) if b > 0]
+        ways = f"start {_nearest(world, fitting)} ranks or set training.batch={' or '.join(map(str, batches))}"
+        raise UserError(f"training.batch={batch}: {world} ranks cannot share it evenly: {ways}")
+    share = batch // replicas
+    micro = share if micro_batch is None else micro_batch
+    if share % micro:
+        nearest = _nearest(micro, [n for n in range(1, share + 1) if share % n == 0])
+        raise UserError(
+            f"training.micro_batch={micro}: does not divide the {share} images of a "
+            f"{'rank' if sequence_parallel == 1 else 'replica'} (batch {batch} on {world} ranks): "
+            f"set training.micro_batch={nearest}"
+        )
+    return Division(world, micro, share // micro, sequence_parallel)
+
+
+def _nearest(wanted: int, fitting: list[int]) -> str:
+    below = [n for n in fitting if n <= wanted][-1:]
+    above = [n for n in fitting if n > wanted][:1]
+    return " or ".join(str(n) for n in below + above)
