@@ -17,8 +17,8 @@ from igpt_ds.checkpoint.write import Saver
 from igpt_ds.config.batch import divide_batch
 from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
-from igpt_ds.distributed.engine import Engine, leave
-from igpt_ds.distributed.ranks import place
+from igpt_ds.distributed.engine import Engine
+from igpt_ds.distributed.ranks import launched
 
 
 def main() -> None:
@@ -29,9 +29,9 @@ def main() -> None:
     options = parser.parse_args()
     sets = [f"model.layers={options.layers}", f"training.batch={options.batch}", "data.resolution=32"]
     config = load_config("s", sets)
-    where = place()
-    division = divide_batch(options.batch, None, where.world)
-    engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, where)
+    ranks = launched()
+    division = divide_batch(options.batch, None, ranks.world)
+    engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, ranks)
     tokens = torch.randint(512, (division.micro_batch, 1024))
 
     def step() -> float:
@@ -40,7 +40,7 @@ def main() -> None:
         return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory() as folder:
-        saver = Saver(Path(folder), where.rank, where.world, engine.any_rank, where.neighbours)
+        saver = Saver(Path(folder), ranks.rank, ranks.world, engine.ranks.any, ranks.neighbours)
         facts: dict[str, object] = {"identity": {}, "config": {}}
         plain, during, pauses, writes = [], [], [], []
         step()
@@ -58,7 +58,7 @@ def main() -> None:
         print(f"{name:<20}{value:>8.2f} s   {value / medians[0]:>6.2f} of a step of {options.batch} images")
     print(f"{'pause of a save':<20}{'':>8}     {medians[1] / medians[0] * options.batch / 128:>6.3f} of a step of 128")
     engine.close()
-    leave()
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from igpt_ds.config.batch import divide_batch
 from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.model.sampling import Drawing, sample
 from igpt_ds.model.transformer import ImageGPT, initialise
 from igpt_ds.train.schedule import learning_rate
@@ -43,7 +43,7 @@ def harness(config: Config, steps: int) -> tuple[list[float], dict[str, str | No
     from igpt_ds.distributed.engine import Engine
 
     division = divide_batch(config.training.batch, None, 1)
-    engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Place(0, 1, 0))
+    engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Ranks())
     losses = []
     for step in range(steps):
         loss, _ = engine.train_step([images(config, step)], learning_rate(step, config.training))

@@ -37,7 +37,7 @@ from igpt_ds.config.batch import divide_batch
 from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config, replace
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.planner.devices import peak_flops
 from igpt_ds.planner.layout import lay_out
@@ -109,7 +109,7 @@ def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
     config = configure(preset, micro_batches[0])
     division = divide_batch(config.training.batch, None, 1)
     begin = time.perf_counter()
-    engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Place(0, 1, 0))
+    engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Ranks())
     print(f"{preset}: {plan.parameter_count(config):,} parameters, built in {time.perf_counter() - begin:.0f} s")
     model, found = engine.module, list[Measured]()
     eager = [block.forward for block in model.blocks]

@@ -93,32 +93,32 @@ def rank_main(folder: Path, rounds: int, apart: bool) -> None:
 
     from igpt_ds.config.batch import divide_batch
     from igpt_ds.config.deepspeed import load_ds_config, resolve
-    from igpt_ds.distributed.engine import Engine, leave
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.engine import Engine
+    from igpt_ds.distributed.ranks import launched
 
-    where, beside = place(), 1
-    rank, world = where.rank, where.world
+    ranks, beside = launched(), 1
+    rank, world = ranks.rank, ranks.world
     if apart:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT=str(free_port()))
-        where, beside = place(), world
+        ranks, beside = launched(), world
     engines = {}
-    for name, batch in (("weak", IMAGES * where.world), ("strong", IMAGES // beside)):
+    for name, batch in (("weak", IMAGES * ranks.world), ("strong", IMAGES // beside)):
         config = config_of(4, 16, batch)
-        division = divide_batch(batch, None, where.world)
-        engines[name] = Engine(config, resolve(load_ds_config("zero3"), config, division), division, where)
+        division = divide_batch(batch, None, ranks.world)
+        engines[name] = Engine(config, resolve(load_ds_config("zero3"), config, division), division, ranks)
     times: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 3):
         for name, engine in engines.items():
             images = engine.division.micro_batch
             tokens = torch.randint(0, 64, (images, engine.config.sequence_length))
-            engine.sum_over_ranks([0.0])  # all begin together
+            engine.ranks.sum([0.0])  # all begin together
             began = time.perf_counter()
             engine.train_step([{"tokens": tokens, "positions": torch.arange(images)}], 1e-4)
             if turn >= 3:  # ZeRO-3 learns the order of the modules first
                 times[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in times.items()}
     (folder / f"{rank}.json").write_text(json.dumps(medians))
-    leave()
+    ranks.leave()
     sys.stdout.flush()
     os._exit(0)
 

@@ -31,7 +31,7 @@ from igpt_ds.config.batch import divide_batch
 from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.memory import keep_freed_memory
 from igpt_ds.model.transformer import ImageGPT, initialise
 
@@ -63,7 +63,7 @@ def ours(config: Config) -> Step:
     from igpt_ds.distributed.engine import Engine
 
     division = divide_batch(config.training.batch, None, 1)
-    engine = Engine(config, resolve(load_ds_config("zero0"), config, division), division, Place(0, 1, 0))
+    engine = Engine(config, resolve(load_ds_config("zero0"), config, division), division, Ranks())
     batch = {"tokens": tokens_of(config), "positions": torch.arange(config.training.batch)}
     return lambda: float(engine.train_step([batch], config.training.learning_rate)[0])
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from benchmarks.loader import K, build
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import replace
-from igpt_ds.distributed.ranks import place
+from igpt_ds.distributed.ranks import launched
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import Metrics, read_metrics
 from igpt_ds.train.job import Job, prepare
@@ -65,14 +65,14 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.disable(logging.WARNING)
-    where = place()
+    ranks = launched()
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / f"data-{where.rank}"
+        data = Path(folder) / f"data-{ranks.rank}"
         data.mkdir()
         build(data / "train", 32, "uint16", shards=1, rows=512)
         facts = {
             "model.layers": arguments.layers,
-            "training.batch": arguments.micro_batch * where.world,
+            "training.batch": arguments.micro_batch * ranks.world,
             "training.log_every": arguments.steps,
             "training.validate_every": 0,
             "checkpoint.every": 10**9,
@@ -81,7 +81,7 @@ def main() -> None:
             "data.workers": 2,
         }
         config = load_config("s", [f"{key}={value}" for key, value in facts.items()])
-        job = prepare(replace(config, "data", sources=(str(data),)), "zero3", where.world)
+        job = prepare(replace(config, "data", sources=(str(data),)), "zero3", ranks.world)
         measure(job, Run(Path(folder) / "run"), arguments.steps, arguments.rounds)
 
 
@@ -89,7 +89,7 @@ def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
     """The rounds, in this process group."""
     import dataclasses
 
-    from igpt_ds.distributed.engine import Engine, leave
+    from igpt_ds.distributed.engine import Engine
     from igpt_ds.loading.loader import train_batches
     from igpt_ds.loading.order import NOTHING_LEFT_OUT
     from igpt_ds.train.resume import Progress
@@ -98,11 +98,11 @@ def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
     from igpt_ds.train.trainer import train
     from igpt_ds.train.watchdog import Watchdog
 
-    where = place()
-    engine = Engine(job.config, job.ds, job.division, where)
+    ranks = launched()
+    engine = Engine(job.config, job.ds, job.division, ranks)
     bare = Bare(job)
     run.create()
-    metrics = Metrics(run.path, 0, {}, None) if where.rank == 0 else None
+    metrics = Metrics(run.path, 0, {}, None) if ranks.rank == 0 else None
     progress = Progress(0, NOTHING_LEFT_OUT, Stability(job.config.health, {}))
 
     def batches_after(progress: Progress) -> Any:
@@ -111,8 +111,8 @@ def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
             job.order,
             batch=job.config.training.batch,
             micro_batch=job.division.micro_batch,
-            rank=where.rank,
-            world=where.world,
+            rank=ranks.rank,
+            world=ranks.world,
             start_step=progress.step,
             workers=job.config.data.workers,
         )
@@ -121,7 +121,7 @@ def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
     bare.run(2)
     for _ in range(rounds + 1):
         stretch = dataclasses.replace(job, config=replace(job.config, "training", stop_at=progress.step + steps))
-        watchdog = Watchdog(run.path, where.rank, where.world, 900.0, open(os.devnull, "w"))  # noqa: SIM115
+        watchdog = Watchdog(run.path, ranks.rank, ranks.world, 900.0, open(os.devnull, "w"))  # noqa: SIM115
         progress = train(engine, batches_after, stretch, run, progress, metrics, StopRequest(), watchdog)
         theirs.append(bare.run(steps))
         line = [each for each in read_metrics(run.metrics) if "loss" in each][-1]
@@ -133,11 +133,11 @@ def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
             metrics.write({"step": 1, "loss": 1.0, "bits": 1.0, "lr": 1.0, "grad_norm": 1.0, "mfu": None})
         logging_seconds = (time.perf_counter() - begin) / 200
         step = statistics.median(theirs[1:])
-        print(f"bare loop {step:.3f} s a step, {where.world} rank(s), load {os.getloadavg()[0]:.1f}")
+        print(f"bare loop {step:.3f} s a step, {ranks.world} rank(s), load {os.getloadavg()[0]:.1f}")
         print(f"harness / bare, speed  {statistics.median(ratios[1:]):.3f}    target at least 0.98")
         print(f"waiting for data       {statistics.median(waits[1:]):.3%}    target under 0.5 %")
         print(f"a line of metrics      {logging_seconds / step:.3%}    target under 1 %", flush=True)
-    leave()
+    ranks.leave()
     os._exit(0)  # DeepSpeed's threads need seconds to wind up
 
 

@@ -25,7 +25,9 @@ _TRAINING_OPTIONS = (
     click.option("--wandb", "wandb_project", metavar="PROJECT", help="Also log to Weights & Biases."),
     click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end."),
     click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, and end."),
-    click.option("--ranks", type=click.IntRange(min=1), help="With --dry-run: the number of GPUs to plan for."),
+    click.option(
+        "--ranks", "planned_ranks", type=click.IntRange(min=1), help="With --dry-run: the number of GPUs to plan for."
+    ),
     click.option("--gpus-per-node", type=click.IntRange(min=1), help="With --dry-run: GPUs of a machine [8, or all]."),
     click.option(
         "--device", default="h200", metavar="NAME", help="With --dry-run: their kind, see igpt-ds plan [h200]."

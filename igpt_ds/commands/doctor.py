@@ -18,7 +18,12 @@ from igpt_ds.errors import RunError, UserError
 @click.option("--preset", metavar="NAME", help="Preset or file.toml of the run [RUN/config.toml].")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
 @click.option("--ds", "ds_source", default="zero3", show_default=True, metavar="NAME", help="DeepSpeed configuration.")
-@click.option("--ranks", type=click.IntRange(min=1), help="GPUs of the run [ranks started, or GPUs of this machine].")
+@click.option(
+    "--ranks",
+    "planned_ranks",
+    type=click.IntRange(min=1),
+    help="GPUs of the run [ranks started, or GPUs of this machine].",
+)
 @click.option(
     "--wait",
     "limit",
@@ -35,7 +40,7 @@ def doctor(
     preset: str | None,
     overrides: tuple[str, ...],
     ds_source: str,
-    ranks: int | None,
+    planned_ranks: int | None,
     limit: float,
     as_json: bool,
 ) -> None:
@@ -57,16 +62,16 @@ def doctor(
 
     Exit status: 0 no FAIL, 1 some FAIL, 2 bad arguments.
     """
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
 
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise UserError("doctor: several srun tasks, but RANK is not set: RANK=$SLURM_PROCID as in slurm/env.sh")
-    where = place()
+    ranks = launched()
     from igpt_ds.doctor.examine import examine
     from igpt_ds.doctor.inputs import Request
     from igpt_ds.doctor.report import table, to_json
 
-    outcome = examine(Request(data, run_path, preset, overrides, ds_source), where, ranks, limit)
+    outcome = examine(Request(data, run_path, preset, overrides, ds_source), ranks, planned_ranks, limit)
     report = outcome.report
     if report is not None:
         click.echo(to_json(report) if as_json else table(report, shown))

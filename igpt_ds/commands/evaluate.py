@@ -41,10 +41,10 @@ def evaluate(
     import json
 
     from igpt_ds.atomic import publish_text
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
     from igpt_ds.errors import UserError
     from igpt_ds.evals import likelihood
-    from igpt_ds.evals.features import load_model, meeting
+    from igpt_ds.evals.features import load_model
     from igpt_ds.loading.splits import open_split
     from igpt_ds.results import figures
     from igpt_ds.results.tables import likelihood_table
@@ -52,7 +52,7 @@ def evaluate(
     from igpt_ds.weights.base import at_resolution, config_of
     from igpt_ds.weights.formats import open_weights, results_folder
 
-    where, checkpoint = place(), open_weights(run_path, step)
+    ranks, checkpoint = launched(), open_weights(run_path, step)
     folder = results_folder(run_path, json_path)
     config = config_of(checkpoint)
     if config.causal and (masks is not None or mask_seed is not None):
@@ -65,11 +65,11 @@ def evaluate(
     likelihood.check(checkpoint, config, dataset)
     if not config.causal:
         masks, mask_seed = masks or likelihood.MASKS, config.seed if mask_seed is None else mask_seed
-    with meeting(where, divided=False):
+    with ranks.meeting():
         found = likelihood.likelihood(
-            load_model(config, checkpoint), config, dataset, where, masks or 1, mask_seed or 0
+            load_model(config, checkpoint), config, dataset, ranks, masks or 1, mask_seed or 0
         )
-    if where.rank == 0:
+    if ranks.rank == 0:
         result = likelihood.record(found, checkpoint, config, dataset, masks, mask_seed)
         json_path = json_path or folder / ("eval.json" if split == "val" else f"eval-{split}.json")
         publish_text(json_path, json.dumps(result, indent=2) + "\n")

@@ -43,7 +43,7 @@ def finetune(
     wandb_project: str | None,
     print_config: bool,
     dry_run: bool,
-    ranks: int | None,
+    planned_ranks: int | None,
     gpus_per_node: int | None,
     device: str,
 ) -> None:
@@ -66,7 +66,7 @@ def finetune(
     better accuracy, or after 50 epochs. The best checkpoint is kept; RUN/result.json tells its accuracy.
     """
     from igpt_ds.config.file import to_toml
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
     from igpt_ds.planner.report import Machine
     from igpt_ds.run.directory import Run
     from igpt_ds.train import finetune as tuning
@@ -80,9 +80,9 @@ def finetune(
     if print_config:
         click.echo(to_toml(config), nl=False)
         return
-    where = place()
-    world = ranks if dry_run and ranks else where.world
-    per_node = gpus_per_node or min(world, 8) if dry_run else where.neighbours
+    ranks = launched()
+    world = planned_ranks if dry_run and planned_ranks else ranks.world
+    per_node = gpus_per_node or min(world, 8) if dry_run else ranks.neighbours
     job = jobs.prepare(config, ds_source, world, ranks_per_node=per_node, test=test, masks=masks or 0)
     tuning.check_start(job.config, run, job.train_sets[0].palette.sha256)
     if run is None or dry_run:
@@ -90,4 +90,4 @@ def finetune(
         return
     from igpt_ds.train.trainer import pretrain as train
 
-    train(job, run, where, fresh=fresh, force=force, allow_change=allow_change, wandb_project=wandb_project)
+    train(job, run, ranks, fresh=fresh, force=force, allow_change=allow_change, wandb_project=wandb_project)

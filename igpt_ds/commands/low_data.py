@@ -49,7 +49,7 @@ def low_data(
     import json
 
     from igpt_ds.atomic import publish_text
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
     from igpt_ds.evals import low_data as evaluation
     from igpt_ds.evals.feature_cache import fingerprint
     from igpt_ds.evals.features import Network, Recipe
@@ -60,18 +60,18 @@ def low_data(
     if not all(text.isdecimal() and int(text) for text in counts):
         raise UserError(f"--labels {labels}: not of the form 4,25,400: write whole numbers, divided by commas")
     wanted = tuple(sorted({int(text) for text in counts}))
-    folder, where = results_folder(run_path, json_path), place()
+    folder, ranks = results_folder(run_path, json_path), launched()
     checkpoint, config, splits = open_run(run_path, step, data, test)
     evaluation.check(splits.train, wanted)
     identity = fingerprint(config, checkpoint)
     chosen = evaluation.best_layer(folder / "probe.json", identity) if layer is None else layer
     if chosen > config.model.layers:
         raise UserError(f"--layer {chosen}: the network has layers 0 to {config.model.layers}: choose among them")
-    network = Network(config, checkpoint, Recipe((chosen,)), where, ds_source)
+    network = Network(config, checkpoint, Recipe((chosen,)), ranks, ds_source)
     scored_set = splits.test or splits.validation
     count = masks_of(config, masks)
     train, scored = evaluation.collect(network, splits.train, scored_set, count, folder / "features")
-    if where.rank:
+    if ranks.rank:
         return
     record = {
         "kind": "low_data",

@@ -41,7 +41,7 @@ def pretrain(
     wandb_project: str | None,
     print_config: bool,
     dry_run: bool,
-    ranks: int | None,
+    planned_ranks: int | None,
     gpus_per_node: int | None,
     device: str,
 ) -> None:
@@ -60,7 +60,7 @@ def pretrain(
         igpt-ds pretrain --run RUN
     """
     from igpt_ds.config.file import to_toml
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
     from igpt_ds.planner.report import Machine
     from igpt_ds.run.directory import Run
     from igpt_ds.train import job as jobs
@@ -72,9 +72,9 @@ def pretrain(
         return
     if run is None and not dry_run:
         raise UserError("pretrain: no --run: name the directory that the run is to write")
-    where = place()
-    world = ranks if dry_run and ranks else where.world
-    per_node = gpus_per_node or min(world, 8) if dry_run else where.neighbours
+    ranks = launched()
+    world = planned_ranks if dry_run and planned_ranks else ranks.world
+    per_node = gpus_per_node or min(world, 8) if dry_run else ranks.neighbours
     job = jobs.prepare(config, ds_source, world, ranks_per_node=per_node)
     jobs.check_beginning(job, None if fresh else run)
     if run is None or dry_run:
@@ -82,4 +82,4 @@ def pretrain(
         return
     from igpt_ds.train.trainer import pretrain as run_pretrain
 
-    run_pretrain(job, run, where, fresh=fresh, force=force, allow_change=allow_change, wandb_project=wandb_project)
+    run_pretrain(job, run, ranks, fresh=fresh, force=force, allow_change=allow_change, wandb_project=wandb_project)

@@ -81,7 +81,7 @@ def probe(
     import json
 
     from igpt_ds.atomic import publish_text
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
     from igpt_ds.evals import probe as probes
     from igpt_ds.evals.feature_cache import fingerprint
     from igpt_ds.evals.features import Network, Recipe, parse_layers
@@ -91,7 +91,7 @@ def probe(
 
     if (iterations and solver != "sgd") or (strengths and solver != "lbfgs"):
         raise UserError("--iterations belongs to --solver sgd, --regularisation to lbfgs: leave the other one out")
-    folder, where = results_folder(run_path, json_path), place()
+    folder, ranks = results_folder(run_path, json_path), launched()
     checkpoint, config, splits = open_run(run_path, step, data, test, images)
     recipe = Recipe(parse_layers(layers, config), norm, precision)  # type: ignore[arg-type]
     for count in concatenate:
@@ -105,8 +105,8 @@ def probe(
         masks_of(config, masks),
         images,
     )
-    trained = Network(config, checkpoint, recipe, where, ds_source, batch)
-    before = Network(config, None, recipe, where, ds_source, batch) if untrained else None
+    trained = Network(config, checkpoint, recipe, ranks, ds_source, batch)
+    before = Network(config, None, recipe, ranks, ds_source, batch) if untrained else None
     collected = probes.collect(trained, before, splits, settings, folder / "features")
     if collected is None:
         return

@@ -65,9 +65,9 @@ def sample(
     any number:
         torchrun --nproc-per-node 8 -m igpt_ds -- sample RUN --n 64 --precision bfloat16 --out samples.png
     """
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
     from igpt_ds.evals import samples
-    from igpt_ds.evals.features import load_model, meeting
+    from igpt_ds.evals.features import load_model
     from igpt_ds.loading.splits import open_split
     from igpt_ds.model.sampling import Drawing
     from igpt_ds.weights.base import config_of, palette_of
@@ -81,7 +81,7 @@ def sample(
         raise UserError(f"--split {split}: without --complete there is no data: leave it out")
     if rows is not None and not (complete or paths):
         raise UserError(f"--rows {rows}: nothing is given: add --complete DIR or --picture FILE")
-    drawing, where = Drawing(seed, temperature, top_k, top_p), place()
+    drawing, ranks = Drawing(seed, temperature, top_k, top_p), launched()
     checkpoint = open_weights(run_path, step)
     config, palette = config_of(checkpoint), palette_of(checkpoint)
     if palette is None:
@@ -97,12 +97,12 @@ def sample(
     rows = round(config.sequence_length**0.5) // 2 if rows is None else rows
     if tokens is not None:
         samples.prefixes(tokens, rows)  # refused before the ranks meet
-    with meeting(where, divided=False):
+    with ranks.meeting():
         model = load_model(config, checkpoint, precision)
         if tokens is None:
-            sheet = samples.free_samples(model, palette, count or DEFAULT, drawing, where)
+            sheet = samples.free_samples(model, palette, count or DEFAULT, drawing, ranks)
         else:
-            sheet = samples.completions(model, tokens, palette, rows, drawing, where)
+            sheet = samples.completions(model, tokens, palette, rows, drawing, ranks)
     if sheet is not None:
         samples.save_png(sheet, out)
         click.echo(f"written: {out} (step {checkpoint.step})")

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import os
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -23,47 +22,19 @@ import torch.distributed as dist
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from igpt_ds.config.batch import Division
 from igpt_ds.config.schema import Config
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.distributed.zero_state import ZeroState
 from igpt_ds.errors import UserError
 from igpt_ds.memory import free_bytes
-from igpt_ds.model.sampling import Drawing, images_at_once, over_ranks, sample
+from igpt_ds.model.sampling import Drawing, images_at_once, sample
 from igpt_ds.model.transformer import Block, ImageGPT, Output, initialise
 from igpt_ds.objectives import classify, load_objective
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
-
-
-def join(where: Place) -> torch.device:
-    """Join the process group, unless this process has; return this rank's device."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
-    if torch.cuda.is_available():
-        torch.cuda.set_device(where.local_rank)
-    else:
-        # Its shared-memory collectives would be compiled for minutes and leave files in /dev/shm; gloo serves.
-        from deepspeed.ops import __compatible_ops__
-
-        __compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed asks for the number of "devices" at every gradient bucket, and without this asks numactl.
-        os.environ.setdefault("LOCAL_SIZE", str(where.neighbours))
-        if "OMP_NUM_THREADS" not in os.environ:
-            # Ranks that each use all cores wait for one another many times longer than they compute.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // where.neighbours))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
-        # torchrun's store outlives its ranks: restarted ones would meet the addresses of the dead.
-        agent, _, _ = next(rendezvous("env://", where.rank, where.world))
-        store = dist.distributed_c10d.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
-        dist.init_process_group(backend, store=store, rank=where.rank, world_size=where.world)
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return torch.device("cuda", where.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def require_precision(config: Config) -> None:
@@ -75,23 +46,6 @@ def require_precision(config: Config) -> None:
     wanted = config.training.precision == "bfloat16"
     if wanted and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    dist.barrier()
-
-
-def leave() -> None:
-    """Leave the process group: the last thing that a rank does, since DeepSpeed cannot join a second one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Engine:
@@ -106,15 +60,14 @@ class Engine:
         measures: the names of what a step and an evaluation measure; the first is the loss.
     """
 
-    def __init__(self, config: Config, ds: dict[str, Any], division: Division, where: Place):
-        self.config, self.division, self.place = config, division, where
+    def __init__(self, config: Config, ds: dict[str, Any], division: Division, ranks: Ranks):
+        self.config, self.division, self.ranks = config, division, ranks
         if not config.training.compile:
             # DeepSpeed imports an optimiser that compiles itself: a quarter of the processor time of a rank's start.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        self.device = join(where)
+        self.device = ranks.join()
+        _prepare_deepspeed(ranks)
         self.stage = int(ds["zero_optimization"]["stage"])
-        # Small messages between the ranks' processors (stop flags, barriers), which must not wait for the GPU.
-        self._control = dist.new_group(backend="gloo")
         self.objective = load_objective(config)
         self.measures = classify.names(config.finetune) if config.finetune else ("loss",)
         # Under ZeRO-3 each module is divided over the ranks as soon as it is built, and then each parameter is
@@ -131,13 +84,13 @@ class Engine:
         model.to(self.device)
         self.part = slice(None)
         if division.sequence_parallel > 1:
-            self.part = _share_positions(model, division.sequence_parallel, where)
+            self.part = _share_positions(model, division.sequence_parallel, ranks)
         if config.training.compile:
             model.compile_blocks()
         self.optimizer = _adam(model, config, self.device)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)
         self.module: ImageGPT = self.deepspeed.module
-        self.state = ZeroState(self.deepspeed, self.optimizer, self.stage, where, self.device)
+        self.state = ZeroState(self.deepspeed, self.optimizer, self.stage, ranks, self.device)
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         assert self.device.type == "cpu" or fused, "DeepSpeed dropped the fused Adam"
         if config.finetune is not None:
@@ -216,7 +169,7 @@ class Engine:
             sums_and_count += torch.stack([*sums, weight_B.sum()])
         self.deepspeed.train()
         # Ranks that share an image have each counted it, with a loss whose mean over them is the image's.
-        *totals, count = self.sum_over_ranks((sums_and_count / self.division.sequence_parallel).tolist())
+        *totals, count = self.ranks.sum((sums_and_count / self.division.sequence_parallel).tolist())
         return totals, count
 
     @torch.no_grad()
@@ -256,7 +209,7 @@ class Engine:
         self.deepspeed.eval()
         weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.module.parameters())
         # The same on every rank, so that all go the same way and take the same number of steps.
-        free = self._least(free_bytes(self.device, self.place.neighbours) // 2)
+        free = self.ranks.least(free_bytes(self.device, self.ranks.neighbours) // 2)
         model, network = self.module, None
         if self.stage == 3 and free < weights:
             network = self.deepspeed
@@ -271,7 +224,7 @@ class Engine:
             ]
             return torch.cat(parts)
 
-        found = over_ranks(draw_rows, prefix_BT, self.place, self._control) if images else None
+        found = self.ranks.share_rows(draw_rows, prefix_BT) if images else None
         self.deepspeed.train()
         return found
 
@@ -288,46 +241,35 @@ class Engine:
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
-    # --- between the ranks -------------------------------------------------------------------------------------
-
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        """The same sums on every rank, added in float64."""
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self._control)
-        return tensor.tolist()
-
-    def _least(self, value: int) -> int:
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._control)
-        return int(tensor)
-
-    def from_rank_0(self, value: T) -> T:
-        """Rank 0's value on every rank."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self._control)
-        return values[0]
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; also a barrier."""
-        return self.sum_over_ranks([float(flag)])[0] > 0
-
     def close(self) -> None:
-        """Free the model and its optimiser; the process group stays (see `leave`)."""
+        """Free the model and its optimiser; the process group stays (see `Ranks.leave`)."""
         self.deepspeed.destroy()
         # hpZ's groups stay, and DeepSpeed fails where a second engine would make them again.
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
-def _share_positions(model: ImageGPT, ranks: int, where: Place) -> slice:
-    """Let neighbouring ranks share an image's positions (DeepSpeed Ulysses); this rank's."""
-    groups = [dist.new_group(range(first, first + ranks)) for first in range(0, where.world, ranks)]
+def _prepare_deepspeed(ranks: Ranks) -> None:
+    """Give DeepSpeed the process group that the ranks have; once a process."""
+    if not torch.cuda.is_available():
+        # Its shared-memory collectives would be compiled for minutes and leave files in /dev/shm; gloo serves.
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed asks for the number of "devices" at every gradient bucket, and without this asks numactl.
+        os.environ.setdefault("LOCAL_SIZE", str(ranks.neighbours))
+    deepspeed.init_distributed(verbose=False)
+
+
+def _share_positions(model: ImageGPT, sharing: int, ranks: Ranks) -> slice:
+    """Let `sharing` neighbouring ranks share an image's positions (DeepSpeed Ulysses); this rank's."""
+    groups = [dist.new_group(range(first, first + sharing)) for first in range(0, ranks.world, sharing)]
 
     def between_ranks(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        distributed = DistributedAttention(attend, groups[where.rank // ranks], scatter_idx=2, gather_idx=1)
+        distributed = DistributedAttention(attend, groups[ranks.rank // sharing], scatter_idx=2, gather_idx=1)
         return functools.partial(distributed, batch_dim_idx=0)
 
-    share = model.sequence_length // ranks
-    part = slice(where.rank % ranks * share, (where.rank % ranks + 1) * share)
+    share = model.sequence_length // sharing
+    part = slice(ranks.rank % sharing * share, (ranks.rank % sharing + 1) * share)
     model.share_positions(part, between_ranks)
     return part
 

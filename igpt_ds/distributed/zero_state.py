@@ -20,7 +20,7 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from igpt_ds.checkpoint.read import MOMENTS, Shard
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.weights.base import Weights
 
 
@@ -33,7 +33,7 @@ class ZeroState:
         stage: of ZeRO.
     """
 
-    def __init__(self, deepspeed: Any, optimizer: torch.optim.AdamW, stage: int, place: Place, device: torch.device):
+    def __init__(self, deepspeed: Any, optimizer: torch.optim.AdamW, stage: int, place: Ranks, device: torch.device):
         self._deepspeed, self._module, self._optimizer = deepspeed, deepspeed.module, optimizer
         self._stage, self._place, self._device = stage, place, device
 

@@ -1,6 +1,5 @@
 """The whole examination: what each rank reads, how the ranks go through it together, and rank 0's judgement."""
 
-import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks, limit_threads
 from igpt_ds.doctor import devices, disk, inputs, machine, ranks, speed
 from igpt_ds.doctor.inputs import Plan, Request
 from igpt_ds.doctor.report import Check, Report, attempt, judged, judged_together, merged, named
@@ -39,7 +38,7 @@ class Reading:
         return f"{self.host} rank {self.rank}"
 
 
-def examine(request: Request, where: Place, planned_ranks: int | None, limit: float) -> Outcome:
+def examine(request: Request, where: Ranks, planned_ranks: int | None, limit: float) -> Outcome:
     """Look at everything; every rank calls this.
 
     Args:
@@ -62,7 +61,7 @@ def examine(request: Request, where: Place, planned_ranks: int | None, limit: fl
     return Outcome(Report(checks, _unchecked(request, planned, 1), 1, [reading.host]))
 
 
-def _together(request: Request, where: Place, planned_ranks: int, limit: float) -> Outcome:
+def _together(request: Request, where: Ranks, planned_ranks: int, limit: float) -> Outcome:
     """The same on many ranks, and what only many can show. Whatever fails, all reach the same collectives."""
     group = ranks.Group(where, limit)
     planned, mine, hangs = Plan(), Reading(socket.gethostname(), where.rank), False
@@ -76,7 +75,8 @@ def _together(request: Request, where: Place, planned_ranks: int, limit: float) 
         sources, validated = group.tell("data", [planned.sources or request.data, _validated(planned)])
         mine.facts = local_facts(request, planned, own, where.rank, group.leads, sources, validated)
         group.gather("the end of each node's checks", None)
-        _limit_threads(group.neighbours)
+        if not devices.visible():
+            limit_threads(group.neighbours)
         mine.facts["matmul"] = attempt(lambda: speed.matmul(device))
         collective, hangs = _collectives(group, device)
         mine.facts |= collective
@@ -261,14 +261,6 @@ def _plan(request: Request, count: int, ranks_per_node: int | None = None) -> Pl
 
 def _validated(planned: Plan) -> bool | None:
     return planned.config.training.validate_every > 0 if planned.config else None
-
-
-def _limit_threads(neighbours: int) -> None:
-    """As the engine does: ranks on a CPU that each use all cores would measure one another."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ and neighbours > 1 and not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
 
 
 def _unchecked(request: Request, planned: Plan, world: int) -> list[str]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not named in __all__
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.doctor.report import attempt
 from igpt_ds.errors import RunError, UserError
 
@@ -53,7 +53,7 @@ class Group:
         RunError: no connection to rank 0.
     """
 
-    def __init__(self, where: Place, limit: float) -> None:
+    def __init__(self, where: Ranks, limit: float) -> None:
         self.where, self.limit = where, limit
         self.hosts: list[str] = []
         self._store = _open_store(where, limit)
@@ -174,7 +174,7 @@ class Group:
             ) from error
 
 
-def _open_store(where: Place, limit: float) -> Store:
+def _open_store(where: Ranks, limit: float) -> Store:
     """Connect to the store at MASTER_ADDR:MASTER_PORT, which rank 0 or torchrun's agent serves."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():

@@ -22,7 +22,7 @@ from igpt_ds.atomic import fsync_directory, publish_directory, publish_text, wri
 from igpt_ds.config.schema import Config, identity
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
-from igpt_ds.evals.features import Network, extract, from_rank_0
+from igpt_ds.evals.features import Network, extract
 from igpt_ds.loading.loader import source_rows
 from igpt_ds.weights.base import Weights
 
@@ -89,10 +89,10 @@ def cached(
     """
     total = min(dataset.rows, images or dataset.rows)
     facts = facts_of(network, dataset, total, mask_seed)
-    path = _find(folder, facts) if network.where.rank == 0 else None
-    if from_rank_0(path is not None, network.where):
+    path = _find(folder, facts) if network.ranks.rank == 0 else None
+    if network.ranks.from_rank_0(path is not None):
         return _open(path, network.recipe.layers) if path else None
-    if network.where.rank:
+    if network.ranks.rank:
         extract(network, dataset, title, total, mask_seed, None)
         return None
     final = folder / _name(facts)

@@ -8,15 +8,11 @@ Suffixes: L layers asked for, I images, B images of a batch, T positions, D widt
 """
 
 import dataclasses
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +20,7 @@ from igpt_ds.config.batch import Division
 from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.schema import Config, replace
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.loading.loader import evaluation_batches
 from igpt_ds.model.transformer import ImageGPT, initialise
@@ -94,9 +90,6 @@ class Network:
         ds: name or file of a DeepSpeed configuration that divides the network over the ranks; None: whole on each.
         batch: images a rank passes through at once; None: as many as have 65 536 tokens.
 
-    Attributes:
-        divided: whether DeepSpeed divides it.
-
     Raises:
         UserError: no such DeepSpeed configuration, or one that does not fit.
     """
@@ -106,13 +99,13 @@ class Network:
         config: Config,
         checkpoint: Weights | None,
         recipe: Recipe,
-        where: Place,
+        ranks: Ranks,
         ds: str | None = None,
         batch: int | None = None,
     ):
-        self.config, self.checkpoint, self.recipe, self.where = config, checkpoint, recipe, where
+        self.config, self.checkpoint, self.recipe, self.ranks = config, checkpoint, recipe, ranks
         self.batch = batch or max(1, _TOKENS // config.sequence_length)
-        division = Division(where.world, self.batch, 1)
+        division = Division(ranks.world, self.batch, 1)
         training = {
             "precision": recipe.precision,
             "batch": division.batch,
@@ -122,7 +115,6 @@ class Network:
         self._engine_config = replace(config, "training", **training)
         self._division = division
         self._ds = resolve(load_ds_config(ds), self._engine_config, division) if ds else None
-        self.divided = ds is not None
         self._model: ImageGPT | None = None
         self._engine: Engine | None = None
 
@@ -154,7 +146,7 @@ class Network:
             return
         from igpt_ds.distributed.engine import Engine
 
-        self._engine = Engine(self._engine_config, self._ds, self._division, self.where)
+        self._engine = Engine(self._engine_config, self._ds, self._division, self.ranks)
         if self.checkpoint is not None:
             self._engine.state.load(self.checkpoint, weights_only=True)
 
@@ -163,40 +155,6 @@ class Network:
         if self._engine is not None:
             self._engine.close()
         self._model = self._engine = None
-
-
-@contextmanager
-def meeting(where: Place, divided: bool) -> Iterator[None]:
-    """Let the ranks of a launch meet, each on its own GPU. One process without DeepSpeed meets nobody.
-
-    Args:
-        divided: whether DeepSpeed is to divide the network.
-    """
-    if divided:
-        from igpt_ds.distributed import engine
-
-        engine.join(where)
-        yield
-        engine.leave()
-    elif where.world > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(where.local_rank)
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        dist.init_process_group("gloo", rank=where.rank, world_size=where.world)
-        yield
-        dist.destroy_process_group()
-    else:
-        yield
-
-
-def from_rank_0(value: T, where: Place) -> T:
-    """Rank 0's value on every rank; a collective."""
-    if where.world == 1:
-        return value
-    values: list[Any] = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def extract(
@@ -213,14 +171,13 @@ def extract(
         UserError: the dataset is damaged.
         RunError: a feature is not finite.
     """
-    where, batch = network.where, network.batch
-    stride = batch * where.world
-    group = dist.new_group(backend="gloo") if where.world > 1 else None
-    with tqdm(total=images, desc=title, unit=" images", leave=False, disable=True if where.rank else None) as progress:
-        batches = evaluation_batches(dataset, batch, where.rank, where.world)
+    ranks, batch = network.ranks, network.batch
+    stride = batch * ranks.world
+    with tqdm(total=images, desc=title, unit=" images", leave=False, disable=True if ranks.rank else None) as progress:
+        batches = evaluation_batches(dataset, batch, ranks.rank, ranks.world)
         for first, rows in zip(range(0, images, stride), batches, strict=False):
             mask_BT = _mask(network.config, rows["tokens"], rows["positions"], mask_seed)
-            parts = _gather(network.features(rows["tokens"], mask_BT), where, group)
+            parts = ranks.gather(network.features(rows["tokens"], mask_BT))
             for rank, part_LBD in enumerate(parts):
                 start = first + rank * batch
                 count = min(batch, images - start)  # what lies beyond only fills the batch up
@@ -236,15 +193,6 @@ def _mask(config: Config, tokens_BT: Tensor, positions_B: Tensor, seed: int | No
     if seed is None:
         return None
     return load_objective(config).mask(tokens_BT, positions_B, dataclasses.replace(config, seed=seed))
-
-
-def _gather(part_LBD: Tensor, where: Place, group: Any) -> Sequence[Tensor]:
-    """All ranks' parts on rank 0, nothing on the others."""
-    if where.world == 1:
-        return [part_LBD]
-    parts = [torch.empty_like(part_LBD) for _ in range(where.world)] if where.rank == 0 else None
-    dist.gather(part_LBD, parts, dst=0, group=group)
-    return parts or []
 
 
 def pixels(dataset: Dataset, images: int | None = None) -> np.ndarray:

@@ -17,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.loading.loader import evaluation_batches
 from igpt_ds.loading.splits import resolve_data
 from igpt_ds.model.transformer import ImageGPT
@@ -65,7 +64,7 @@ def check(checkpoint: Weights, config: Config, dataset: Dataset) -> None:
 
 @torch.no_grad()
 def likelihood(
-    model: ImageGPT, config: Config, dataset: Dataset, where: Place, masks: int = 1, mask_seed: int = 0
+    model: ImageGPT, config: Config, dataset: Dataset, ranks: Ranks, masks: int = 1, mask_seed: int = 0
 ) -> Likelihood:
     """Score every image once, or a BERT model's `masks` times.
 
@@ -83,13 +82,13 @@ def likelihood(
     objective, seeded = load_objective(config), dataclasses.replace(config, seed=mask_seed)
     device = model.head.weight.device
     images, n = dataset.rows, dataset.sequence_length
-    batch = max(1, min(_TOKENS // n, -(-images // where.world)))
+    batch = max(1, min(_TOKENS // n, -(-images // ranks.world)))
     sums_I, scored_I, sums_T, counts_T = np.zeros(images), np.zeros(images), np.zeros(n), np.zeros(n)
-    total = masks * -(-images // (batch * where.world))
-    hidden = None if where.rank == 0 else True  # one bar for all ranks
+    total = masks * -(-images // (batch * ranks.world))
+    hidden = None if ranks.rank == 0 else True  # one bar for all ranks
     with tqdm(total=total, desc="likelihood", unit=" batches", leave=False, disable=hidden) as progress:
         for number in range(masks):
-            for rows in evaluation_batches(dataset, batch, where.rank, where.world):
+            for rows in evaluation_batches(dataset, batch, ranks.rank, ranks.world):
                 real_B = rows["weight"] > 0
                 tokens_BT, positions_B = rows["tokens"][real_B].to(device, torch.int64), rows["positions"][real_B]
                 if len(tokens_BT):
@@ -102,9 +101,7 @@ def likelihood(
                     sums_T += nats_BT.sum(0).cpu().numpy()
                     counts_T += shown_BT.sum(0).cpu().numpy()
                 progress.update()
-    if where.world > 1:
-        for part in (sums_I, scored_I, sums_T, counts_T):
-            dist.all_reduce(torch.from_numpy(part))  # in place: the tensor is the array's memory
+    ranks.add_up(sums_I, scored_I, sums_T, counts_T)
     with np.errstate(invalid="ignore"):
         return Likelihood(sums_I / scored_I, sums_T / counts_T, counts_T.astype(np.int64))
 

@@ -19,7 +19,7 @@ from igpt_ds.errors import UserError
 from igpt_ds.evals import classifier
 from igpt_ds.evals.classifier import Rows
 from igpt_ds.evals.feature_cache import Features
-from igpt_ds.evals.features import Network, meeting
+from igpt_ds.evals.features import Network
 from igpt_ds.evals.splits import Scored, ensemble, rows, take, take_scored
 from igpt_ds.hashing import random_keys, stable_hash
 from igpt_ds.text import Table
@@ -70,7 +70,7 @@ def collect(network: Network, train: Dataset, scored: Dataset, masks: int, folde
     Raises:
         UserError: the data is damaged, the disk is full, or a cache is not what its name says.
     """
-    with meeting(network.where, network.divided):
+    with network.ranks.meeting():
         found = take(network, train, folder, None), take_scored(network, scored, folder, None, masks)
         network.close()
     return found

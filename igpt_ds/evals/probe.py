@@ -17,7 +17,7 @@ from igpt_ds.errors import RunError
 from igpt_ds.evals import classifier, classifier_sgd
 from igpt_ds.evals.classifier import Classifier, Rows
 from igpt_ds.evals.feature_cache import Features
-from igpt_ds.evals.features import Network, meeting, pixels
+from igpt_ds.evals.features import Network, pixels
 from igpt_ds.evals.splits import Scored, Splits, ensemble, rows, take, take_scored
 from igpt_ds.text import Table, figure
 
@@ -78,7 +78,7 @@ def collect(
         RunError: a feature is not finite.
     """
     images, before, test = settings.images, None, None
-    with meeting(trained.where, trained.divided):
+    with trained.ranks.meeting():
         train = take(trained, splits.train, folder, images)
         validation = take_scored(trained, splits.validation, folder, images, settings.masks)
         if splits.test:
@@ -87,7 +87,7 @@ def collect(
         if untrained:
             before = (take(untrained, splits.train, folder, images), take(untrained, splits.validation, folder, images))
             untrained.close()
-    return Collected(train, validation, test, before) if trained.where.rank == 0 else None
+    return Collected(train, validation, test, before) if trained.ranks.rank == 0 else None
 
 
 def choose(train: Rows, validation: Rows, classes: int, settings: Settings, seed: int, title: str) -> Choice:

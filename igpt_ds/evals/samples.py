@@ -13,10 +13,10 @@ from PIL import Image, UnidentifiedImageError
 from igpt_ds.atomic import publish_file
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import UserError
 from igpt_ds.memory import free_bytes
-from igpt_ds.model.sampling import Drawing, images_at_once, over_ranks, sample
+from igpt_ds.model.sampling import Drawing, images_at_once, sample
 from igpt_ds.model.transformer import ImageGPT
 
 COMPLETIONS = 4  # of each image
@@ -27,17 +27,17 @@ HIDDEN = 192  # grey of what the model was not shown
 GIVEN = (230, 80, 0)  # orange: beside what it was shown
 
 
-def free_samples(model: ImageGPT, palette: Palette, count: int, drawing: Drawing, where: Place) -> Image.Image | None:
+def free_samples(model: ImageGPT, palette: Palette, count: int, drawing: Drawing, ranks: Ranks) -> Image.Image | None:
     """A nearly square sheet of `count` images drawn from nothing, on rank 0; a collective of the ranks."""
-    tokens = _draw(model, torch.empty(count, 0, dtype=torch.int64), drawing, where, "samples")
+    tokens = _draw(model, torch.empty(count, 0, dtype=torch.int64), drawing, ranks, "samples")
     return None if tokens is None else contact_sheet(decoded(tokens, palette), columns=round(count**0.5) or 1)
 
 
 def completions(
-    model: ImageGPT, tokens: np.ndarray, palette: Palette, rows: int, drawing: Drawing, where: Place
+    model: ImageGPT, tokens: np.ndarray, palette: Palette, rows: int, drawing: Drawing, ranks: Ranks
 ) -> Image.Image | None:
     """One line each for these images, uint16 [N, n]: what the model saw, its completions, the original; on rank 0."""
-    drawn = _draw(model, prefixes(tokens, rows), drawing, where, "completions")
+    drawn = _draw(model, prefixes(tokens, rows), drawing, ranks, "completions")
     if drawn is None:
         return None
     tiles, marked = completion_tiles(tokens, drawn, palette, rows)
@@ -153,17 +153,17 @@ def decoded(tokens: np.ndarray, palette: Palette) -> np.ndarray:
     return palette.decode(tokens).reshape(len(tokens), side, side, 3)
 
 
-def _draw(model: ImageGPT, prefix_BT: torch.Tensor, drawing: Drawing, where: Place, title: str) -> np.ndarray | None:
+def _draw(model: ImageGPT, prefix_BT: torch.Tensor, drawing: Drawing, ranks: Ranks, title: str) -> np.ndarray | None:
     """Tokens int64 [B, n] on rank 0."""
-    bar = title if where.rank == 0 else None  # one for all ranks
+    bar = title if ranks.rank == 0 else None  # one for all ranks
 
     def draw_rows(prefix_BT: torch.Tensor, first: int) -> torch.Tensor:
-        free = free_bytes(model.head.weight.device, where.neighbours) // 2
+        free = free_bytes(model.head.weight.device, ranks.neighbours) // 2
         size = max(1, images_at_once(model, free))
         parts = [
             sample(model, prefix_BT[i : i + size], drawing, first + i, bar) for i in range(0, len(prefix_BT), size)
         ]
         return torch.cat(parts)
 
-    found = over_ranks(draw_rows, prefix_BT, where)
+    found = ranks.share_rows(draw_rows, prefix_BT)
     return None if found is None else found.numpy()

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from igpt_ds.distributed.ranks import Place
 from igpt_ds.errors import UserError
 from igpt_ds.hashing import stable_hash
 from igpt_ds.model.decoding import one_token_step
@@ -143,26 +141,3 @@ def sample(
                 logits_BK = (network or model)(chunk_BT, cache=cache).logits_BTK[:, -1]
             tokens_Bn[:, position] = draw(logits_BK, uniform_Bn[:, position], drawing)
     return tokens_Bn.cpu()
-
-
-def over_ranks(
-    draw_rows: Callable[[Tensor, int], Tensor], prefix_BT: Tensor, where: Place, group: Any = None
-) -> Tensor | None:
-    """Divide images over the ranks; a collective. Rank 0 gets all of them in order, int64 [B, n], the others None.
-
-    Every rank draws equally many, since a step of a divided network is a collective: what is too many is drawn and
-    dropped. An image is the same on whichever rank it is drawn.
-
-    Args:
-        draw_rows: called with this rank's prefixes and the number of the first of them.
-        group: of the processors, where the default one is the GPUs'.
-    """
-    count = len(prefix_BT)
-    share = -(-count // where.world)
-    rows = torch.arange(where.rank * share, (where.rank + 1) * share)
-    own = draw_rows(prefix_BT[rows.clamp(max=count - 1)], where.rank * share)
-    if where.world == 1:
-        return own
-    parts = [torch.empty_like(own) for _ in range(where.world)] if where.rank == 0 else None
-    dist.gather(own, parts, dst=0, group=group)
-    return torch.cat(parts)[:count] if parts else None

@@ -32,7 +32,7 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
     path = run.path / "result.json"
     best = progress.best[0] if progress.best else progress.step
     facts = {**_facts(job, best), "split": split, "steps": progress.step}
-    recorded = engine.from_rank_0(json.loads(path.read_text()) if path.exists() else {})
+    recorded = engine.ranks.from_rank_0(json.loads(path.read_text()) if path.exists() else {})
     masks_recorded = (recorded.get("masks") or {}).get("count", 0)
     if all(recorded.get(key) == value for key, value in facts.items()) and masks_recorded == job.masks:
         return
@@ -40,7 +40,7 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
     assert dataset is not None, "prepare lets nothing else pass"
     if best != progress.step and (job.test_set or job.masks):
         directory = step_directory(run.checkpoints, best)
-        if not engine.from_rank_0(directory.exists()):
+        if not engine.ranks.from_rank_0(directory.exists()):
             raise RunError(f"{directory}: the best checkpoint was not saved, the disk being full, say: --fresh --force")
         engine.state.load(open_verified(engine, directory), weights_only=True)
     measured = {"accuracy": progress.best[1] if progress.best else 0.0}
@@ -48,7 +48,7 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
         totals, images = engine.evaluate(_batches(engine, job, dataset, "test"))
         measured = {name: total / images for name, total in zip(engine.measures, totals, strict=True)}
     masks = {"count": job.masks, "accuracy": _ensemble(engine, job, dataset)} if job.masks else None
-    if engine.place.rank == 0:
+    if engine.ranks.rank == 0:
         validation = None
         if progress.best and job.validation_set:
             validation = {"accuracy": progress.best[1], "n": job.validation_set.rows}
@@ -92,10 +92,10 @@ def _batches(engine: "Engine", job: Job, dataset: Dataset, title: str) -> "Itera
     """The dataset's batches of this rank, with a progress bar on rank 0."""
     from igpt_ds.loading.loader import evaluation_batches
 
-    where, size = engine.place, job.division.micro_batch
-    total = -(-dataset.rows // (size * where.world))
-    batches = evaluation_batches(dataset, size, where.rank, where.world)
-    quiet = True if where.rank else None
+    ranks, size = engine.ranks, job.division.micro_batch
+    total = -(-dataset.rows // (size * ranks.world))
+    batches = evaluation_batches(dataset, size, ranks.rank, ranks.world)
+    quiet = True if ranks.rank else None
     return iter(tqdm(batches, desc=title, total=total, unit=" batches", leave=False, disable=quiet))
 
 
@@ -109,4 +109,4 @@ def _ensemble(engine: "Engine", job: Job, dataset: Dataset) -> float:
     for batch in _batches(engine, job, dataset, f"{job.masks} masks"):
         modal_B = vote(engine.predict(batch, seeds), batch["positions"], job.config)
         right += float(((modal_B == batch["labels"]) * batch["weight"]).sum())
-    return engine.sum_over_ranks([right])[0] / dataset.rows
+    return engine.ranks.sum([right])[0] / dataset.rows

@@ -106,14 +106,16 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
 def resume(engine: "Engine", job: Job, run: Run) -> Progress:
     """Load the newest whole checkpoint, if there is one, and remember what was decided after it."""
     # One listing and one reading for all: a network file system may show the ranks different ones.
-    candidates = engine.from_rank_0(checkpoint.list_checkpoints(run.checkpoints))
-    decisions = engine.from_rank_0([line for line in read_metrics(run.metrics) if line.get("event") == "rollback"])
-    where = engine.place
-    found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
+    candidates = engine.ranks.from_rank_0(checkpoint.list_checkpoints(run.checkpoints))
+    decisions = engine.ranks.from_rank_0(
+        [line for line in read_metrics(run.metrics) if line.get("event") == "rollback"]
+    )
+    ranks = engine.ranks
+    found = checkpoint.newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
     if found is None:
         _begin(engine, job.config)
         return Progress(0, LeftOut(), Stability(job.config.health, {}))
-    if where.rank == 0:
+    if ranks.rank == 0:
         checkpoint.set_aside_newer(run.checkpoints, found.step)
     progress = _load(engine, job, found)
     progress.rollbacks = [line["step"] for line in decisions]
@@ -133,11 +135,11 @@ def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics:
     good = progress.step - progress.stability.bad  # the last step before the first bad one
     what = f"step {progress.step}: {progress.stability.bad} bad steps in a row (loss spikes or non-finite gradients)"
     candidates = [p for p in checkpoint.list_checkpoints(run.checkpoints) if p <= _directory(run, good)]
-    candidates = engine.from_rank_0(candidates)
-    where = engine.place
+    candidates = engine.ranks.from_rank_0(candidates)
+    ranks = engine.ranks
     found = None
     if candidates:
-        found = checkpoint.newest_valid(candidates, engine.any_rank, LOGGER.warning, where.rank, where.world)
+        found = checkpoint.newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
     if found is None:
         raise RunError(f"{what} and no checkpoint from before them to go back to: {LOWER_RATE}")
     before = sum(step >= found.step for step in progress.rollbacks)
@@ -168,12 +170,12 @@ def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
     import torch
 
     engine.state.load(found)
-    random_state = found.random_state(engine.place.rank)
+    random_state = found.random_state(engine.ranks.rank)
     if random_state is not None:
         torch.set_rng_state(random_state)
     elif job.config.finetune is not None:
-        _seed_dropout(job.config, engine.place.rank, found.step)
-    device_random_state = found.device_random_state(engine.place.rank)
+        _seed_dropout(job.config, engine.ranks.rank, found.step)
+    device_random_state = found.device_random_state(engine.ranks.rank)
     if device_random_state is not None and engine.device.type == "cuda":
         torch.cuda.set_rng_state(device_random_state)
     kept = found.progress
@@ -193,8 +195,8 @@ def _begin(engine: "Engine", config: Config) -> None:
     from igpt_ds.weights.base import at_resolution
 
     if config.finetune is not None:
-        _seed_dropout(config, engine.place.rank, 0)
-    start = engine.from_rank_0(config.finetune.start if config.finetune else config.init_from)
+        _seed_dropout(config, engine.ranks.rank, 0)
+    start = engine.ranks.from_rank_0(config.finetune.start if config.finetune else config.init_from)
     if start:
         found = open_verified(engine, Path(start))
         assert config.data.resolution is not None
@@ -210,13 +212,13 @@ def open_verified(engine: "Engine", path: Path) -> "Weights":
     """
     from igpt_ds.weights.formats import open_weights
 
-    fault, where = "", engine.place
+    fault, ranks = "", engine.ranks
     try:
         found = open_weights(path, verify=False)
-        found.verify(where.rank, where.world)
+        found.verify(ranks.rank, ranks.world)
     except UserError as error:
         fault = str(error)
-    if engine.any_rank(bool(fault)):
+    if engine.ranks.any(bool(fault)):
         raise UserError(fault or f"{path}: found damaged by another rank: see its message")
     return found
 

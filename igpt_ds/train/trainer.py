@@ -13,7 +13,7 @@ from igpt_ds.checkpoint import read as checkpoint
 from igpt_ds.checkpoint.write import Saver
 from igpt_ds.config.file import to_toml, to_tree
 from igpt_ds.config.schema import replace
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import UserError
 from igpt_ds.loading.augment import crop_and_flip
 from igpt_ds.run.directory import LOGGER, Run, log_to
@@ -36,7 +36,7 @@ Batches = Generator["Batch", None, None]
 def pretrain(
     job: Job,
     run: Run,
-    where: Place,
+    ranks: Ranks,
     *,
     fresh: bool = False,
     force: bool = False,
@@ -59,9 +59,9 @@ def pretrain(
         run.require_fresh(force)
     else:
         check_identity(job, run, allow_change)
-    if where.rank == 0:
+    if ranks.rank == 0:
         run.require_writable()
-    from igpt_ds.distributed.engine import Engine, barrier, join, leave, require_precision
+    from igpt_ds.distributed.engine import Engine, require_precision
     from igpt_ds.loading.loader import shard_labels, train_batches
 
     require_precision(job.config)
@@ -70,17 +70,17 @@ def pretrain(
         labels = [shard_labels(dataset, job.config.classes) for dataset in job.train_sets]
         if job.config.finetune.augmentation == "crop_flip":
             augment = functools.partial(crop_and_flip, seed=job.config.seed)
-    join(where)
-    if where.rank == 0:
+    ranks.join()
+    if ranks.rank == 0:
         if fresh:
             run.clear()
         run.create()
-    barrier()
-    watchdog = Watchdog(run.path, where.rank, where.world, job.config.health.hang_timeout, log_to(run, where.rank))
-    engine = Engine(job.config, job.ds, job.division, where)
+    ranks.any(False)  # all wait for it
+    watchdog = Watchdog(run.path, ranks.rank, ranks.world, job.config.health.hang_timeout, log_to(run, ranks.rank))
+    engine = Engine(job.config, job.ds, job.division, ranks)
     progress = resume(engine, job, run)
     metrics = None
-    if where.rank == 0:
+    if ranks.rank == 0:
         publish_text(run.config, to_toml(replace(job.config, "training", stop_at=None)))
         publish_text(run.ds_config, json.dumps(job.ds, indent=2) + "\n")
         job.train_sets[0].palette.save(run.palette)
@@ -93,7 +93,7 @@ def pretrain(
             job.order,
             batch=job.config.training.batch,
             micro_batch=job.division.micro_batch,
-            rank=job.division.replica(where.rank),
+            rank=job.division.replica(ranks.rank),
             world=job.division.replicas,
             start_step=progress.step,
             left_out=progress.left_out,
@@ -104,13 +104,13 @@ def pretrain(
 
     progress = train(engine, batches_after, job, run, progress, metrics, stop, watchdog)
     ended = progress.step >= job.config.training.steps or progress.ended_early(job.config)
-    if job.config.finetune is not None and ended and not engine.any_rank(stop.reason is not None):
+    if job.config.finetune is not None and ended and not engine.ranks.any(stop.reason is not None):
         conclude(engine, job, run, progress)
     if metrics is not None:
         metrics.close()
     stop.end()
     engine.close()
-    leave()
+    ranks.leave()
 
 
 def train(
@@ -124,7 +124,7 @@ def train(
     watchdog: Watchdog,
 ) -> Progress:
     """The loop: step, judge, log, validate, save, stop. `metrics` is rank 0's; a step counts completed steps."""
-    config, recipe, where = job.config, job.config.training, engine.place
+    config, recipe, ranks = job.config, job.config.training, engine.ranks
     end = recipe.stop_at or recipe.steps
     if progress.step >= end or progress.ended_early(config):
         LOGGER.info(
@@ -134,7 +134,7 @@ def train(
         return progress
     stop.listen()
     watchdog.start()
-    saver = Saver(run.checkpoints, where.rank, where.world, engine.any_rank, where.neighbours)
+    saver = Saver(run.checkpoints, ranks.rank, ranks.world, engine.ranks.any, ranks.neighbours)
     meter = Meter(config, engine)
     stream = batches_after(progress)
     save_due = last = False
@@ -147,12 +147,12 @@ def train(
         meter.count_step()
 
         watchdog.beat("waiting for the other ranks", progress.step)
-        if where.rank == 0:
+        if ranks.rank == 0:
             stop.look(run.path)
-        *sums, stops, requeues, saves, writing = engine.sum_over_ranks(
+        *sums, stops, requeues, saves, writing = engine.ranks.sum(
             [*means.tolist(), stop.reason is not None, stop.by_scheduler, stop.save, saver.busy]
         )
-        measured = dict(zip(engine.measures, (total / where.world for total in sums), strict=True))
+        measured = dict(zip(engine.measures, (total / ranks.world for total in sums), strict=True))
         nats, stopped = measured["loss"], stops > 0
         verdict = progress.stability.judge(nats, gradient_norm)
         if verdict != "good":
@@ -204,7 +204,7 @@ def train(
         if stopped:
             reason = stop.reason or "a signal on another rank"
             LOGGER.info(f"stopped by {reason} after step {progress.step}; the same command goes on from there")
-            if requeues and where.rank == 0:
+            if requeues and ranks.rank == 0:
                 tell_job_script("requeue")
     stream.close()
     watchdog.end()
@@ -249,10 +249,10 @@ def validate(
     """The means over the whole validation set; in a fine-tuning also whether they are the best, and end the run."""
     from igpt_ds.loading.loader import evaluation_batches
 
-    where, step = engine.place, progress.step
+    ranks, step = engine.ranks, progress.step
     assert job.validation_set is not None
     batches = evaluation_batches(
-        job.validation_set, job.division.micro_batch, job.division.replica(where.rank), job.division.replicas
+        job.validation_set, job.division.micro_batch, job.division.replica(ranks.rank), job.division.replicas
     )
     totals, images = engine.evaluate(watchdog.over(batches, "loading validation data", "validating", step))
     measured = dict(zip(engine.measures, (total / images for total in totals), strict=True))

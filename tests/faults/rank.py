@@ -54,10 +54,10 @@ def with_bad_batches(kind: str, bad: range) -> Callable[..., Any]:
 def install(fault: str, on_rank: int, at_step: int, run: Path) -> None:
     """Put a fault into the program."""
     from igpt_ds.distributed.engine import Engine
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
     from igpt_ds.loading import loader
 
-    rank = place().rank
+    rank = launched().rank
     if rank != on_rank:
         return
     kind, _, count = fault.partition(":")

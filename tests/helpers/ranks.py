@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from igpt_ds.distributed.ranks import Place
+    from igpt_ds.distributed.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,12 +93,10 @@ def recorded(module: str, folder: Path, world: int, limit: float) -> list[Any]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def record_and_end(folder: Path, where: "Place", record: Any) -> None:
+def record_and_end(folder: Path, ranks: "Ranks", record: Any) -> None:
     """What a rank of a worker module does last; the process ends here."""
-    from igpt_ds.distributed.engine import leave
-
-    (folder / f"{where.world}-{where.rank}.json").write_text(json.dumps(record))
-    leave()
+    (folder / f"{ranks.world}-{ranks.rank}.json").write_text(json.dumps(record))
+    ranks.leave()
     sys.stdout.flush()
     # DeepSpeed's threads and hooks need seconds to wind up.
     os._exit(0)

@@ -9,7 +9,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from igpt_ds.distributed.ranks import place
+from igpt_ds.distributed.ranks import launched
 from igpt_ds.doctor import machine, ranks, speed
 from igpt_ds.doctor.examine import examine
 from igpt_ds.doctor.inputs import Request
@@ -21,7 +21,7 @@ RATE = {"rate": 100e9, "peak": None, "kind": "float32"}
 def checks(port: str, limit: float, hangs: bool = False) -> dict[str, Check]:
     """An examination at a port of its own; rank 0's checks by name, nothing on rank 1."""
     os.environ["MASTER_PORT"] = port
-    outcome = examine(Request(), place(), None, limit)
+    outcome = examine(Request(), launched(), None, limit)
     assert outcome.hangs == hangs
     if outcome.report is None:
         return {}
@@ -32,7 +32,7 @@ def checks(port: str, limit: float, hangs: bool = False) -> dict[str, Check]:
 
 def slow_and_late_and_blind(port: str) -> None:
     """Rank 1 multiplies at a fifth of the speed, its clock is 5 s ahead, and it cannot see its cores."""
-    if place().rank == 1:
+    if launched().rank == 1:
         speed.matmul = lambda device: RATE | {"rate": 20e9}
         ranks.time = SimpleNamespace(time=lambda: time.time() + 5, monotonic=time.monotonic, sleep=time.sleep)
         machine.read_cores = lambda on_gpus: 1 / 0
@@ -52,9 +52,9 @@ def slow_and_late_and_blind(port: str) -> None:
 
 def one_hangs_in_a_collective(port: str) -> None:
     """Rank 1 never gets to the sum in which rank 0 waits for it; both come back and tell."""
-    if place().rank == 1:
+    if launched().rank == 1:
         speed.all_reduce = lambda *_: time.sleep(600)
-    found = checks(port, 6, hangs=place().rank == 1)
+    found = checks(port, 6, hangs=launched().rank == 1)
     if found:
         assert found["all_reduce"].status == "FAIL"
         assert "rank 0" in found["all_reduce"].value  # which waited until gloo gave up
@@ -64,7 +64,7 @@ def one_hangs_in_a_collective(port: str) -> None:
 
 def one_does_not_come(port: str) -> None:
     """Rank 1 is not there at all."""
-    if place().rank == 0:
+    if launched().rank == 0:
         found = checks(port, 2)
         assert found["ranks"].status == "FAIL"
         assert found["ranks"].value == "rank 1 of 2 missing at the start after 2 s"

@@ -12,30 +12,30 @@ from pathlib import Path
 from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import place
+from igpt_ds.distributed.ranks import launched
 from igpt_ds.evals.feature_cache import cached
-from igpt_ds.evals.features import Network, Recipe, meeting
+from igpt_ds.evals.features import Network, Recipe
 from igpt_ds.weights.base import config_of
 
 
 def main() -> None:
     data, run, folder = (Path(argument) for argument in sys.argv[1:4])
-    where, dataset = place(), Dataset.open(data / "val")
+    ranks, dataset = launched(), Dataset.open(data / "val")
     checkpoint = Checkpoint.open(next((run / "checkpoints").glob("step-*")))
     config = config_of(checkpoint)
     recipe = Recipe(tuple(range(config.model.layers + 1)))
     # As shipped, ZeRO-3 keeps a network this small whole on every rank.
     tree = load_ds_config("zero3")
     tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    divided = folder / f"zero3-{where.rank}.json"
+    divided = folder / f"zero3-{ranks.rank}.json"
     divided.write_text(json.dumps(tree))
     for name, ds in (("whole", None), ("divided", str(divided))):
-        network = Network(config, checkpoint, recipe, where, ds, batch=7)
-        with meeting(where, network.divided):
+        network = Network(config, checkpoint, recipe, ranks, ds, batch=7)
+        with ranks.meeting():
             for _ in range(2):  # the second time from the cache, which only rank 0 looks at
                 found = cached(network, dataset, folder / name, name, images=60, mask_seed=11)
             network.close()
-        assert (found is None) == (where.rank > 0)
+        assert (found is None) == (ranks.rank > 0)
     sys.stdout.flush()
     # DeepSpeed's threads and hooks need seconds to wind up.
     os._exit(0)

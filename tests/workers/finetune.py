@@ -74,30 +74,30 @@ def main() -> None:
     """All that this world size has to show."""
     from igpt_ds.checkpoint.read import Checkpoint
     from igpt_ds.distributed.engine import Engine
-    from igpt_ds.distributed.ranks import place
+    from igpt_ds.distributed.ranks import launched
 
-    folder, where = Path(sys.argv[1]), place()
+    folder, ranks = Path(sys.argv[1]), launched()
     results = {}
-    for case in CASES[where.world]:
-        config = case.config(where.world)
-        division = divide_batch(BATCH, config.training.micro_batch, where.world)
+    for case in CASES[ranks.world]:
+        config = case.config(ranks.world)
+        division = divide_batch(BATCH, config.training.micro_batch, ranks.world)
         tree = load_ds_config(f"zero{case.stage}")
         if case.stage == 3:
             tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every matrix is divided
-        engine = Engine(config, resolve(tree, config, division), division, where)
+        engine = Engine(config, resolve(tree, config, division), division, ranks)
         engine.state.load(Checkpoint.open(start(folder, case.objective)), weights_only=True)
         measured, norms = [], []
         for step in range(STEPS):
             batches = []
             for a in range(division.accumulation):
-                begin = step * BATCH + (a * where.world + where.rank) * division.micro_batch
+                begin = step * BATCH + (a * ranks.world + ranks.rank) * division.micro_batch
                 positions = np.arange(begin, begin + division.micro_batch)
                 arrays = {"tokens": images(positions), "positions": positions, "labels": labels(positions)}
                 batches.append({name: torch.from_numpy(array) for name, array in arrays.items()})
             means, norm = engine.train_step(batches, RATE)
-            measured.append([total / where.world for total in engine.sum_over_ranks(means.tolist())])
+            measured.append([total / ranks.world for total in engine.ranks.sum(means.tolist())])
             norms.append(norm)
-        positions = np.arange(1000 + 4 * where.rank, 1004 + 4 * where.rank)
+        positions = np.arange(1000 + 4 * ranks.rank, 1004 + 4 * ranks.rank)
         arrays = {"tokens": images(positions), "positions": positions, "labels": labels(positions)}
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         totals, count = engine.evaluate([{**batch, "weight": torch.tensor([1.0, 1.0, 1.0, 0.0])}])
@@ -111,7 +111,7 @@ def main() -> None:
             "predictions": predictions,
         }
         engine.close()
-    record_and_end(folder, where, results)
+    record_and_end(folder, ranks, results)
 
 
 if __name__ == "__main__":

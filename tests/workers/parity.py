@@ -137,17 +137,17 @@ class Rank:
     """This process among the ranks."""
 
     def __init__(self, folder: Path):
-        from igpt_ds.distributed.ranks import place
+        from igpt_ds.distributed.ranks import launched
 
-        self.folder, self.place = folder, place()
+        self.folder, self.ranks = folder, launched()
         self.results: dict[str, Any] = {"parity": {}, "resumed": {}, "loaded": {}}
 
     def build(self, case: Case) -> Any:
         """A new engine."""
         from igpt_ds.distributed.engine import Engine
 
-        config = case.config(self.place.world)
-        division = divide_batch(BATCH, config.training.micro_batch, self.place.world, case.sharing)
+        config = case.config(self.ranks.world)
+        division = divide_batch(BATCH, config.training.micro_batch, self.ranks.world, case.sharing)
         tree = load_ds_config(f"zero{case.stage}")
         zero = tree["zero_optimization"]
         if case.stage == 3:
@@ -155,7 +155,7 @@ class Rank:
             zero["stage3_prefetch_bucket_size"] = case.bucket
         if case.stage:
             zero["reduce_bucket_size"] = case.bucket
-        return Engine(config, resolve(tree, config, division), division, self.place)
+        return Engine(config, resolve(tree, config, division), division, self.ranks)
 
     def train(self, engine: Any, first: int, last: int) -> dict[str, list[float]]:
         """The losses and gradient norms of the updates first..last, over all ranks."""
@@ -165,13 +165,13 @@ class Rank:
             batches = []
             for a in range(division.accumulation):
                 begin = (
-                    step * BATCH + (a * division.replicas + division.replica(self.place.rank)) * division.micro_batch
+                    step * BATCH + (a * division.replicas + division.replica(self.ranks.rank)) * division.micro_batch
                 )
                 positions = np.arange(begin, begin + division.micro_batch)
                 tokens = torch.from_numpy(images(positions))
                 batches.append({"tokens": tokens, "positions": torch.from_numpy(positions)})
             loss, norm = engine.train_step(batches, rate(step))
-            losses.append(engine.sum_over_ranks([float(loss)])[0] / division.world)
+            losses.append(engine.ranks.sum([float(loss)])[0] / division.world)
             norms.append(norm)
         return {"losses": losses, "norms": norms}
 
@@ -187,9 +187,9 @@ class Rank:
 
         engine = self.build(case)
         before = self.train(engine, 0, 10)
-        path = saved(self.folder, case, self.place.world)
+        path = saved(self.folder, case, self.ranks.world)
         facts = {"identity": {}, "config": {}}
-        save(path.parent, 10, engine.state.shards(), facts, self.place.rank, self.place.world, engine.any_rank)
+        save(path.parent, 10, engine.state.shards(), facts, self.ranks.rank, self.ranks.world, engine.ranks.any)
         engine.close()
         after = self.load(path, case)
         self.results["resumed"][case.name] = {key: before[key] + after[key] for key in before}
@@ -242,14 +242,14 @@ class Rank:
             },
         }
         weights = {name: p.ds_tensor.detach().numpy() for name, p in parameters.items()}
-        np.savez(self.folder / f"weights-{self.place.world}-{self.place.rank}.npz", **weights)
+        np.savez(self.folder / f"weights-{self.ranks.world}-{self.ranks.rank}.npz", **weights)
         engine.close()
 
 
 def main() -> None:
     """All that this world size has to show."""
     rank = Rank(Path(sys.argv[1]))
-    world = rank.place.world
+    world = rank.ranks.world
     rank.construction(replace(_BASE, width=30))
     for case in CASES[world]:
         rank.parity(case)
@@ -257,7 +257,7 @@ def main() -> None:
         rank.resumed(case)
     for source, case in LOADED[world]:
         rank.results["loaded"][f"{source.name} as {case.name}"] = rank.load(saved(rank.folder, source, 2), case)
-    record_and_end(rank.folder, rank.place, rank.results)
+    record_and_end(rank.folder, rank.ranks, rank.results)
 
 
 if __name__ == "__main__":

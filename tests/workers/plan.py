@@ -141,9 +141,9 @@ class Rank:
     """This process among the ranks."""
 
     def __init__(self, folder: Path) -> None:
-        from igpt_ds.distributed.ranks import place
+        from igpt_ds.distributed.ranks import launched
 
-        self.folder, self.place = folder, place()
+        self.folder, self.ranks = folder, launched()
 
     def play(self, case: Case) -> dict[str, Any]:
         """Four steps: ZeRO-3 learns the order of the modules in two, and what is measured is the last."""
@@ -151,10 +151,10 @@ class Rank:
 
         from igpt_ds.distributed.engine import Engine
 
-        config, (ds, division) = case.config(self.place.world), case.resolved(self.place.world)
+        config, (ds, division) = case.config(self.ranks.world), case.resolved(self.ranks.world)
         ds["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
         before = _tensor_bytes()
-        engine = Engine(config, ds, division, self.place)
+        engine = Engine(config, ds, division, self.ranks)
         losses = [self.step(engine, step) for step in range(3)]
         record: dict[str, Any] = {"stays": _tensor_bytes() - before}
         comms_logger.comms_dict.clear()
@@ -178,14 +178,14 @@ class Rank:
         from igpt_ds.distributed.engine import Engine
         from tests.helpers.checkpoints import save
 
-        config, (ds, division) = case.config(self.place.world), case.resolved(self.place.world)
-        path = self.folder / "checkpoints" / f"{self.place.world}-{case.name}" / "step-00000002"
-        engine = Engine(config, ds, division, self.place)
+        config, (ds, division) = case.config(self.ranks.world), case.resolved(self.ranks.world)
+        path = self.folder / "checkpoints" / f"{self.ranks.world}-{case.name}" / "step-00000002"
+        engine = Engine(config, ds, division, self.ranks)
         losses = [self.step(engine, step) for step in range(2)]
         facts = {"identity": {}, "config": {}}
-        save(path.parent, 2, engine.state.shards(), facts, self.place.rank, self.place.world, engine.any_rank)
+        save(path.parent, 2, engine.state.shards(), facts, self.ranks.rank, self.ranks.world, engine.ranks.any)
         engine.close()
-        engine = Engine(config, ds, division, self.place)
+        engine = Engine(config, ds, division, self.ranks)
         tokens = torch.zeros(1, engine.config.sequence_length, dtype=torch.int64)
         engine.evaluate([{"tokens": tokens, "positions": torch.arange(1), "weight": torch.ones(1)}])
         engine.state.load(Checkpoint.open(path))
@@ -198,12 +198,12 @@ class Rank:
         division, length = engine.division, engine.config.sequence_length
         batches = []
         for a in range(division.accumulation):
-            first = (step * division.accumulation + a) * division.world + self.place.rank
+            first = (step * division.accumulation + a) * division.world + self.ranks.rank
             drawn = torch.Generator().manual_seed(first)
             tokens = torch.randint(0, COLOURS, (division.micro_batch, length), generator=drawn)
             batches.append({"tokens": tokens, "positions": torch.arange(division.micro_batch)})
         loss, _ = engine.train_step(batches, 1e-3)
-        return float(engine.sum_over_ranks([float(loss)])[0] / division.world)
+        return float(engine.ranks.sum([float(loss)])[0] / division.world)
 
     def peaks(self, engine: Any) -> dict[str, int]:
         """Bytes beyond those that stay: at the peak of forward and backward pass, and of the optimiser's step."""
@@ -244,8 +244,8 @@ def main() -> None:
     """All cases of this world size, or those alone that were named."""
     folder, names = Path(sys.argv[1]), sys.argv[2:]
     rank = Rank(folder)
-    records = {case.name: rank.play(case) for case in CASES[rank.place.world] if not names or case.name in names}
-    record_and_end(folder, rank.place, records)
+    records = {case.name: rank.play(case) for case in CASES[rank.ranks.world] if not names or case.name in names}
+    record_and_end(folder, rank.ranks, records)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from igpt_ds.config.batch import divide_batch
 from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.schema import replace
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import place
+from igpt_ds.distributed.ranks import launched
 from igpt_ds.model.sampling import Drawing
 from igpt_ds.weights.base import config_of
 from tests.helpers.ranks import record_and_end
@@ -28,7 +28,7 @@ def main() -> None:
     from igpt_ds.distributed.engine import Engine
 
     run, data, folder = (Path(argument) for argument in sys.argv[1:4])
-    where, checkpoint = place(), Checkpoint.open(next((run / "checkpoints").glob("step-*")))
+    ranks, checkpoint = launched(), Checkpoint.open(next((run / "checkpoints").glob("step-*")))
     tokens = torch.from_numpy(Dataset.open(data / "val").images(8).astype(np.int64))
     prefix, drawing = tokens[:5, :24], Drawing(3, 1.2, 12, 0.95)
     config = replace(config_of(checkpoint), "training", batch=8, micro_batch=4)
@@ -39,20 +39,20 @@ def main() -> None:
         if stage == 3:
             # As shipped, ZeRO-3 keeps a network this small whole on every rank.
             tree["zero_optimization"]["stage3_param_persistence_threshold"] = persistence
-        division = divide_batch(8, 4, where.world)
-        engine = Engine(config, resolve(tree, config, division), division, where)
+        division = divide_batch(8, 4, ranks.world)
+        engine = Engine(config, resolve(tree, config, division), division, ranks)
         engine.state.load(checkpoint, weights_only=True)
         return engine
 
     def step(engine: Any) -> list[float]:
-        own = tokens[4 * where.rank : 4 * where.rank + 4]
+        own = tokens[4 * ranks.rank : 4 * ranks.rank + 4]
         loss, norm = engine.train_step([{"tokens": own, "positions": torch.arange(4)}], 0.01)
         return [float(loss), norm]
 
     def drawn(engine: Any, way: str) -> Any:
         # Memory for the keys and values of two images, but not for the weights as well; on one rank only.
         scarce = 2 * 2 * 2 * 2 * 64 * 32 * 4
-        engines.free_bytes = (lambda *_: scarce) if way == "divided" and where.rank else memory
+        engines.free_bytes = (lambda *_: scarce) if way == "divided" and ranks.rank else memory
         found = engine.sample(prefix, drawing)
         engines.free_bytes = memory
         return None if found is None else found.tolist()
@@ -82,7 +82,7 @@ def main() -> None:
     engines.free_bytes = lambda *_: 1000
     record["lacking"] = engine.sample(prefix, drawing)
     engine.close()
-    record_and_end(folder, where, record)
+    record_and_end(folder, ranks, record)
 
 
 if __name__ == "__main__":

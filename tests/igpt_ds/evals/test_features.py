@@ -11,7 +11,7 @@ import torch
 from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.evals import feature_cache
 from igpt_ds.evals.feature_cache import Features, cached
@@ -25,7 +25,7 @@ from tests.helpers.ranks import run_ranks
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALL = Recipe((0, 1, 2))
-ALONE = Place(0, 1, 0)
+ALONE = Ranks()
 
 
 def saved(model: ImageGPT, config: Config, run: Path, step: int = 7) -> Checkpoint:

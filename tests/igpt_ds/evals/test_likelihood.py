@@ -16,7 +16,7 @@ from igpt_ds.config.schema import Config
 from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.evals.likelihood import Likelihood, likelihood, record
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.objectives import load_objective
@@ -24,7 +24,7 @@ from tests.helpers import commands
 from tests.helpers.models import random_model, save_model, small_config
 from tests.helpers.ranks import run_ranks
 
-ALONE = Place(0, 1, 0)
+ALONE = Ranks()
 
 
 def digits_config(objective: str) -> Config:

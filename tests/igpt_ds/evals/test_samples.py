@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from igpt_ds.config.file import to_toml
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import UserError
 from igpt_ds.evals import samples
 from igpt_ds.model.sampling import Drawing, sample
@@ -32,7 +32,7 @@ from tests.igpt_ds.commands.test_bad_input import refused  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ALONE = Place(0, 1, 0)
+ALONE = Ranks()
 TILE, STRIDE = 64, 64 + samples.GAP
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import UserError
 from igpt_ds.model import decoding
 from igpt_ds.model.decoding import one_token_step
@@ -16,7 +16,6 @@ from igpt_ds.model.sampling import (
     Drawing,
     draw,
     images_at_once,
-    over_ranks,
     probabilities,
     sample,
     uniforms,
@@ -276,7 +275,7 @@ def test_images_at_once_fit_the_memory(model: ImageGPT) -> None:
 
 def test_one_rank_draws_all() -> None:
     prefix = torch.arange(6).view(3, 2)
-    found = over_ranks(lambda rows, first: rows + 10 * first, prefix, Place(0, 1, 0))
+    found = Ranks().share_rows(lambda rows, first: rows + 10 * first, prefix)
     assert torch.equal(found, prefix)
 
 

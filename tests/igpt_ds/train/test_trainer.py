@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from igpt_ds.config.file import load_config
-from igpt_ds.distributed.ranks import Place
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError
 from igpt_ds.loading.order import LeftOut
 from igpt_ds.run.directory import Run
@@ -34,7 +34,7 @@ class PlayedEngine:
 
     device = torch.device("cpu")
     division = SimpleNamespace(world=1, micro_batch=16, accumulation=1)
-    place = Place(0, 1, 0)
+    ranks = Ranks()
     measures = ("loss",)
 
     def __init__(self, norm: Callable[[int], float], loss: Callable[[int], float]):
@@ -48,15 +48,6 @@ class PlayedEngine:
 
     def evaluate(self, batches: Any) -> tuple[list[float], float]:
         return [6.0], 3.0
-
-    def sum_over_ranks(self, values: list[float]) -> list[float]:
-        return values
-
-    def any_rank(self, flag: bool) -> bool:
-        return flag
-
-    def from_rank_0(self, value: Any) -> Any:
-        return value
 
 
 @pytest.fixture
