@@ -4,7 +4,8 @@ Heavy imports stay inside the commands, so that --help answers at once.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +14,7 @@ import click
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from data_prep.workers.slurm import Cluster
+    from data_prep.workers.run import Here, OnCluster
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -77,18 +78,21 @@ _WHERE_OPTIONS = (
 
 
 def where_options(command: Command) -> Command:
-    """The options that say where the work is done; `cluster_of` reads them."""
+    """The options that say where the work is done; `place_of` reads them."""
     for option in reversed(_WHERE_OPTIONS):
         command = option(command)
     return command
 
 
-def cluster_of(folder: Path, where: dict[str, Any]) -> "Cluster | None":
-    """The cluster that was asked for; None: this machine.
+@contextmanager
+def place_of(folder: Path, where: dict[str, Any]) -> "Iterator[Here | OnCluster]":
+    """Where the work is to be done: processes of this machine, or jobs whose scripts and logs lie in `folder`.
 
     Raises:
         UserError: options of Slurm that make no sense.
     """
+    from data_prep.workers.pool import pool
+    from data_prep.workers.run import Here, OnCluster
     from data_prep.workers.slurm import Cluster, minutes
 
     if where["executor"] == "local":
@@ -96,10 +100,13 @@ def cluster_of(folder: Path, where: dict[str, Any]) -> "Cluster | None":
             if where[name]:
                 shown = name.replace("_options", "_option").replace("_", "-")
                 raise UserError(f"--{shown}: is for --executor slurm: give that, too, or leave it out")
-        return None
+        with pool(where["workers"]) as executor:
+            yield Here(executor)
+        return
     named = {"partition": where["slurm_partition"], "account": where["slurm_account"]}
     options = {**{name: value for name, value in named.items() if value}, **where["slurm_options"]}
-    return Cluster(folder, where["workers"], minutes(where["slurm_time"]), options, where["array_parallelism"])
+    cluster = Cluster(folder, where["workers"], minutes(where["slurm_time"]), options, where["array_parallelism"])
+    yield OnCluster(cluster, where["wait"])
 
 
 class Progress:
@@ -130,7 +137,7 @@ class Progress:
         self.bar.update(count)
 
     def show(self, read: int, rejected: int, total: int | None) -> None:
-        """As `data_prep.shards.progress.Meter`."""
+        """As `data_prep.workers.run.Meter`."""
         self.bar.total = total
         if rejected:
             self.bar.set_postfix(rejected=rejected, refresh=False)

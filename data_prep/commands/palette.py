@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, cluster_of, table, where_options
+from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, table, where_options
 from igpt_ds.errors import UserError
 
 
@@ -60,30 +60,23 @@ def palette(
     from data_prep.images.transforms import CROP, evaluation
     from data_prep.palette.count import colour_tasks
     from data_prep.palette.fit import check_k
-    from data_prep.palette.job import fit_here, fit_on_cluster
+    from data_prep.palette.job import fit_palette
     from data_prep.sources import names, open_source
-    from data_prep.workers.pool import pool
 
     check_k(k)
     if not no_crop and resolution is not None and resolution > CROP:
         raise UserError(f"--resolution {resolution}: larger than the crop of {CROP} pixels: choose a smaller one")
-    cluster = cluster_of(out.with_name(f"{out.name}.work"), where)
-    name, paths = (named[0], named[1:]) if named[0] in names() and len(named) > 1 else ("image_folder", named)
-    source = open_source(name, paths, options)
-    transform = evaluation(resolution if no_crop else resolution or 32, not no_crop)
-    tasks = colour_tasks(source, transform, sample=sample, max_reject_rate=max_reject_rate)
-    with Progress("palette") as progress:
-        if cluster:
-            fitted = fit_on_cluster(
-                tasks, cluster, options=options, k=k, seed=seed, out=out, wait=where["wait"], meter=progress
-            )
-        else:
-            with pool(where["workers"]) as executor:
-                fitted = fit_here(tasks, k=k, seed=seed, out=out, executor=executor, meter=progress)
+    work = out.with_name(f"{out.name}.work")
+    with place_of(work, where) as place, Progress("palette") as progress:
+        name, paths = (named[0], named[1:]) if named[0] in names() and len(named) > 1 else ("image_folder", named)
+        source = open_source(name, paths, options)
+        transform = evaluation(resolution if no_crop else resolution or 32, not no_crop)
+        tasks = colour_tasks(
+            source, transform, work.resolve(), options=options, sample=sample, max_reject_rate=max_reject_rate
+        )
+        fitted = fit_palette(tasks, k=k, seed=seed, out=out, place=place, meter=progress)
     if fitted is None:
-        assert cluster is not None
-        click.echo(f"{out}: jobs {', '.join(cluster.jobs())} count colours and fit; logs in {cluster.folder}")
-        click.echo("the same command again shows the palette when they are done; with --wait it waits for them")
+        click.echo(f"{out}: {place.pending}")
         return
     rejected = f", {fitted.rejected:,} rejected ({fitted.reasons})" if fitted.rejected else ""
     table(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_prep.commands import PATH, SOURCE_OPTION, Progress, cluster_of, table, where_options
+from data_prep.commands import PATH, SOURCE_OPTION, Progress, place_of, table, where_options
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,27 +111,20 @@ def select(
     from data_prep.selection.embedders import open_embedder
     from data_prep.selection.job import Job, Settings
     from data_prep.sources import open_source
-    from data_prep.workers.pool import pool
-    from data_prep.workers.run import Here, OnCluster
 
-    job = Job(
-        pool=Collection(open_source(source_name, paths, options), "train", _where(source_name, paths, options)),
-        like=[_collection("--like", text, "train") for text in like],
-        evaluations=[_collection("--exclude", text, "test") for text in exclude],
-        embedder=open_embedder(embedder_name, model, weights),
-        settings=Settings(number, clusters, duplicate_distance, evaluation_distance, seed),
-        work=work,
-    )
-    if cluster := cluster_of(work / "jobs", where):
-        selected = job.run(out, OnCluster(cluster, where["wait"]), Progress)
-        if selected is None:
-            click.echo(f"{out}: jobs {', '.join(cluster.jobs())} work on a step; logs in {cluster.folder}")
-            click.echo("the same command again goes on when they are done; with --wait it waits for all of them")
-            return
-    else:
-        with pool(where["workers"]) as executor:
-            selected = job.run(out, Here(executor), Progress)
-    assert selected is not None
+    with place_of(work / "jobs", where) as place:
+        job = Job(
+            pool=Collection(open_source(source_name, paths, options), "train", _where(source_name, paths, options)),
+            like=[_collection("--like", text, "train") for text in like],
+            evaluations=[_collection("--exclude", text, "test") for text in exclude],
+            embedder=open_embedder(embedder_name, model, weights),
+            settings=Settings(number, clusters, duplicate_distance, evaluation_distance, seed),
+            work=work,
+        )
+        selected = job.run(out, place, Progress)
+    if selected is None:
+        click.echo(f"{out}: {place.pending}")
+        return
     _show(out, number, job.evaluations, selected)
 
 

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, cluster_of, where_options
+from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, where_options
 
 if TYPE_CHECKING:
-    from data_prep.shards.job import Build, Results
-    from data_prep.workers.slurm import Cluster
+    from data_prep.shards.job import Results
 
 
 @click.command()
@@ -115,14 +114,12 @@ def shards(
           --executor slurm --slurm-partition cpu --workers 8
     """
     from data_prep.selection.file import Selection
-    from data_prep.shards.build import missing
+    from data_prep.shards.build import build
     from data_prep.shards.job import begin
     from data_prep.shards.plan import Settings
     from data_prep.sources import open_source
     from igpt_ds.dataset.palette import Palette
 
-    cluster = cluster_of(out / "jobs", where)
-    source = open_source(source_name, paths, options)
     settings = Settings(
         resolution,
         holdout,
@@ -135,43 +132,29 @@ def shards(
         decoder=decoder,  # type: ignore[arg-type]
         storage=storage,  # type: ignore[arg-type]
     )
-    job = begin(
-        source,
-        out,
-        Palette.load(palette_path),
-        settings,
-        splits=tuple(dict.fromkeys(splits)) or None,  # type: ignore[arg-type]
-        selection=Selection.open(selection) if selection else None,
-        options=options,
-        max_shards=max_shards,
-        max_reject_rate=max_reject_rate,
-        force=force,
-    )
-    with Progress("shards") as progress:
-        built = _run(job, cluster, where, progress)
-    if built is None:
-        assert cluster is not None
-        click.echo(
-            f"{out}: {missing(job):,} of {job.slices:,} slices are to be built by jobs {', '.join(cluster.jobs())}; "
-            f"logs in {cluster.folder}"
+    with place_of(out / "jobs", where) as place:
+        job = begin(
+            open_source(source_name, paths, options),
+            out,
+            Palette.load(palette_path),
+            settings,
+            splits=tuple(dict.fromkeys(splits)) or None,  # type: ignore[arg-type]
+            selection=Selection.open(selection) if selection else None,
+            options=options,
+            max_shards=max_shards,
+            max_reject_rate=max_reject_rate,
+            force=force,
         )
-        click.echo("the same command again tells how far they are; with --wait it waits for them")
+        with Progress("shards") as progress:
+            built = build(job, place, progress)
+    if built is None:
+        click.echo(f"{out}: {place.pending}")
         return
     _tell(built, max_shards)
     if not splits and len(built) == 1:
         click.echo("no validation split, as --holdout 0 asks")
     if progress.done:
         click.echo(f"{progress.done:,} images read at {progress.rate:,.0f} images/s")
-
-
-def _run(job: "Build", cluster: "Cluster | None", where: dict[str, Any], progress: Progress) -> "Results | None":
-    from data_prep.shards.build import build, build_on_cluster
-    from data_prep.workers.pool import pool
-
-    if cluster:
-        return build_on_cluster(job, cluster, wait=where["wait"], meter=progress)
-    with pool(where["workers"]) as executor:
-        return build(job, executor=executor, meter=progress)
 
 
 def _tell(built: "Results", max_shards: int | None) -> None:

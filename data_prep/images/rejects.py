@@ -8,14 +8,9 @@ they are no fault of the data, and never stop a job.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
-from data_prep.images.transforms import RejectError, Transform
-from data_prep.sources import Encoded, Item, ListedSource, UnusableError
 from igpt_ds.errors import UserError
 
 OPTED_OUT = "opted out"
@@ -85,25 +80,3 @@ class Tally:
         """The counts by reason, most frequent first."""
         ordered = sorted(self.reasons.items(), key=lambda each: (-each[1], each[0]))
         return ", ".join(f"{reason} {count}" for reason, count in ordered)
-
-
-def read_listed(source: ListedSource, items: list[Item]) -> Iterator[Encoded]:
-    """The images of a source that lists them; one that cannot be read carries its error."""
-    for item in items:
-        try:
-            yield Encoded(item, source.read(item.id))
-        except OSError as error:
-            yield Encoded(item, error)
-
-
-def pixels(encoded: Encoded, transform: Transform, view: int = 0) -> np.ndarray | Rejected:
-    """Decode and transform one image: uint8 [height, width, 3], or why not."""
-    item, data = encoded
-    if isinstance(data, UnusableError):
-        return Rejected(item.id, data.reason, data.detail)
-    if isinstance(data, OSError):
-        return Rejected(item.id, "unreadable", data.strerror or str(data))
-    try:
-        return transform.pixels(data, item.id, view)
-    except RejectError as reject:
-        return Rejected(item.id, reject.reason, reject.detail)

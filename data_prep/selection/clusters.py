@@ -20,9 +20,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from data_prep.files.npz import publish_arrays, read_arrays
+from data_prep.images.rejects import Tally
 from data_prep.selection.embed import Chunk
 from data_prep.selection.perceptual_hash import NearAny
 from data_prep.workers.pool import count
+from data_prep.workers.run import Done
 
 POINTS = 64  # of the sample, a cluster
 _MOST_CLUSTERS = 10_000
@@ -156,10 +158,15 @@ class ScoreTask:
     distance: int
 
 
-def score(task: ScoreTask) -> None:
+def scored(task: ScoreTask) -> Done | None:
+    """What a task that is done has read; None if it is not done."""
+    return Done(Tally(task.chunk.rows), task.chunk.rows) if task.out.exists() else None
+
+
+def score(task: ScoreTask) -> Done:
     """Publish of a chunk's images: outside, close: bool [n], and similarity: float32 [n]; nothing if it is there."""
-    if task.out.exists():
-        return
+    if done := scored(task):
+        return done
     model = _model(task.model)
     vectors, hashes = task.chunk.read("vectors", "hash")
     outside, similarity = [], []
@@ -173,6 +180,7 @@ def score(task: ScoreTask) -> None:
         task.out, outside=np.concatenate(outside), close=close, similarity=np.concatenate(similarity).astype("<f4")
     )
     count(len(vectors), 0)
+    return Done(Tally(len(vectors)))
 
 
 def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:

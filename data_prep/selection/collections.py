@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.selection.embed import Chunk, Embedded, EmbedTask, Unit, committed, embed, units
+from data_prep.images.pieces import Piece, pieces_of
+from data_prep.selection.embed import PIECE, Chunk, Embedded, EmbedTask, committed, embed, embedded
 from data_prep.selection.embedders import Embedder
-from data_prep.shards.progress import Meter
 from data_prep.sources import Pool, Source
-from data_prep.workers.run import Place, Step
+from data_prep.workers.run import Meter, Place, Step, nothing
 from igpt_ds.errors import UserError
 
 _VERSION = 1  # to be raised when a step makes other things of the same images: what older versions made is left alone
@@ -25,13 +25,13 @@ class Collection:
     pool: Pool
     where: str
 
-    def units(self) -> list[Unit]:
+    def pieces(self) -> list[Piece]:
         """Its pieces, in a fixed order.
 
         Raises:
             UserError: there are none, or the source refuses what it finds.
         """
-        found = units(self.source, self.pool)
+        found = pieces_of(self.source, self.pool, PIECE)
         if not found:
             raise UserError(f"{self.where}: holds no {self.pool} images: give another source or path")
         return found
@@ -46,7 +46,7 @@ class Reading(NamedTuple):
     """
 
     collection: Collection
-    units: list[Unit]
+    pieces: list[Piece]
     embedder: Embedder | None
     identity: str | None
 
@@ -61,13 +61,13 @@ class Read(NamedTuple):
 
     collection: Collection
     name: str
-    units: list[Unit]
-    embedded: list[Embedded]
+    pieces: list[Piece]
+    found: list[Embedded]
 
     @property
     def chunks(self) -> list[Chunk]:
         """In the order of the images."""
-        return [chunk for each in self.embedded for chunk in each.chunks]
+        return [chunk for each in self.found for chunk in each.chunks]
 
     @property
     def images(self) -> int:
@@ -78,14 +78,14 @@ class Read(NamedTuple):
     def unreadable(self) -> Counter[str]:
         """Images that could not, by reason."""
         total: Counter[str] = Counter()
-        for each in self.embedded:
+        for each in self.found:
             total.update(each.unreadable)
         return total
 
     @property
     def identity(self) -> list[str]:
         """What tells it from any other that was read."""
-        return [self.name, *(unit.name for unit in self.units)]
+        return [self.name, *(piece.digest for piece in self.pieces)]
 
     def record(self) -> dict[str, Any]:
         """For people: which images these were, wherever they lay."""
@@ -107,24 +107,27 @@ def read_all(readings: list[Reading], work: Path, place: Place, meter: Meter) ->
         UserError: an input file or the embedder fails, or a collection has no image that can be read.
     """
     tasks = [
-        EmbedTask(work / each.name, each.collection.source, u, each.embedder) for each in readings for u in each.units
+        EmbedTask(work / each.name, each.collection.source, piece, each.embedder)
+        for each in readings
+        for piece in each.pieces
     ]
-    listed = [len(task.unit.items) for task in tasks if task.unit.items is not None]
+    listed = [len(task.piece.items) for task in tasks if task.piece.items is not None]
     images = sum(listed) if len(listed) == len(tasks) else None
-    step = Step("input files", embed, tasks, lambda task: committed(task.directory, task.unit) is not None, images)
-    if not place.run(step, meter):
+    if not place.run(
+        Step("parts are not read", tasks, embed, embedded, nothing, images=images, readings=images), meter
+    ):
         return None
     return [_read(each, work / each.name) for each in readings]
 
 
 def _read(reading: Reading, directory: Path) -> Read:
-    embedded = []
-    for unit in reading.units:
-        done = committed(directory, unit)
+    found = []
+    for piece in reading.pieces:
+        done = committed(directory, piece)
         if done is None:
-            raise UserError(f"{directory}: files of {unit.part or unit.name} are gone: give the same command again")
-        embedded.append(done)
-    read = Read(reading.collection, reading.name, reading.units, embedded)
+            raise UserError(f"{directory}: files of {piece.part or piece.digest} are gone: give the same command again")
+        found.append(done)
+    read = Read(reading.collection, reading.name, reading.pieces, found)
     if not read.images:
         raise UserError(f"{reading.collection.where}: not one of its images can be read: look at its files")
     return read

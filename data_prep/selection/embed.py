@@ -1,9 +1,9 @@
 """Read a collection once: of every image its embedding, perceptual hash and sha256, kept for the later steps.
 
-The unit of work is an input file of a streamed source, or a slice of the images of a listed one. A unit publishes
-chunks of at most CHUNK images, UNIT-0000.npz and so on, and last UNIT.json, its commit mark; one that has its mark
-is not read again. A unit is named by a hash of what it holds, so that a collection that has grown costs only what
-is new. An image that cannot be decoded is counted by its reason and has no row.
+The unit of work is a piece of the source (see `data_prep.images.pieces`). It publishes chunks of at most CHUNK images,
+PIECE-0000.npz and so on, and last PIECE.json, its commit mark; one that has its mark is not read again. A piece is
+named by a hash of what it holds, so that a collection that has grown costs only what is new. An image that cannot be
+decoded is counted by its reason and has no row.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,28 +22,21 @@ from threadpoolctl import threadpool_limits
 
 from data_prep.files.npz import publish_arrays, read_arrays
 from data_prep.images.decode import RejectError, decode
-from data_prep.images.rejects import read_listed
+from data_prep.images.pieces import Piece, stream
+from data_prep.images.rejects import Tally
 from data_prep.selection.embedders import Embedder
 from data_prep.selection.perceptual_hash import perceptual_hash, small_grey
-from data_prep.shards.plan import is_streamed
-from data_prep.sources import Encoded, Item, ListedSource, Pool, Source, StreamedSource, UnusableError
+from data_prep.sources import Encoded, Source, UnusableError
 from data_prep.workers.pool import count
+from data_prep.workers.run import Done
 from igpt_ds.atomic import publish_text
 from igpt_ds.errors import UserError
 
 CHUNK = 16384  # images whose embeddings are in memory at a time
 THUMBNAIL = 64  # side, pixels
 _THUMBNAILS = 32  # a chunk, for the contact sheet
-_SLICE = 8192  # images of a listed source that are a unit
+PIECE = 8192  # images of a listed source
 _BATCH = 256
-
-
-class Unit(NamedTuple):
-    """A piece of a collection: all of the file `part`, or these items of a listed source, whose part is ""."""
-
-    part: str
-    items: list[Item] | None
-    name: str
 
 
 class Chunk(NamedTuple):
@@ -64,51 +57,32 @@ class Chunk(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """What a unit came to: its chunks, and how many images could not be read, by reason."""
+    """What a piece came to: its chunks, and how many images could not be read, by reason."""
 
     chunks: list[Chunk]
     unreadable: Counter[str]
 
+    @property
+    def tally(self) -> Tally:
+        """Of its images."""
+        return Tally(sum(chunk.rows for chunk in self.chunks) + self.unreadable.total(), self.unreadable)
+
 
 @dataclass(frozen=True)
 class EmbedTask:
-    """All that a worker needs for one unit; picklable. Without an embedder images are hashed only."""
+    """All that a worker needs for one piece; picklable. Without an embedder images are hashed only."""
 
     directory: Path
     source: Source
-    unit: Unit
+    piece: Piece
     embedder: Embedder | None
 
 
-def units(source: Source, pool: Pool) -> list[Unit]:
-    """The pieces of a pool, in a fixed order.
-
-    Raises:
-        UserError: the source refuses what it finds.
-    """
-    if is_streamed(source):
-        return [Unit(part, None, _name(part)) for part in cast(StreamedSource, source).parts(pool)]
-    items = cast(ListedSource, source).items(pool)
-    slices = [items[first : first + _SLICE] for first in range(0, len(items), _SLICE)]
-    return [Unit("", each, _name(*(item.id for item in each))) for each in slices]
-
-
-def _name(*what: str) -> str:
-    return hashlib.sha256("\0".join(what).encode("utf-8", "surrogateescape")).hexdigest()[:20]
-
-
-def stream(source: Source, unit: Unit) -> Iterator[Encoded]:
-    """The images of a unit, in their order."""
-    if unit.items is None:
-        return cast(StreamedSource, source).stream(unit.part)
-    return read_listed(cast(ListedSource, source), unit.items)
-
-
-def images(source: Source, some: list[Unit], number: int) -> Iterator[Image.Image]:
-    """About `number` readable images, the first ones of each unit."""
-    for unit in some:
+def images(source: Source, some: list[Piece], number: int) -> Iterator[Image.Image]:
+    """About `number` readable images, the first ones of each piece."""
+    for piece in some:
         share = -(-number // len(some))
-        for encoded in islice(stream(source, unit), share):
+        for encoded in islice(stream(source, piece), share):
             try:
                 if isinstance(encoded.data, bytes):
                     yield decode(encoded.data)
@@ -116,12 +90,13 @@ def images(source: Source, some: list[Unit], number: int) -> Iterator[Image.Imag
                 continue
 
 
-def committed(directory: Path, unit: Unit) -> Embedded | None:
-    """What an earlier run made of a unit, if it finished."""
+def committed(directory: Path, piece: Piece) -> Embedded | None:
+    """What an earlier run made of a piece, if it finished."""
+    name = piece.digest
     try:
-        mark = json.loads((directory / f"{unit.name}.json").read_text())
+        mark = json.loads((directory / f"{name}.json").read_text())
         chunks = [
-            Chunk(unit.part, directory / f"{unit.name}-{number:04d}.npz", int(rows))
+            Chunk(piece.part, directory / f"{name}-{number:04d}.npz", int(rows))
             for number, rows in enumerate(mark["chunks"])
         ]
         if all(chunk.path.is_file() for chunk in chunks):
@@ -131,30 +106,37 @@ def committed(directory: Path, unit: Unit) -> Embedded | None:
     return None
 
 
-def embed(task: EmbedTask) -> Embedded:
-    """Do one unit, unless it is done.
+def embedded(task: EmbedTask) -> Done | None:
+    """What a task that is done has read; None if it is not done."""
+    found = committed(task.directory, task.piece)
+    return found and Done(found.tally, found.tally.seen)
+
+
+def embed(task: EmbedTask) -> Done:
+    """Do one piece, unless it is done.
 
     Raises:
         UserError: an input file cannot be read to its end, the embedder fails, or the disk is full.
     """
-    if done := committed(task.directory, task.unit):
+    if done := embedded(task):
         return done
+    name, part = task.piece.digest, task.piece.part
     unreadable: Counter[str] = Counter()
     chunks: list[Chunk] = []
-    encoded = stream(task.source, task.unit)
+    encoded = stream(task.source, task.piece)
     # Threads add up in an order of their own; and there is a process a core.
     with threadpool_limits(limits=1):
         while arrays := _chunk(encoded, task.embedder, unreadable):
-            path = task.directory / f"{task.unit.name}-{len(chunks):04d}.npz"
+            path = task.directory / f"{name}-{len(chunks):04d}.npz"
             publish_arrays(path, **arrays)
-            chunks.append(Chunk(task.unit.part, path, len(arrays["ids"])))
+            chunks.append(Chunk(part, path, len(arrays["ids"])))
     mark = {
-        "part": task.unit.part,
+        "part": part,
         "chunks": [chunk.rows for chunk in chunks],
         "unreadable": dict(sorted(unreadable.items())),
     }
-    publish_text(task.directory / f"{task.unit.name}.json", json.dumps(mark) + "\n")
-    return Embedded(chunks, unreadable)
+    publish_text(task.directory / f"{name}.json", json.dumps(mark) + "\n")
+    return Done(Embedded(chunks, unreadable).tally)
 
 
 def _chunk(

@@ -27,18 +27,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.files.npz import publish_arrays, read_all_arrays, read_arrays
+from data_prep.images.pieces import Piece
 from data_prep.selection import clusters
 from data_prep.selection.clusters import HitTask, Model, ScoreTask
 from data_prep.selection.collections import Collection, Read, Reading, fingerprint, read_all
-from data_prep.selection.embed import Unit, images
+from data_prep.selection.embed import images
 from data_prep.selection.embedders import Embedder
 from data_prep.selection.file import Selection, write_selection
 from data_prep.selection.pictures import Pictures
 from data_prep.selection.ranking import Cut
 from data_prep.selection.verdicts import FATES, KEPT, Scored, drop_duplicates, judge, threshold
-from data_prep.shards.progress import Meter
 from data_prep.workers import pool as executors
-from data_prep.workers.run import Place, Step
+from data_prep.workers.run import Meter, Place, Step, nothing
 from igpt_ds.atomic import writing
 from igpt_ds.errors import UserError
 
@@ -116,7 +116,7 @@ class Job:
                 another run in it.
         """
         with _alone(self.work):
-            found = [each.units() for each in self._collections]
+            found = [each.pieces() for each in self._collections]
             fitted = self._fitted(found[1 : 1 + len(self.like)], stages)
             readings = [
                 Reading(collection, its, *(fitted if number <= len(self.like) else (None, None)))
@@ -143,13 +143,13 @@ class Job:
     def _collections(self) -> list[Collection]:
         return [self.pool, *self.like, *self.evaluations]
 
-    def _fitted(self, like: list[list[Unit]], stages: Stages) -> tuple[Embedder, str]:
+    def _fitted(self, like: list[list[Piece]], stages: Stages) -> tuple[Embedder, str]:
         """The embedder, fitted where it needs it to what the pool is to be like; and what its vectors depend on."""
         record = self.embedder.record()
         if not self.embedder.fit_images:
             return self.embedder, fingerprint(record)
         identity = fingerprint(
-            record, [(each.where, [unit.name for unit in its]) for each, its in zip(self.like, like, strict=True)]
+            record, [(each.where, [piece.digest for piece in its]) for each, its in zip(self.like, like, strict=True)]
         )
         path = self.work / f"embedder-{identity}.npz"
         if not path.exists():
@@ -206,7 +206,15 @@ class Job:
                 publish_arrays(hashes, hashes=np.unique(np.concatenate(found)))
         scored = [Scored(chunk, directory / chunk.path.name) for chunk in pool.chunks]
         tasks = [ScoreTask(each.chunk, each.scores, model, hashes, distance) for each in scored]
-        step = Step("chunks", clusters.score, tasks, lambda task: task.out.exists(), pool.images)
+        step = Step(
+            "parts are not scored",
+            tasks,
+            clusters.score,
+            clusters.scored,
+            nothing,
+            images=pool.images,
+            readings=pool.images,
+        )
         with stages("score") as meter:
             return scored if place.run(step, meter) else None
 
@@ -250,11 +258,11 @@ class Job:
 
 def _parts(pool: Read, judged: Iterator[Any]) -> Iterator[tuple[str, np.ndarray]]:
     """The kept ids of each part, also where none is kept or none could be read."""
-    pairs = zip(pool.units, pool.embedded, strict=True)
+    pairs = zip(pool.pieces, pool.found, strict=True)
     for part, group in groupby(pairs, key=lambda pair: pair[0].part):
         kept = [np.empty(0, "S1")]
-        for _, embedded in group:
-            for chunk in embedded.chunks:
+        for _, found in group:
+            for chunk in found.chunks:
                 its = next(judged)
                 if its.chunk != chunk:
                     raise RuntimeError(f"{chunk.path}: judged out of order")

@@ -65,11 +65,6 @@ class Build:
         """The plans of the splits that are to be built."""
         return [plan for plan in self.plans if plan.split in self.to_do]
 
-    @property
-    def slices(self) -> int:
-        """How many tasks there are."""
-        return sum(len(range(plan.count)[: self.max_shards]) * plan.passes for plan in self.planned)
-
     def directory(self, plan: Plan) -> Path:
         """Of a plan's split."""
         return self.out / plan.split
@@ -115,14 +110,12 @@ class Build:
         manifests = {plan.split: self._publish(plan, *merged[plan.split]) for plan in self.planned}
         return [(self.directory(plan), manifests.get(plan.split)) for plan in self.plans]
 
-    def reopened(self) -> Results | None:
+    def made(self) -> Results | None:
         """What `finish` gave elsewhere; None where it has not run."""
-        if any(not _complete(self.directory(plan), plan, self.max_shards) for plan in self.planned):
+        if not all(_complete(self.directory(plan), plan, self.max_shards) for plan in self.planned):
             return None
-        return [
-            (self.directory(plan), Manifest.load(self.directory(plan)) if plan.split in self.to_do else None)
-            for plan in self.plans
-        ]
+        manifests = {plan.split: Manifest.load(self.directory(plan)) for plan in self.planned}
+        return [(self.directory(plan), manifests.get(plan.split)) for plan in self.plans]
 
     def clean_up(self) -> None:
         """After a failure: finished shards are kept for the next run, but not a dataset without any."""
@@ -278,7 +271,7 @@ def _refuse_overlap(out: Path, splits: tuple[Split, ...], settings: Settings) ->
 
 
 def _is_trial(plan: Plan, max_shards: int | None) -> bool:
-    return max_shards is not None and max_shards < plan.count
+    return max_shards is not None and max_shards < len(plan.pieces)
 
 
 def _complete(directory: Path, plan: Plan, max_shards: int | None) -> bool:

@@ -9,7 +9,6 @@ the same images.
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +17,10 @@ from typing import Any, Literal, cast
 
 import PIL
 
+from data_prep.images.pieces import Piece, cut, pieces_of, unit_hash
 from data_prep.images.transforms import CROP, Transform, evaluation
 from data_prep.selection.file import Selection
-from data_prep.sources import Item, ListedSource, Pool, Source, StreamedSource
+from data_prep.sources import Item, Pool, Source, StreamedSource
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.storage import storage_for
 from igpt_ds.errors import UserError
@@ -53,14 +53,12 @@ class Slice:
     Attributes:
         name: of its shard, or what the names of its shards begin with.
         views: that it writes.
-        items: its images, in row order, of a source that lists them.
-        part: its input file, of a streamed source.
+        piece: its images, in row order, or its input file.
     """
 
     name: str
     views: tuple[int, ...]
-    items: list[Item] | None
-    part: str | None
+    piece: Piece
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,7 @@ class Plan:
     """One split's plan.
 
     Attributes:
-        items: the split's images in row order; None for a streamed source.
-        parts: the input files of a streamed source.
+        pieces: the split's images in row order, a shard's in each; or the input files of a streamed source.
         record: the choices that the bytes depend on, as JSON; they stand in DATA/SPLIT/plan.json.
     """
 
@@ -78,8 +75,7 @@ class Plan:
     settings: Settings
     transform: Transform
     views: int
-    items: list[Item] | None
-    parts: list[str]
+    pieces: list[Piece]
     selection: Selection | None
     record: dict[str, Any]
 
@@ -89,33 +85,25 @@ class Plan:
         return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
 
     @property
-    def count(self) -> int:
-        """How many slices a view has."""
-        return len(self.parts) if self.items is None else math.ceil(len(self.items) / self.settings.rows_per_shard)
-
-    @property
     def passes(self) -> int:
         """How often the split's images are read: once a view where they are listed."""
-        return 1 if self.items is None else self.views
+        return 1 if isinstance(self.source, StreamedSource) else self.views
 
     def slices(self, limit: int | None = None) -> Iterator[Slice]:
         """What is to be built, piece by piece; `limit`: only the first so many of each view."""
-        taken = range(self.count if limit is None else min(limit, self.count))
-        if self.items is None:
-            for i in taken:
-                yield Slice(f"{self.split}-{i:05d}", tuple(range(self.views)), None, self.parts[i])
+        if isinstance(self.source, StreamedSource):
+            for i, piece in enumerate(self.pieces[:limit]):
+                yield Slice(f"{self.split}-{i:05d}", tuple(range(self.views)), piece)
             return
-        step = self.settings.rows_per_shard
         for view in range(self.views):
-            for i in taken:
-                name = f"{self.split}-{view * self.count + i:05d}"
-                yield Slice(name, (view,), self.items[i * step : (i + 1) * step], None)
+            for i, piece in enumerate(self.pieces[:limit]):
+                yield Slice(f"{self.split}-{view * len(self.pieces) + i:05d}", (view,), piece)
 
     def images(self, limit: int | None = None) -> int | None:
         """How many images a view's slices have; None where it is not known before they are read."""
-        if self.items is None:
+        if isinstance(self.source, StreamedSource):
             return None
-        return len(self.items) if limit is None else min(len(self.items), limit * self.settings.rows_per_shard)
+        return sum(len(piece.names) for piece in self.pieces[:limit])
 
     def difference(self, directory: Path) -> str | None:
         """How the plan in a dataset directory differs from this one, in words; None when they agree."""
@@ -141,12 +129,6 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def unit_hash(purpose: str, image_id: str) -> float:
-    """A number in [0, 1) from a hash of the id; `purpose` keeps different uses independent."""
-    key = f"{purpose}\0{image_id}".encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / (1 << 48)
 
 
 def belongs(split: Split, holdout: float) -> Callable[[str], bool]:
@@ -179,7 +161,7 @@ def make_plans(
         raise UserError(
             f"{selection.path}: was made from {selection.source}, not from {source.name}: select from this source"
         )
-    pools: dict[Pool, list[Item] | list[str]] = {}
+    pools: dict[Pool, list[Item] | list[Piece]] = {}
     plans = []
     for split in splits:
         pool: Pool = "test" if split == "test" else "train"
@@ -211,25 +193,23 @@ def _check(settings: Settings, splits: tuple[Split, ...]) -> None:
         raise UserError("--split val: --holdout 0 holds nothing out: give a share, or leave out --split val")
 
 
-def _pool(source: Source, pool: Pool, selection: Selection | None) -> list[Item] | list[str]:
-    if is_streamed(source):
-        parts = cast(StreamedSource, source).parts(pool)
-        if not parts:
-            raise UserError(f"{source.name}: has no images for --split {pool}: leave it out or mend the path")
-        missing = [part for part in parts if selection and part not in selection.members]
-        if selection and missing:
+def _pool(source: Source, pool: Pool, selection: Selection | None) -> list[Item] | list[Piece]:
+    found = pieces_of(source, pool, 0) if isinstance(source, StreamedSource) else source.items(pool)
+    if not found:
+        raise UserError(f"{source.name}: has no images for --split {pool}: leave it out or mend the path")
+    if selection is None:
+        return found
+    if isinstance(source, StreamedSource):
+        missing = [piece.part for piece in cast(list[Piece], found) if piece.part not in selection.members]
+        if missing:
             raise UserError(
                 f"{selection.path}: was made without {missing[0]}: select again from all that is to be built"
             )
-        return parts
-    items = cast(ListedSource, source).items(pool)
-    if not items:
-        raise UserError(f"{source.name}: has no images for --split {pool}: leave it out or mend the path")
-    if selection:
-        kept = selection.kept("")
-        items = [item for item in items if item.id.encode("utf-8", "surrogateescape") in kept]
-        if len(items) != len(kept):
-            raise missing_selected(selection, source.name, len(kept) - len(items), len(kept))
+        return found
+    kept = selection.kept("")
+    items = [item for item in cast(list[Item], found) if item.id.encode("utf-8", "surrogateescape") in kept]
+    if len(items) != len(kept):
+        raise missing_selected(selection, source.name, len(kept) - len(items), len(kept))
     return items
 
 
@@ -238,15 +218,10 @@ def missing_selected(selection: Selection, where: str, missing: int, of: int) ->
     return UserError(f"{where}: {missing} of the {of} images that {selection.path} keeps are not there: select again")
 
 
-def is_streamed(source: Source) -> bool:
-    """Is it a `StreamedSource`?"""
-    return hasattr(source, "stream")
-
-
 def _plan(
     split: Split,
     source: Source,
-    pool: list[Item] | list[str],
+    pool: list[Item] | list[Piece],
     palette: Palette,
     settings: Settings,
     transform: Transform,
@@ -271,13 +246,11 @@ def _plan(
         "rows_per_block": ROWS_PER_BLOCK,
         "pillow": PIL.__version__,  # another release may decode and resize to other pixels
     }
-    items: list[Item] | None = None
-    parts: list[str] = []
-    if is_streamed(source):
-        parts = cast(list[str], pool)
-        for part in parts:
-            content.update(f"{part}\0".encode("utf-8", "surrogateescape"))
-        record |= {"parts": len(parts), "parts_sha256": content.hexdigest()}
+    if isinstance(source, StreamedSource):
+        pieces = cast(list[Piece], pool)
+        for piece in pieces:
+            content.update(f"{piece.part}\0".encode("utf-8", "surrogateescape"))
+        record |= {"parts": len(pieces), "parts_sha256": content.hexdigest()}
     else:
         every = cast(list[Item], pool)
         mine = belongs(split, settings.holdout)
@@ -288,7 +261,8 @@ def _plan(
         for item in items:
             content.update(f"{item.label}\0{item.id}\0".encode("utf-8", "surrogateescape"))
         record |= {"images": len(items), "images_sha256": content.hexdigest()}
-    return Plan(split, source, settings, transform, views, items, parts, selection, record)
+        pieces = cut(items, settings.rows_per_shard)
+    return Plan(split, source, settings, transform, views, pieces, selection, record)
 
 
 def no_images(split: Split, holdout: float, pool: int | None = None) -> UserError:

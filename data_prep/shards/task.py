@@ -15,12 +15,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from data_prep.images.rejects import Rejected, Tally, pixels, read_listed
+from data_prep.images.pieces import pixels, stream
+from data_prep.images.rejects import Rejected, Tally
 from data_prep.images.transforms import Transform
 from data_prep.selection.file import Selection
 from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Slice, Split, belongs, missing_selected
-from data_prep.sources import Encoded, ListedSource, Source, StreamedSource
+from data_prep.sources import Encoded, Source
 from data_prep.workers.pool import count
+from data_prep.workers.run import Done
 from igpt_ds.atomic import publish_text, sha256_file
 from igpt_ds.dataset.manifest import ShardRecord
 from igpt_ds.dataset.palette import Palette
@@ -75,23 +77,11 @@ class Mark:
     last: bool
 
 
-@dataclass(frozen=True)
-class Built:
-    """What a task has done: its images, how many of them it found built already, and whether view 0 is its own.
-
-    The other views have the same images and reject the same ones.
-    """
-
-    tally: Tally
-    kept: int
-    first_view: bool
-
-
 def task_of(plan: Plan, piece: Slice, directory: Path, palette: Palette, images: int | None, rate: float) -> ShardTask:
     """The task that builds one slice of a plan."""
     selection = None
-    if plan.selection and piece.part is not None:
-        selection = replace(plan.selection, members={piece.part: plan.selection.members[piece.part]})
+    if plan.selection and piece.piece.part:
+        selection = replace(plan.selection, members={piece.piece.part: plan.selection.members[piece.piece.part]})
     return ShardTask(
         slice=piece,
         directory=directory,
@@ -109,7 +99,7 @@ def task_of(plan: Plan, piece: Slice, directory: Path, palette: Palette, images:
     )
 
 
-def build_slice(task: ShardTask) -> Built:
+def build_slice(task: ShardTask) -> Done:
     """Read, transform, encode and publish the images of one slice, in their order.
 
     Raises:
@@ -118,9 +108,10 @@ def build_slice(task: ShardTask) -> Built:
     """
     marks = committed(task, thorough=True)
     tally = _tally(marks)
-    kept, first_view = tally.seen, task.slice.views[0] == 0
+    # The other views have the same images and reject the same ones.
+    kept, again = tally.seen, task.slice.views[0] != 0
     if marks and marks[-1].last:
-        return Built(tally, kept, first_view)
+        return Done(tally, kept, again)
     palette = _palette(task.directory / "palette.npy", task.palette_sha256)
     shard = _Shard(task, len(marks))
     for position, encoded in enumerate(_images(task)):
@@ -140,16 +131,16 @@ def build_slice(task: ShardTask) -> Built:
         tally.seen += 1
         count(1, int(isinstance(rows, Rejected)))
     shard.publish(seen=tally.seen, last=True)
-    return Built(tally, kept, first_view)
+    return Done(tally, kept, again)
 
 
-def finished(task: ShardTask) -> Built | None:
+def finished(task: ShardTask) -> Done | None:
     """What a finished task has done, from the marks and the sizes of the files; None if it is not finished."""
     marks = committed(task, thorough=False)
     if not marks or not marks[-1].last:
         return None
     tally = _tally(marks)
-    return Built(tally, tally.seen, task.slice.views[0] == 0)
+    return Done(tally, tally.seen, task.slice.views[0] != 0)
 
 
 def committed(task: ShardTask, *, thorough: bool) -> list[Mark]:
@@ -231,14 +222,14 @@ class _Shard:
 
 def _images(task: ShardTask) -> Iterator[Encoded]:
     """The slice's images that belong to the split and to the selection."""
-    if task.slice.items is not None:
-        yield from read_listed(cast(ListedSource, task.source), task.slice.items)
+    piece = task.slice.piece
+    if piece.items is not None:  # chosen when they were listed
+        yield from stream(task.source, piece)
         return
-    part = cast(str, task.slice.part)
     mine = belongs(task.split, task.holdout)
-    kept = task.selection.kept(part) if task.selection else None
+    kept = task.selection.kept(piece.part) if task.selection else None
     met = 0
-    for encoded in cast(StreamedSource, task.source).stream(part):
+    for encoded in stream(task.source, piece):
         if kept is not None:
             if encoded.item.id.encode("utf-8", "surrogateescape") not in kept:
                 continue
@@ -246,7 +237,7 @@ def _images(task: ShardTask) -> Iterator[Encoded]:
         if mine(encoded.item.id):
             yield encoded
     if task.selection and kept is not None and met != len(kept):
-        raise missing_selected(task.selection, part, len(kept) - met, len(kept))
+        raise missing_selected(task.selection, piece.part, len(kept) - met, len(kept))
 
 
 _Row = tuple[np.ndarray, float]  # tokens, and the squared error of their colours
@@ -265,7 +256,7 @@ def _encode(encoded: Encoded, task: ShardTask, palette: Palette) -> list[_Row] |
 
 
 def _name(task: ShardTask, number: int, view: int) -> str:
-    if task.slice.part is None:
+    if task.slice.piece.items is not None:
         return task.slice.name
     return f"{task.slice.name}-{number * len(task.slice.views) + view:03d}"
 

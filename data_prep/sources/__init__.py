@@ -17,7 +17,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from igpt_ds.errors import UserError
 
@@ -71,6 +71,7 @@ class ListedSource(Protocol):
         """An image's encoded bytes, the first MAX_BYTES + 1 at most. An OSError rejects the image."""
 
 
+@runtime_checkable
 class StreamedSource(Protocol):
     """Images in large files, each file read from begin to end. Small and picklable: it travels to the workers.
 

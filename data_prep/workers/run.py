@@ -1,67 +1,125 @@
-"""Where the tasks of a step run: on this machine, or in jobs of a Slurm cluster. Either way a task that is done stays
-done, and the same command again goes on with the others."""
+"""The one way in which tasks are run: a step's tasks, in a pool of this machine or in an array of Slurm jobs.
+
+A task publishes what it makes, so it stays done: the same command again goes on with the others. What a step makes of
+all its tasks, `finish`, runs here, or on a cluster as the last job.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-from data_prep.shards.progress import Meter
-from data_prep.workers import pool as executors
+from data_prep.images.rejects import Tally
+from data_prep.workers import pool
 from data_prep.workers.slurm import MAX_ARRAY, Cluster, batches
 
-Task = TypeVar("Task")
+Made = TypeVar("Made")
+Final = TypeVar("Final")
 
 
-class Step(NamedTuple):
-    """Tasks of one kind.
+class Meter(Protocol):
+    """What shows a step's progress."""
+
+    def show(self, read: int, rejected: int, total: int | None) -> None:
+        """Images read and rejected since the beginning, and the images in all, where that is known."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a task has read.
 
     Attributes:
-        what: they are called in messages.
-        function: at the top level of a module; publishes what a task makes, and nothing if that is there.
-        tasks: picklable.
-        done: whether what a task makes is there.
-        images: in all tasks; None where that is not known.
+        kept: how many of its images an earlier run had read.
+        again: whether they are images that another task counts: another view of the same.
     """
 
-    what: str
-    function: Callable[..., object]
-    tasks: Sequence[object]
-    done: Callable[..., bool]
-    images: int | None
+    tally: Tally
+    kept: int = 0
+    again: bool = False
+
+
+def nothing() -> bool:
+    """What follows the tasks of a step that has no more to do."""
+    return True
+
+
+@dataclass(frozen=True)
+class Step(Generic[Final]):
+    """Tasks of one kind, and what is made of them all.
+
+    Attributes:
+        undone: what is said of tasks that are not done: "slices are not built".
+        tasks: picklable.
+        run: does a task unless it is done, and publishes what it makes; at the top level of a module.
+        done: what a task that is done has read; None if it is not done.
+        finish: makes of all that is published what the step is for; picklable.
+        made: what an earlier call, or job, has made of it all; None if none has.
+        images: in all tasks, each counted once; None where that is not known.
+        readings: as often as they are read.
+        max_reject_rate: the share of the images that may be rejected.
+    """
+
+    undone: str
+    tasks: Sequence[Any]
+    run: Callable[[Any], Done]
+    done: Callable[[Any], Done | None]
+    finish: Callable[[], Final]
+    made: Callable[[], Final | None] = lambda: None
+    images: int | None = None
+    readings: int | None = None
+    max_reject_rate: float = 1.0
+
+    def conclude(self) -> Final:
+        """What is made of all tasks, which are done."""
+        made = self.made()
+        return self.finish() if made is None else made
 
 
 class Place(Protocol):
-    """Runs steps."""
+    """Where steps are run.
+
+    Attributes:
+        executor: of this machine; None: this process, one task by one.
+        pending: what is to be said where `run` gave None.
+    """
 
     executor: Executor | None
 
-    def run(self, step: Step, meter: Meter) -> bool:
-        """Run the tasks that are not done; whether all are done now.
+    @property
+    def pending(self) -> str: ...
+
+    def busy(self) -> bool:
+        """Whether jobs of an earlier call are still waiting or running."""
+
+    def run(self, step: Step[Final], meter: Meter) -> Final | None:
+        """Run the tasks that are not done, and finish.
+
+        Returns:
+            What `finish` gives; None: jobs have still to end, then the same call goes on.
 
         Raises:
-            UserError: what a task raises, or a worker died.
+            UserError: what a task raises, more rejects than allowed, or a worker died.
         """
 
 
 class Here:
-    """This machine, or wherever an executor runs tasks; None: one by one in this process."""
+    """This machine, or wherever an executor runs tasks."""
+
+    pending = ""
 
     def __init__(self, executor: Executor | None = None) -> None:
         self.executor = executor
 
-    def run(self, step: Step, meter: Meter) -> bool:
-        """As `Place.run`; always True."""
-        tasks = [task for task in step.tasks if not step.done(task)]
-        finished = 0
+    def busy(self) -> bool:
+        """As `Place.busy`."""
+        return False
 
-        def watch(read: int, rejected: int) -> None:
-            # Some of what is read belongs to tasks that are not finished: the estimate falls to the truth.
-            known = step.images if len(tasks) == len(step.tasks) else None
-            meter.show(read, rejected, known or (read * len(tasks) // finished if finished else None))
-
-        for _ in executors.run(step.function, tasks, self.executor, watch):
-            finished += 1
-        return True
+    def run(self, step: Step[Final], meter: Meter) -> Final:
+        """As `Place.run`."""
+        progress = _Progress(step, meter)
+        for done in pool.run(step.run, step.tasks, self.executor, progress.watch):
+            progress.add(done)
+        return step.conclude()
 
 
 class OnCluster:
@@ -71,29 +129,51 @@ class OnCluster:
         wait: for each step's jobs to end; else `run` says that they have not.
     """
 
+    executor: Executor | None = None
+
     def __init__(self, cluster: Cluster, wait: bool) -> None:
         self.cluster, self.wait = cluster, wait
-        self.executor: Executor | None = None
+        self._waits_for = ""
 
-    def run(self, step: Step, meter: Meter) -> bool:
+    def busy(self) -> bool:
+        """As `Place.busy`."""
+        return self.cluster.running()
+
+    def run(self, step: Step[Final], meter: Meter) -> Final | None:
         """As `Place.run`."""
+        if (made := step.made()) is not None:
+            return made
         left = [task for task in step.tasks if not step.done(task)]
-        if not left:
-            return True
-        if not self.cluster.running():
-            work = _Batch(step.function)
-            self.cluster.submit(work, batches(left, MAX_ARRAY), _nothing)
+        if not self.busy():
+            if not left:
+                return step.finish()
+            self.cluster.submit(_Batch(step.run), batches(left, MAX_ARRAY), step.finish)
         if not self.wait:
-            return False
+            self._waits_for = f"{len(left):,} of {len(step.tasks):,} {step.undone}"
+            return None
+        progress, left = _Progress(step, meter), list(step.tasks)
 
         def look() -> None:
-            left[:] = [task for task in left if not step.done(task)]
+            for task in list(left):
+                if done := step.done(task):
+                    progress.add(done)
+                    left.remove(task)
 
         self.cluster.wait(look)
         look()
         if left:
-            raise self.cluster.failure(f"{len(left)} of {len(step.tasks)} {step.what} are not done")
-        return True
+            if (made := step.made()) is not None:
+                return made
+            raise self.cluster.failure(f"{len(left)} of {len(step.tasks)} {step.undone}")
+        return step.conclude()
+
+    @property
+    def pending(self) -> str:
+        """As `Place.pending`."""
+        return (
+            f"{self._waits_for} yet: jobs {', '.join(self.cluster.jobs())}; logs in {self.cluster.folder}\n"
+            "the same command again goes on from there; with --wait it waits for them"
+        )
 
 
 class _Batch:
@@ -103,10 +183,46 @@ class _Batch:
         self.function = function
 
     def __call__(self, tasks: Sequence[object], workers: int) -> None:
-        with executors.pool(workers) as executor:
-            for _ in executors.run(self.function, tasks, executor):
+        with pool.pool(workers) as executor:
+            for _ in pool.run(self.function, tasks, executor):
                 pass
 
 
-def _nothing() -> None:
-    """The array's own marks are all that is wanted."""
+class _Progress:
+    """A step's images: the tally that rejects are judged by, and what a meter shows.
+
+    Views of images that are listed are read one after the other: to the meter each reading is an image more.
+    """
+
+    def __init__(self, step: Step[Any], meter: Meter) -> None:
+        self._step, self._meter, self._tally = step, meter, Tally()
+        self._finished, self._seen, self._kept, self._read, self._rejected = 0, 0, 0, 0, 0
+        self._show()
+
+    def watch(self, read: int, rejected: int) -> None:
+        """The tasks have read so many images in this run."""
+        self._read, self._rejected = max(self._read, read), max(self._rejected, rejected)
+        self._show()
+
+    def add(self, done: Done) -> None:
+        """A task has ended."""
+        self._finished += 1
+        self._seen += done.tally.seen
+        self._kept += done.kept
+        # Some executors tell no more than this.
+        self._read = max(self._read, self._seen - self._kept)
+        if not done.again:
+            self._tally.add(done.tally)
+        self._show()
+        self._tally.judge(self._step.max_reject_rate, self._step.images or self._total())
+
+    def _total(self) -> int | None:
+        """Readings in all; of a streamed source an estimate from the tasks that are done."""
+        if self._step.readings is not None:
+            return self._step.readings
+        return self._seen * len(self._step.tasks) // self._finished if self._finished else None
+
+    def _show(self) -> None:
+        total = self._total()
+        left = None if total is None else max(total - self._kept, self._read)
+        self._meter.show(self._read, self._rejected, left)

@@ -230,9 +230,9 @@ def test_verify_names_the_damage(small: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every write fails as on a full disk; the message says so and no file of ours is left."""
-    from data_prep.shards.build import build
     from data_prep.shards.job import begin
     from data_prep.shards.plan import Settings
+    from tests.helpers.places import build_here
 
     def full(file: Path, mode: str = "r") -> object:
         return open("/dev/full" if "w" in mode else file, mode)
@@ -241,7 +241,7 @@ def test_a_full_disk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     source = open_source("image_folder", [str(small / "images")])
     job = begin(source, tmp_path / "d", Palette.load(small / "palette.npy"), Settings(8, 0.25, 1, False, 0, 100))
     with pytest.raises(UserError, match="the disk is full"):
-        build(job)
+        build_here(job)
     assert not (tmp_path / "d").exists()
 
 

@@ -19,6 +19,7 @@ from data_prep.selection.embedders import Arrays
 from data_prep.selection.job import Job, Selected, Settings
 from data_prep.workers.pool import pool
 from data_prep.workers.run import Here
+from tests.helpers.places import Meter
 from tests.helpers.streams import Folders
 
 GREY = 128
@@ -51,17 +52,6 @@ class MeanColour:
         """float32 [n, 3]."""
         mean: np.ndarray = images.reshape(len(images), -1, 3).mean(1).astype(np.float32) - GREY
         return mean
-
-
-class Meter:
-    """Counts what it is shown."""
-
-    def __init__(self) -> None:
-        self.shown: list[tuple[int, int, int | None]] = []
-
-    def show(self, read: int, rejected: int, total: int | None) -> None:
-        """As `data_prep.shards.progress.Meter`."""
-        self.shown.append((read, rejected, total))
 
 
 def stages(name: str) -> AbstractContextManager[Meter]:

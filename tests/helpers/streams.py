@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.shards.build import build
 from data_prep.shards.job import begin
 from data_prep.shards.plan import Settings
 from data_prep.sources import Encoded, Item, Pool
 from data_prep.workers.pool import pool
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
+from tests.helpers.places import build_here
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ if __name__ == "__main__":
     root, palette, out, workers = sys.argv[1:]
     job = begin(Folders(Path(root)), Path(out), Palette.load(Path(palette)), SETTINGS, max_reject_rate=0.5)
     with pool(int(workers)) as executor:
-        build(job, executor=executor)
+        build_here(job, executor)

@@ -9,10 +9,12 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits, load_sample_images
 
-from data_prep.images.transforms import evaluation
-from data_prep.palette.count import add_colours, colour_tasks, count_all
+from data_prep.images.rejects import Tally
+from data_prep.images.transforms import Transform, evaluation
+from data_prep.palette.count import add_colours, add_up, colour_tasks, count_colours
 from data_prep.palette.fit import _coarse, _colours, distortion, fit
-from data_prep.sources import open_source
+from data_prep.sources import Source, open_source
+from data_prep.workers.run import Done
 from igpt_ds.errors import UserError
 from tests.helpers.streams import Folders
 
@@ -120,12 +122,20 @@ def test_coarse_bins_stand_at_their_exact_means(photo: np.ndarray) -> None:
         assert inside.sum() == weight
 
 
-def test_images_are_counted_after_the_evaluation_transform(photos: Path) -> None:
+def counted(source: Source, transform: Transform, folder: Path) -> tuple[np.ndarray, Tally]:
+    """All counts of a source, by its tasks one after another."""
+    tasks = colour_tasks(source, transform, folder)
+    for task in tasks:
+        count_colours(task)
+    return add_up([task.path for task in tasks])
+
+
+def test_images_are_counted_after_the_evaluation_transform(photos: Path, tmp_path: Path) -> None:
     source = open_source("image_folder", [str(photos)])
-    counts, tally = count_all(colour_tasks(source, evaluation(16, crop=True)))
+    counts, tally = counted(source, evaluation(16, crop=True), tmp_path / "a")
     assert counts.sum() == 48 * 16 * 16
     assert (tally.seen, tally.rejected) == (48, 0)
-    whole, _ = count_all(colour_tasks(source, evaluation(None, crop=False)))
+    whole, _ = counted(source, evaluation(None, crop=False), tmp_path / "b")
     assert whole.sum() == 48 * 80 * 106
     images = (np.asarray(Image.open(photos / item.id)) for item in source.items("train"))
     assert np.array_equal(whole, counts_of(*images))
@@ -133,8 +143,32 @@ def test_images_are_counted_after_the_evaluation_transform(photos: Path) -> None
 
 def test_counts_of_tasks_add_up(photos: Path, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
-        shutil.copytree(photos / "china", tmp_path / name)
-    one, _ = count_all(colour_tasks(open_source("image_folder", [str(tmp_path / "a")]), evaluation(16, crop=True)))
-    three, tally = count_all(colour_tasks(Folders(tmp_path), evaluation(16, crop=True)))
+        shutil.copytree(photos / "china", tmp_path / "in" / name)
+    source = open_source("image_folder", [str(tmp_path / "in" / "a")])
+    one, _ = counted(source, evaluation(16, crop=True), tmp_path / "one")
+    three, tally = counted(Folders(tmp_path / "in"), evaluation(16, crop=True), tmp_path / "three")
     assert np.array_equal(three, 3 * one)
     assert tally.seen == 72
+
+
+def test_what_is_counted_is_not_counted_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A palette that was interrupted goes on; counts of other images or of another transform are not taken for it."""
+    source, folder = Folders(photos), tmp_path / "work"
+    first, _ = colour_tasks(source, evaluation(16, crop=True), folder)
+    done = count_colours(first)
+    assert (done.tally.seen, done.kept) == (24, 0)
+    again = colour_tasks(source, evaluation(16, crop=True), folder)
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.palette.count.pixels", None)
+        assert count_colours(again[0]) == Done(done.tally, 24)
+        with pytest.raises(TypeError):
+            count_colours(again[1])
+    for other in (
+        colour_tasks(source, evaluation(8, crop=True), folder),
+        colour_tasks(source, evaluation(16, crop=True), folder, sample=0.5),
+        colour_tasks(source, evaluation(16, crop=True), folder, options={"a": "b"}),
+    ):
+        assert count_colours(other[0]).kept == 0
+    assert count_colours(first).kept == 0  # the others have written over it
+    first.path.write_bytes(first.path.read_bytes()[:-40])
+    assert count_colours(first).kept == 0

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from data_prep.files.npz import publish_arrays, read_arrays
+from data_prep.images.pieces import pieces_of
+from data_prep.images.rejects import Tally
 from data_prep.selection import clusters, embed
 from data_prep.selection.clusters import HitTask, Model, ScoreTask
 from data_prep.selection.embed import Chunk, EmbedTask
 from data_prep.sources import Item
+from data_prep.workers.run import Done
 from tests.helpers.selections import MeanColour
 from tests.helpers.streams import Folders
 
@@ -110,11 +113,13 @@ def test_the_numbers_of_clusters() -> None:
     assert [clusters.centroids_for(n) for n in (1, 160, 1_281_167)] == [1, 10, 4096]
 
 
-def test_a_unit_that_is_done_is_not_read_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_that_is_done_is_not_read_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Folders(photos)
-    unit = embed.units(source, "train")[0]
-    task = EmbedTask(tmp_path, source, unit, MeanColour())
-    first = embed.embed(task)
+    piece = pieces_of(source, "train", 9)[0]
+    task = EmbedTask(tmp_path, source, piece, MeanColour())
+    assert embed.embed(task) == Done(Tally(24))
+    first = embed.committed(tmp_path, piece)
+    assert first is not None
     ids, vectors, rows, thumbnails = first.chunks[0].read("ids", "vectors", "thumbnail_rows", "thumbnails")
     assert ids.tolist() == [f"china/{i:02d}.jpg".encode() for i in range(24)]
     assert vectors.dtype == np.float16
@@ -122,7 +127,7 @@ def test_a_unit_that_is_done_is_not_read_again(photos: Path, tmp_path: Path, mon
     assert rows.tolist() == list(range(24))
     assert thumbnails.shape == (24, 64, 64, 3)
     monkeypatch.setattr(embed, "stream", None)
-    assert embed.embed(task) == first
+    assert embed.embed(task) == Done(Tally(24), 24)
     first.chunks[0].path.unlink()
     with pytest.raises(TypeError):
         embed.embed(task)
@@ -131,7 +136,11 @@ def test_a_unit_that_is_done_is_not_read_again(photos: Path, tmp_path: Path, mon
 def test_thumbnails_are_a_fixed_sample(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed, "_THUMBNAILS", 5)
     source = Folders(photos)
-    its = embed.embed(EmbedTask(tmp_path, source, embed.units(source, "train")[0], MeanColour())).chunks[0]
+    piece = pieces_of(source, "train", 9)[0]
+    embed.embed(EmbedTask(tmp_path, source, piece, MeanColour()))
+    found = embed.committed(tmp_path, piece)
+    assert found is not None
+    its = found.chunks[0]
     digests, rows, thumbnails = its.read("sha256", "thumbnail_rows", "thumbnails")
     lowest = sorted(range(24), key=lambda row: digests[row].tobytes())[:5]
     assert rows.tolist() == sorted(lowest)

@@ -29,7 +29,8 @@ from data_prep.workers import pool as executors
 from data_prep.workers.run import Here, OnCluster
 from data_prep.workers.slurm import Cluster
 from igpt_ds.errors import UserError
-from tests.helpers.selections import MeanColour, Meter, job, make, select, stages
+from tests.helpers.places import Meter
+from tests.helpers.selections import MeanColour, job, make, select, stages
 from tests.helpers.streams import Folders
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -319,7 +320,7 @@ def test_counts_that_do_not_add_up_are_never_published(
 def test_a_listed_source_is_one_part(known: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: Any) -> None:
     from data_prep.sources import open_source
 
-    monkeypatch.setattr(embed, "_SLICE", 10)
+    monkeypatch.setattr("data_prep.selection.collections.PIECE", 10)
     root = tmp_path / "images"
     for path in sorted((known[0] / "pool").rglob("*.*")):
         if path.suffix != ".gone":

@@ -12,7 +12,6 @@ from PIL import Image
 
 from data_prep.check.verify import verify
 from data_prep.images.transforms import Transform, evaluation
-from data_prep.shards.build import build
 from data_prep.shards.job import begin
 from data_prep.shards.plan import Settings, unit_hash
 from data_prep.sources import open_source
@@ -21,6 +20,7 @@ from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from tests.helpers.places import Meter, build_here
 
 
 def settings(**changed: object) -> Settings:
@@ -34,17 +34,7 @@ def palette() -> Palette:
 
 
 def make(photos: Path, out: Path, palette: Palette, chosen: Settings, **options: object) -> list:
-    return build(begin(open_source("image_folder", [str(photos)]), out, palette, chosen, **options))
-
-
-class Meter:
-    """Keeps what it was shown."""
-
-    def __init__(self) -> None:
-        self.shown: list[tuple[int, int, int | None]] = []
-
-    def show(self, read: int, rejected: int, total: int | None) -> None:
-        self.shown.append((read, rejected, total))
+    return build_here(begin(open_source("image_folder", [str(photos)]), out, palette, chosen, **options))
 
 
 def digest(directory: Path) -> dict[str, str]:
@@ -183,7 +173,7 @@ def test_only_damaged_shards_are_built_again(photos: Path, tmp_path: Path, palet
         mark.write_text(json.dumps({**text, "note": {**text["note"], "plan": "0" * 64}}))
     (train / ".train-00001.tar.1.tmp").write_text("left behind")
     meter = Meter()
-    build(begin(open_source("image_folder", [str(photos)]), tmp_path / "d", palette, settings()), meter=meter)
+    build_here(begin(open_source("image_folder", [str(photos)]), tmp_path / "d", palette, settings()), meter=meter)
     assert meter.shown[-1] == (7, 0, 7)
     assert digest(tmp_path / "d") == before
 

@@ -16,13 +16,13 @@ import pytest
 
 from data_prep.check.verify import verify
 from data_prep.selection.file import Selection, write_selection
-from data_prep.shards.build import build
 from data_prep.shards.job import Results, begin
 from data_prep.shards.plan import Settings, unit_hash
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
-from tests.data_prep.shards.test_build import Meter, digest
+from tests.data_prep.shards.test_build import digest
+from tests.helpers.places import Meter, build_here
 from tests.helpers.streams import SETTINGS, Folders
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,7 +53,7 @@ def web(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
 
 
 def make(root: Path, out: Path, palette: Palette, settings: Settings, rate: float = 0.5, **choices: object) -> Results:
-    return build(begin(Folders(root), out, palette, settings, max_reject_rate=rate, **choices))
+    return build_here(begin(Folders(root), out, palette, settings, max_reject_rate=rate, **choices))
 
 
 def test_every_image_is_in_one_split_once_and_every_reject_is_listed(
@@ -115,7 +115,7 @@ def test_labels_and_the_pool_of_test_images(photos: Path, tmp_path: Path, palett
     shutil.copytree(photos / "flower", tmp_path / "in" / "test-b")
     source = Folders(tmp_path / "in", ["a", "test-b"])
     job = begin(source, tmp_path / "d", palette, replace(PLAIN, holdout=0.2), splits=("train", "val", "test"))
-    built = dict(build(job))
+    built = dict(build_here(job))
     assert [path.name for path in built] == ["train", "val", "test"]
     assert set(Dataset.open(tmp_path / "d" / "train").labels()) == {0}
     test = Dataset.open(tmp_path / "d" / "test")
@@ -165,7 +165,7 @@ def test_a_shard_that_is_gone_is_built_again_from_there(web: Path, tmp_path: Pat
     (directory / "train-00002-000.json").unlink()  # of the file without a good image
     kept = (directory / "train-00001-001.tar").stat().st_mtime_ns
     meter = Meter()
-    build(begin(Folders(web), tmp_path / "d", palette, PLAIN, max_reject_rate=0.5), meter=meter)
+    build_here(begin(Folders(web), tmp_path / "d", palette, PLAIN, max_reject_rate=0.5), meter=meter)
     assert digest(tmp_path / "d") == before
     assert (directory / "train-00001-001.tar").stat().st_mtime_ns == kept
     assert meter.shown[-1][0] == (25 - 14) + 2
@@ -176,11 +176,11 @@ def test_the_plan_holds_names_of_files_only(tmp_path: Path, palette: Palette) ->
         (tmp_path / "in" / f"{i:05d}").mkdir(parents=True)
     job = begin(Folders(tmp_path / "in"), tmp_path / "d", palette, PLAIN)
     (plan,) = job.plans
-    assert plan.items is None
+    assert all(piece.items is None for piece in plan.pieces)
     assert len(json.dumps(plan.record)) < 2000
     assert (tmp_path / "d").exists() is False
     with pytest.raises(UserError, match="of all images none is left for training"):
-        build(job)
+        build_here(job)
 
 
 def test_an_input_file_that_ends_badly_stops_the_job_but_keeps_shards(

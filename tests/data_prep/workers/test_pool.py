@@ -13,17 +13,18 @@ import pytest
 
 from data_prep.images.transforms import evaluation
 from data_prep.palette.count import colour_tasks
-from data_prep.palette.job import fit_here, fit_on_cluster
-from data_prep.shards.build import build, build_on_cluster
+from data_prep.shards.build import build
 from data_prep.shards.job import begin
 from data_prep.sources import open_source
 from data_prep.workers.pool import pool, run
+from data_prep.workers.run import Here, OnCluster
 from data_prep.workers.slurm import Cluster, batches, minutes
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
-from tests.data_prep.shards.test_build import Meter, digest
+from tests.data_prep.shards.test_build import digest
 from tests.helpers import tasks
+from tests.helpers.places import Meter, build_here, fit_at
 from tests.helpers.streams import SETTINGS, Folders
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,12 +39,12 @@ def test_the_bytes_are_the_same_whatever_runs_the_tasks(photos: Path, tmp_path: 
     folders, images = Folders(photos, ["china", "flower"]), open_source("image_folder", [str(photos)])
     meters = {}
     for name, source in (("streamed", folders), ("listed", images)):
-        build(begin(source, tmp_path / name, palette, SETTINGS))
+        build_here(begin(source, tmp_path / name, palette, SETTINGS))
     with pool(3) as processes, ThreadPoolExecutor(3) as threads:
         for kind, executor in (("processes", processes), ("threads", threads)):
             for name, source in (("streamed", folders), ("listed", images)):
                 meter = meters[kind, name] = Meter()
-                build(begin(source, tmp_path / kind, palette, SETTINGS), executor=executor, meter=meter)
+                build_here(begin(source, tmp_path / kind, palette, SETTINGS), executor, meter)
                 assert digest(tmp_path / kind) == digest(tmp_path / name)
                 (tmp_path / kind).rename(tmp_path / f"{kind}-{name}")
     for (_, name), meter in meters.items():
@@ -59,22 +60,25 @@ def test_the_palette_is_the_same_whatever_counts(photos: Path, tmp_path: Path) -
     found = []
     with pool(2) as executor:
         for source, here in ((folders, None), (folders, executor), (images, None), (images, executor)):
-            todo = colour_tasks(source, evaluation(16, crop=True))
-            fitted = fit_here(todo, k=16, seed=0, out=tmp_path / "p.npy", executor=here)
+            fitted = fit_at(Here(here), source, evaluation(16, crop=True), tmp_path / "p.npy")
             found.append((fitted, (tmp_path / "p.npy").read_bytes()))
+            assert [path.name for path in tmp_path.iterdir()] == ["p.npy"]
     assert all(each == found[0] for each in found)
-    assert found[0][0].images == 48
+    assert found[0][0] and found[0][0].images == 48
 
 
 def test_a_sample_is_chosen_by_the_ids(photos: Path, tmp_path: Path) -> None:
-    images = open_source("image_folder", [str(photos)])
-    todo = colour_tasks(images, evaluation(16, crop=True), sample=0.5)
-    half = [item for task in todo for item in task.items or []]
+    def chosen(share: float) -> set[str]:
+        tasks = colour_tasks(
+            open_source("image_folder", [str(photos)]), evaluation(16, crop=True), tmp_path, sample=share
+        )
+        return {name for task in tasks for piece in task.pieces for name in piece.names}
+
+    half = chosen(0.5)
     assert 12 < len(half) < 36
-    tenth = colour_tasks(images, evaluation(16, crop=True), sample=0.1)
-    assert {item for task in tenth for item in task.items or []} < set(half)
-    whole = colour_tasks(Folders(photos), evaluation(16, crop=True), sample=0.5)
-    assert fit_here(whole, k=4, seed=0, out=tmp_path / "p.npy").images == len(half)
+    assert chosen(0.1) < half
+    fitted = fit_at(Here(), Folders(photos), evaluation(16, crop=True), tmp_path / "p.npy", k=4, sample=0.5)
+    assert fitted and fitted.images == len(half)
 
 
 def test_tasks_are_counted_and_few_are_in_flight() -> None:
@@ -166,35 +170,28 @@ def test_ctrl_c_is_one_line_and_the_same_command_continues(photos: Path, tmp_pat
 
 
 def test_a_cluster_builds_the_same_bytes_and_only_what_is_missing(
-    photos: Path, tmp_path: Path, palette: Palette
+    photos: Path, tmp_path: Path, palette: Palette, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source("image_folder", [str(photos)])
-    build(begin(source, tmp_path / "whole", palette, SETTINGS))
+    build_here(begin(source, tmp_path / "whole", palette, SETTINGS))
 
-    def again(meter: Meter | None = None) -> object:
+    def again(meter: Meter) -> object:
         job = begin(source, tmp_path / "d", palette, SETTINGS)
         # Two processes in one of two jobs.
-        cluster = Cluster(tmp_path / "jobs", workers=2, kind="local")
-        return build_on_cluster(job, cluster, wait=True, meter=meter)
+        return build(job, OnCluster(Cluster(tmp_path / "jobs", workers=2, kind="local"), wait=True), meter)
 
-    import data_prep.shards.build as module
-
-    before = module.MAX_ARRAY
-    module.MAX_ARRAY = 2
-    try:
-        meter = Meter()
-        built = again(meter)
-        assert [manifest.split for _, manifest in built] == ["train", "val"]  # type: ignore[attr-defined]
-        assert digest(tmp_path / "d") == digest(tmp_path / "whole")
-        assert meter.shown[-1][0] == 0  # nothing was read by this process
-        # All marks are there: no job is needed.
-        (tmp_path / "d" / "train" / "manifest.json").unlink()
-        scripts = sorted((tmp_path / "jobs").iterdir())
-        again()
-        assert sorted((tmp_path / "jobs").iterdir()) == scripts
-        assert digest(tmp_path / "d") == digest(tmp_path / "whole")
-    finally:
-        module.MAX_ARRAY = before
+    monkeypatch.setattr("data_prep.workers.run.MAX_ARRAY", 2)
+    meter = Meter()
+    built = again(meter)
+    assert [manifest.split for _, manifest in built] == ["train", "val"]  # type: ignore[attr-defined]
+    assert digest(tmp_path / "d") == digest(tmp_path / "whole")
+    assert meter.shown[-1][0] == 0  # nothing was read by this process
+    # All marks are there: no job is needed.
+    (tmp_path / "d" / "train" / "manifest.json").unlink()
+    scripts = sorted((tmp_path / "jobs").iterdir())
+    again(Meter())
+    assert sorted((tmp_path / "jobs").iterdir()) == scripts
+    assert digest(tmp_path / "d") == digest(tmp_path / "whole")
 
 
 def test_a_cluster_tells_why_it_failed(tmp_path: Path) -> None:
@@ -209,17 +206,21 @@ def test_a_cluster_tells_why_it_failed(tmp_path: Path) -> None:
 
 
 def test_a_cluster_counts_the_same_palette(photos: Path, tmp_path: Path) -> None:
-    todo = colour_tasks(Folders(photos), evaluation(16, crop=True))
-    here = fit_here(todo, k=16, seed=0, out=tmp_path / "a.npy")
-    cluster = Cluster(tmp_path / "b.work", kind="local")
-    choices = {"options": {}, "k": 16, "seed": 0, "out": tmp_path / "b.npy", "wait": True}
-    assert fit_on_cluster(todo, cluster, **choices) == here
+    source, transform = Folders(photos), evaluation(16, crop=True)
+    here = fit_at(Here(), source, transform, tmp_path / "a.npy")
+
+    def again() -> object:
+        cluster = Cluster(tmp_path / "b.npy.work", kind="local")
+        return fit_at(OnCluster(cluster, wait=True), source, transform, tmp_path / "b.npy")
+
+    assert again() == here
     assert (tmp_path / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
-    assert not list(cluster.folder.glob("counts-*"))
+    work = tmp_path / "b.npy.work"
+    assert not list(work.glob("counts-*"))
     # A later call reads what was fitted; another k does not take it for its own.
-    submitted = sorted(cluster.folder.iterdir())
-    assert fit_on_cluster(todo, Cluster(tmp_path / "b.work", kind="local"), **choices) == here
-    assert sorted(cluster.folder.iterdir()) == submitted
+    submitted = sorted(work.iterdir())
+    assert again() == here
+    assert sorted(work.iterdir()) == submitted
 
 
 @pytest.fixture
@@ -243,17 +244,19 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_slurm_is_asked_for(photos: Path, tmp_path: Path, palette: Palette, slurm: Path) -> None:
     source = open_source("image_folder", [str(photos)])
 
-    def submit() -> tuple[Cluster, object]:
+    def submit() -> tuple[Cluster, OnCluster]:
         cluster = Cluster(tmp_path / "jobs", 3, 90, {"partition": "cpu", "mem": "8G"}, parallelism=5)
-        return cluster, build_on_cluster(begin(source, tmp_path / "d", palette, SETTINGS), cluster, wait=False)
+        place = OnCluster(cluster, wait=False)
+        assert build(begin(source, tmp_path / "d", palette, SETTINGS), place, Meter()) is None
+        return cluster, place
 
-    cluster, built = submit()
-    assert built is None
+    cluster, place = submit()
     assert cluster.jobs() == ["70", "71"]
     array, last = ((slurm / f"{n}.sh").read_text() for n in (0, 1))
     for line in ("--partition=cpu", "--mem=8G", "--time=90", "--cpus-per-task=3"):
         assert f"#SBATCH {line}\n" in array
-    slices = begin(source, tmp_path / "d", palette, SETTINGS).slices
+    slices = sum(len(plan.pieces) * plan.passes for plan in begin(source, tmp_path / "d", palette, SETTINGS).plans)
+    assert place.pending.startswith(f"{slices} of {slices} slices are not built yet: jobs 70, 71; logs in {tmp_path}")
     assert f"#SBATCH --array=0-{slices - 1}%5\n" in array
     assert "#SBATCH --dependency=afterok:70\n" in last
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in last
@@ -264,8 +267,8 @@ def test_what_slurm_is_asked_for(photos: Path, tmp_path: Path, palette: Palette,
     submit()
     assert not (slurm / "2.sh").exists()
     other = begin(source, tmp_path / "d", Palette(palette.colours[:5]), SETTINGS, force=True)
-    with pytest.raises(UserError, match=r"jobs 70, 71 are still building another dataset"):
-        build_on_cluster(other, cluster, wait=False)
+    with pytest.raises(UserError, match=r"jobs are still building another dataset"):
+        build(other, place, Meter())
     # They ended early.
     (slurm / "queue").write_text("12\n")
     cluster, _ = submit()
@@ -274,7 +277,7 @@ def test_what_slurm_is_asked_for(photos: Path, tmp_path: Path, palette: Palette,
         job = begin(source, tmp_path / "d", palette, SETTINGS)
         (slurm / "queue").write_text("73\n")
         cluster.wait = lambda look: look()  # type: ignore[method-assign]
-        build_on_cluster(job, cluster, wait=True)
+        build(job, OnCluster(cluster, wait=True), Meter())
 
 
 def test_slurm_that_refuses_or_does_not_answer(tmp_path: Path, slurm: Path) -> None:
