@@ -1,0 +1,1 @@
+"""A dataset looked at again: every byte verified, or a sample told and drawn."""

@@ -1,0 +1,1 @@
+"""From images to a palette: colours counted in parts, then one fit."""

@@ -1,0 +1,1 @@
+"""From images to token shards: the plan, one slice, all of them."""

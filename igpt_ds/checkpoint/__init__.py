@@ -1,0 +1,1 @@
+"""The state of a training on the disk: written and published, verified and read, surveyed."""

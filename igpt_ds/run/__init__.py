@@ -1,0 +1,1 @@
+"""The run directory: its paths and log, its metrics, the records that evaluations left in it."""

@@ -1,0 +1,1 @@
+"""Weights by our names wherever they lie, and from one format into another."""
