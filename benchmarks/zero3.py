@@ -1,6 +1,6 @@
 """What the harness costs on top of DeepSpeed: `python -m benchmarks.zero3` (one rank), or under a launcher.
 
-The whole training loop (`igpt_ds.train.trainer.train`: loader, ZeRO-3 engine, judging, metrics, watchdog) against a
+The whole training loop (`igpt_ds.train.trainer`: loader, ZeRO-3 engine, judging, metrics, watchdog) against a
 bare DeepSpeed loop over the same network, configuration and batch size, its batches in memory. They take turns, a
 stretch of steps each; the harness's time is what its own metrics record, the bare loop's is the clock's. Target: at
 least 0.98 of the bare loop's speed. Beside it: the share of a step that the loop waits for data (target under 0.5 %)
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.loader import K, build
+from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import replace
 from igpt_ds.distributed.ranks import launched
@@ -81,7 +82,7 @@ def main() -> None:
             "data.workers": 2,
         }
         config = load_config("s", [f"{key}={value}" for key, value in facts.items()])
-        job = prepare(replace(config, "data", sources=(str(data),)), "zero3", ranks.world)
+        job = prepare(replace(config, "data", sources=(str(data),)), load_ds_config("zero3"), ranks.world)
         measure(job, Run(Path(folder) / "run"), arguments.steps, arguments.rounds)
 
 
@@ -95,7 +96,7 @@ def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
     from igpt_ds.train.resume import Progress
     from igpt_ds.train.signals import StopRequest
     from igpt_ds.train.stability import Stability
-    from igpt_ds.train.trainer import train
+    from igpt_ds.train.trainer import Trainer
     from igpt_ds.train.watchdog import Watchdog
 
     ranks = launched()
@@ -122,7 +123,9 @@ def measure(job: Job, run: Run, steps: int, rounds: int) -> None:
     for _ in range(rounds + 1):
         stretch = dataclasses.replace(job, config=replace(job.config, "training", stop_at=progress.step + steps))
         watchdog = Watchdog(run.path, ranks.rank, ranks.world, 900.0, open(os.devnull, "w"))  # noqa: SIM115
-        progress = train(engine, batches_after, stretch, run, progress, metrics, StopRequest(), watchdog)
+        trainer = Trainer(stretch, run, engine, progress, batches_after, metrics, StopRequest(), watchdog)
+        trainer.loop()
+        progress = trainer.progress
         theirs.append(bare.run(steps))
         line = [each for each in read_metrics(run.metrics) if "loss" in each][-1]
         ratios.append(theirs[-1] * line["images_per_s"] / job.config.training.batch)

@@ -38,7 +38,7 @@ def cli(local_rank: int | None) -> None:
     A first run on a laptop:
         igpt-data palette IMAGES --k 512 --out palette.npy
         igpt-data shards image_folder IMAGES --palette palette.npy --resolution 32 --holdout 0.04 --out DATA
-        igpt-ds pretrain --preset tiny --data DATA --run RUN
+        igpt-ds pretrain RUN --preset tiny --data DATA
         igpt-ds probe RUN --data DATA
         igpt-ds sample RUN --n 16 --out samples.png
     """

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the job scripts share; sourced from the repository's root. One srun task is one rank.
 #   data_options              --data once for each folder in DATA
+#   machine                   --ds where DS_CONFIG is set
 #   run_ranks COMMAND ...     start it on every rank; pass the scheduler's notice on; then, by what became of it:
 #       it saved and stopped on request     the job is requeued, unless it was cancelled
 #       it was refused (bad input)          the job ends: another try would not cure it
@@ -13,6 +14,9 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 WORLD_SIZE=$SLURM_NTASKS
 export MASTER_ADDR MASTER_PORT WORLD_SIZE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+machine=()
+# shellcheck disable=SC2034 # for the scripts that source this
+[[ -z ${DS_CONFIG:-} ]] || machine=(--ds "$DS_CONFIG")
 # From here on a notice does not kill this shell; run_ranks passes it on.
 notified=''
 trap 'notified=yes' USR1 TERM

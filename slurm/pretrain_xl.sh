@@ -2,7 +2,7 @@
 # Pre-train iGPT-XL: 8 nodes of 8 GPUs. Every number can be overridden from the sbatch line:
 #   DATA=/data/imagenet64 RUN=runs/xl sbatch slurm/pretrain_xl.sh
 #   DATA=... RUN=... PRESET=l sbatch --nodes=2 slurm/pretrain_xl.sh --set training.micro_batch=4
-# Variables: DATA (one folder, or several divided by colons), RUN, PRESET [xl], DS_CONFIG [zero3], and those of env.sh:
+# Variables: DATA (one folder, or several divided by colons), RUN, PRESET [xl], DS_CONFIG [zero3, or as RUN began], and those of env.sh:
 # VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds pretrain`. The job saves and requeues itself ten minutes
 # before its time is up (a --time below half an hour wants a shorter --signal, too), when it is preempted, and after a
 # crash, but not when it is cancelled; see docs/reliability.md.
@@ -24,4 +24,4 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 source slurm/env.sh
 
 mapfile -t data < <(data_options)
-run_ranks python -m igpt_ds pretrain --preset "${PRESET:-xl}" --ds "${DS_CONFIG:-zero3}" "${data[@]}" --run "$RUN" "$@"
+run_ranks python -m igpt_ds pretrain "$RUN" --preset "${PRESET:-xl}" "${machine[@]}" "${data[@]}" "$@"

@@ -1,9 +1,13 @@
 """Commands of igpt-ds that have a file of their own. Heavy imports stay inside them, so that --help answers at once."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from igpt_ds.run.directory import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -17,6 +21,12 @@ def shown(status: str) -> str:
 
 # Of every training, whatever it trains: pretrain and finetune.
 _TRAINING_OPTIONS = (
+    click.argument("run_path", metavar="RUN", required=False, type=click.Path(path_type=Path)),
+    click.option("--run", "run_option", hidden=True, type=click.Path(path_type=Path)),
+    click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset."),
+    click.option(
+        "--ds", metavar="NAME", help="ds_configs/NAME.json or a file.json.  [default: the run's; of a new one zero3]"
+    ),
     click.option("--fresh", is_flag=True, help="Start anew instead of going on from the newest checkpoint."),
     click.option("--force", is_flag=True, help="With --fresh: delete the run that is there."),
     click.option(
@@ -40,3 +50,13 @@ def training_options(command: F) -> F:
     for option in reversed(_TRAINING_OPTIONS):
         command = option(command)
     return command
+
+
+def run_of(path: Path | None, option: Path | None) -> "Run | None":
+    """The run directory that is named: as an argument, or, as it once was, by --run."""
+    from igpt_ds.run.directory import Run
+
+    if path and option:
+        raise click.UsageError(f"--run {option}: {path} is named already: leave one out")
+    named = path or option
+    return Run(named) if named else None

@@ -32,7 +32,7 @@ def checkpoints(run_path: Path, as_json: bool, verify: bool) -> None:
 
     run = Run(run_path)
     if not run.config.exists() and not run.checkpoints.is_dir():
-        raise UserError(f"{run.path}: no run directory (no config.toml): name the --run of a pre-training")
+        raise UserError(f"{run.path}: no run directory (no config.toml): name that of a pre-training")
     rows = survey(run.checkpoints, verify)
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))

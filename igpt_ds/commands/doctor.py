@@ -6,18 +6,17 @@ from pathlib import Path
 
 import click
 
-from igpt_ds.commands import CONTEXT, shown
+from igpt_ds.commands import CONTEXT, run_of, shown
 from igpt_ds.errors import RunError, UserError
 
 
 @click.command(context_settings=CONTEXT)
 @click.option("--data", metavar="DIR", multiple=True, help="Folder with train/ and val/ [those of RUN/config.toml].")
-@click.option(
-    "--run", "run_path", metavar="RUN", type=click.Path(path_type=Path), help="Run directory; need not exist."
-)
+@click.argument("run_path", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.option("--run", "run_option", hidden=True, type=click.Path(path_type=Path))
 @click.option("--preset", metavar="NAME", help="Preset or file.toml of the run [RUN/config.toml].")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
-@click.option("--ds", "ds_source", default="zero3", show_default=True, metavar="NAME", help="DeepSpeed configuration.")
+@click.option("--ds", metavar="NAME", help="DeepSpeed configuration.  [default: RUN/ds.json, or zero3]")
 @click.option(
     "--ranks",
     "planned_ranks",
@@ -37,9 +36,10 @@ from igpt_ds.errors import RunError, UserError
 def doctor(
     data: tuple[str, ...],
     run_path: Path | None,
+    run_option: Path | None,
     preset: str | None,
     overrides: tuple[str, ...],
-    ds_source: str,
+    ds: str | None,
     planned_ranks: int | None,
     limit: float,
     as_json: bool,
@@ -48,13 +48,13 @@ def doctor(
 
     \b
     On one machine; with --ranks, also what 64 GPUs would have to hold:
-        igpt-ds doctor --data DATA --run RUN --preset xl
-        igpt-ds doctor --data DATA --run RUN --preset xl --ranks 64
+        igpt-ds doctor RUN --data DATA --preset xl
+        igpt-ds doctor RUN --data DATA --preset xl --ranks 64
     In a job script before the training (WORLD_SIZE, MASTER_ADDR and MASTER_PORT as slurm/env.sh exports them):
         srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec \\
-            python -m igpt_ds doctor --data DATA --run RUN --preset xl'
+            python -m igpt_ds doctor RUN --data DATA --preset xl'
     On one machine with 8 GPUs:
-        deepspeed --num_accelerators 8 --module igpt_ds doctor --data DATA --run RUN --preset xl
+        deepspeed --num_accelerators 8 --module igpt_ds doctor RUN --data DATA --preset xl
 
     As several ranks it also multiplies matrices on all of them at once and names those that are slower than the rest,
     adds up over the network, and compares the clocks. It takes the options of pretrain and judges that run. A second
@@ -64,6 +64,8 @@ def doctor(
     """
     from igpt_ds.distributed.ranks import launched
 
+    run = run_of(run_path, run_option)
+
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         raise UserError("doctor: several srun tasks, but RANK is not set: RANK=$SLURM_PROCID as in slurm/env.sh")
     ranks = launched()
@@ -71,7 +73,7 @@ def doctor(
     from igpt_ds.doctor.inputs import Request
     from igpt_ds.doctor.report import table, to_json
 
-    outcome = examine(Request(data, run_path, preset, overrides, ds_source), ranks, planned_ranks, limit)
+    outcome = examine(Request(data, run.path if run else None, preset, overrides, ds), ranks, planned_ranks, limit)
     report = outcome.report
     if report is not None:
         click.echo(to_json(report) if as_json else table(report, shown))

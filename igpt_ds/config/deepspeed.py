@@ -57,6 +57,7 @@ _KNOWN_ZERO = {
 # Of offload_optimizer and offload_param. The processor's memory only: a checkpoint reads and writes the states, which
 # on an NVMe disk would have to be swapped in for it.
 _KNOWN_OFFLOAD = {"device", "pin_memory"}
+_FILLED_IN = "filled_in"  # the key of RUN/ds.json that names what was "auto"
 _MESSAGE = 16 * 2**20  # elements that a bucket has at least: 32 MiB in bfloat16, where bandwidth counts, not latency
 _HEAD = 512  # colours of the paper's palette
 
@@ -80,6 +81,11 @@ def load_ds_config(source: str) -> dict[str, Any]:
         tree = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    try:
+        for name in tree.pop(_FILLED_IN, []):
+            _leave_open(tree, name)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its {_FILLED_IN} does not fit it: name another by --ds") from error
     if not (isinstance(tree, dict) and isinstance(tree.get("zero_optimization"), dict)):
         raise UserError(
             f"{path}: is no object with an object zero_optimization in it: begin with ds_configs/zero3.json"
@@ -92,6 +98,31 @@ def load_ds_config(source: str) -> dict[str, Any]:
     if faults:
         raise UserError(f"{path}: " + "; ".join(faults))
     return dict(tree)
+
+
+def remembered(source: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    """What a run keeps: the resolved dictionary, and what was filled in, which `load_ds_config` leaves open again."""
+
+    def filled_in(before: dict[str, Any], after: dict[str, Any], prefix: str) -> list[str]:
+        found = []
+        for key, value in after.items():
+            if before.get(key, "auto") == "auto":
+                found.append(prefix + key)
+            elif isinstance(value, dict):
+                found += filled_in(before[key], value, f"{prefix}{key}.")
+        return found
+
+    return {**resolved, _FILLED_IN: filled_in(source, resolved, "")}
+
+
+def _leave_open(tree: dict[str, Any], name: str) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        tree = tree[section]
+    if sections or key in _KNOWN:
+        tree[key] = "auto"
+    else:
+        del tree[key]  # ours, and stated anew each time
 
 
 def resolve(

@@ -56,6 +56,8 @@ def from_tree(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) 
     """
     for override in overrides:
         _apply(tree, override)
+    if isinstance(finetune := tree.get("finetune"), dict) and "start" in finetune:
+        tree["init_from"] = finetune.pop("start")  # as version 0.1 called it
     faults: list[str] = []
     config = _build(Config, tree, "", faults)
     if config is not None:

@@ -1,7 +1,7 @@
 """What is trained: the science of a run as frozen dataclasses.
 
-They are read from TOML by `config_file.py` and held against one another by `config_rules.py`; what the machine is comes
-from `ds_configs/*.json` (see `ds_config.py`).
+They are read from TOML by file.py and held against one another by rules.py; what the machine is comes
+from `ds_configs/*.json` (see deepspeed.py).
 """
 
 import dataclasses
@@ -73,7 +73,6 @@ class FinetuneConfig:
     The loss is generative_weight * L_GEN + L_CLF, both means over the images; L_GEN in nats a token.
     """
 
-    start: str = ""  # the checkpoint whose weights it begins with; empty: random ones
     classes: int | None = None  # not set: the data's
     layer: int | None = None  # whose pooled features the class head reads, 0 to L; not set: the final norm, L
     generative_weight: float = 1.0
@@ -117,7 +116,7 @@ class Config:
     health: HealthConfig = HealthConfig()
     finetune: FinetuneConfig | None = None
     seed: int = 0
-    init_from: str = ""  # weights that a pre-training begins with; empty: random ones
+    init_from: str = ""  # path of the weights that a training begins with; empty: random ones
 
     @property
     def causal(self) -> bool:

@@ -266,7 +266,7 @@ def _validated(planned: Plan) -> bool | None:
 def _unchecked(request: Request, planned: Plan, world: int) -> list[str]:
     found = []
     if request.run is None:
-        found.append("disk and run directory (no --run)")
+        found.append("disk and run directory (no RUN)")
     if not (request.data or planned.sources):
         found.append("data (no --data)")
     if planned.need is None and not planned.fault:

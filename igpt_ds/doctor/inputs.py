@@ -27,7 +27,7 @@ class Request:
     run: Path | None = None
     preset: str | None = None
     overrides: tuple[str, ...] = ()
-    ds_source: str = "zero3"
+    ds: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,12 @@ def make_plan(request: Request, ranks: int, ranks_per_node: int | None = None) -
         ranks_per_node: None: 8, as most nodes have, or all where there are fewer.
     """
     from igpt_ds.config.batch import divide_batch
-    from igpt_ds.config.deepspeed import load_ds_config, resolve
+    from igpt_ds.config.deepspeed import resolve
     from igpt_ds.planner.layout import Layout
     from igpt_ds.planner.memory import bytes_per_rank
     from igpt_ds.run.directory import Run
-    from igpt_ds.train.job import choose_config, prepare
+    from igpt_ds.train.begin import machine, pretraining
+    from igpt_ds.train.job import prepare
 
     run = Run(request.run) if request.run else None
     if request.preset is None and not (run and run.config.exists()):
@@ -74,9 +75,9 @@ def make_plan(request: Request, ranks: int, ranks_per_node: int | None = None) -
     config, job, fault = None, None, ""
     per_node = ranks_per_node or min(ranks, 8)
     try:
-        config = choose_config(request.preset, run, request.data, request.overrides)
+        config = pretraining(request.preset, run, request.data, request.overrides)
         if config.data.sources:
-            job = prepare(config, request.ds_source, ranks, ranks_per_node=per_node)
+            job = prepare(config, machine(request.ds, run), ranks, ranks_per_node=per_node)
             config = job.config
     except UserError as error:
         fault = str(error)
@@ -87,7 +88,7 @@ def make_plan(request: Request, ranks: int, ranks_per_node: int | None = None) -
         division = divide_batch(
             config.training.batch, config.training.micro_batch, ranks, config.training.sequence_parallel
         )
-        zero = resolve(load_ds_config(request.ds_source), config, division, per_node)["zero_optimization"]
+        zero = resolve(machine(request.ds, run), config, division, per_node)["zero_optimization"]
         if config.data.resolution and config.data.palette_size:
             need = Need(
                 checkpoint=_BYTES_A_PARAMETER * plan.parameter_count(config),
@@ -236,7 +237,7 @@ def judge_run(fact: dict[str, Any]) -> Check:
     """The run directory can be written, and what it holds belongs to this job."""
     remedy = "igpt-ds checkpoints RUN tells of all of them"
     if fact["faults"]:
-        return Check("run", "FAIL", "; ".join(fact["faults"]), f"mend what is named, or choose another --run; {remedy}")
+        return Check("run", "FAIL", "; ".join(fact["faults"]), f"mend what is named, or choose another RUN; {remedy}")
     if fact["warnings"]:
         return Check("run", "WARN", "; ".join([*fact["warnings"], fact["value"]]), remedy)
     return Check("run", "OK", fact["value"])

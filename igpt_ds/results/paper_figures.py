@@ -98,7 +98,7 @@ def groups_of(runs: Sequence[RunRecords]) -> list[Bars]:
     tuned: dict[str, list[RunRecords]] = {}
     for run in runs:
         if run.config.finetune is not None and run.result:
-            begun = Path(run.config.finetune.start).resolve() if run.config.finetune.start else None
+            begun = Path(run.config.init_from).resolve() if run.config.init_from else None
             home = next((label for label, path in homes.items() if begun and path in begun.parents), run.label)
             tuned.setdefault(home, []).append(run)
     groups = []
@@ -108,7 +108,7 @@ def groups_of(runs: Sequence[RunRecords]) -> list[Bars]:
         probe = run.probe if run.config.finetune is None else None
         if best is None and probe is None:
             continue
-        scratch = run.config.finetune is not None and not run.config.finetune.start
+        scratch = run.config.finetune is not None and not run.config.init_from
         groups.append(
             Bars(
                 f"{run.label}\n{'from scratch' if scratch else run.objective}",

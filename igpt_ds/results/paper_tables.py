@@ -134,4 +134,4 @@ def pretrainings(runs: Runs) -> list[RunRecords]:
 
 def from_scratch(run: RunRecords) -> bool:
     """Whether a fine-tuning began with random weights."""
-    return run.config.finetune is not None and not run.config.finetune.start
+    return run.config.finetune is not None and not run.config.init_from

@@ -1,7 +1,7 @@
 """The run directory: all that is needed to understand, resume and re-plot a run.
 
 RUN/config.toml             the configuration, data facts resolved
-    ds.json                 the resolved DeepSpeed configuration
+    ds.json                 the resolved DeepSpeed configuration, and what of it was "auto"
     palette.npy             the colours of the tokens
     metrics.jsonl           see metrics.py
     events/                 for TensorBoard
@@ -84,10 +84,10 @@ class Run:
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         if not force:
-            raise UserError(f"{self.path}: --fresh would overwrite it: add --force, or choose another --run")
+            raise UserError(f"{self.path}: --fresh would overwrite it: add --force, or choose another RUN")
         if not self.config.exists():
             raise UserError(
-                f"{self.path}: is no run directory (no config.toml), so it is not deleted: choose another --run"
+                f"{self.path}: is no run directory (no config.toml), so it is not deleted: choose another RUN"
             )
 
     def clear(self) -> None:

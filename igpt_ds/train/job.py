@@ -1,16 +1,11 @@
 """A training before it starts: all that can be read and refused without a GPU."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from igpt_ds.checkpoint.read import list_checkpoints
 from igpt_ds.config import size as plan
 from igpt_ds.config.batch import Division, divide_batch
-from igpt_ds.config.deepspeed import load_ds_config, resolve
-from igpt_ds.config.file import load_config
+from igpt_ds.config.deepspeed import resolve
 from igpt_ds.config.schema import Config, identity
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
@@ -20,7 +15,6 @@ from igpt_ds.planner.layout import Layout
 from igpt_ds.planner.memory import bytes_per_rank
 from igpt_ds.planner.report import Machine, make_plan
 from igpt_ds.planner.text import plan_text
-from igpt_ds.run.directory import LOGGER, Run
 from igpt_ds.train.finetune import resolve_classes
 
 
@@ -29,6 +23,7 @@ class Job:
     """A training whose input has been read and found fit.
 
     Attributes:
+        ds, ds_source: the DeepSpeed configuration, resolved and as it was given.
         test_set: what a fine-tuning's best checkpoint is to be tested on at the end.
         masks: independent masks whose modal prediction is reported as well then (BERT only); 0: none.
         ranks_per_node: GPUs of a machine.
@@ -36,6 +31,7 @@ class Job:
 
     config: Config
     ds: dict[str, Any]
+    ds_source: dict[str, Any]
     division: Division
     train_sets: list[Dataset]
     validation_set: Dataset | None
@@ -58,87 +54,19 @@ class Job:
         }
 
 
-def choose_config(
-    preset: str | None,
-    run: Run | None,
-    data: Sequence[str],
-    overrides: Sequence[str],
-    init_from: Path | None = None,
-    fresh: bool = False,
-) -> Config:
-    """The configuration of a preset or file, or of the run directory that is to go on.
-
-    Args:
-        init_from: weights of any format that a new run begins with; a run that has begun knows its own.
-
-    Raises:
-        UserError: neither is named, or any fault of the configuration.
-    """
-    source = preset or (run.config if run is not None and run.config.exists() else None)
-    if source is None:
-        raise UserError("pretrain: no --preset, and no --run to go on with: add e.g. --preset tiny")
-    # As an override like any other, so that data.weights is held against it; absolute, so that the run directory
-    # can be used from anywhere.
-    sources = [f"data.sources={json.dumps([str(Path(folder).resolve()) for folder in data])}"] if data else []
-    begins = _beginning(run if not fresh else None, init_from)
-    config = load_config(source, [*overrides, *sources, *([f"init_from={json.dumps(begins)}"] if begins else [])])
-    if config.finetune is not None:
-        raise UserError(f"{source}: is a fine-tuning: go on with igpt-ds finetune, or choose another --run")
-    return config
-
-
-def _beginning(run: Run | None, init_from: Path | None) -> str:
-    """Path of the weights that a run begins with: as it has recorded them, or as they are named now; "": none.
-
-    Raises:
-        UserError: there are none, or others than the run began with.
-    """
-    from igpt_ds.weights.formats import open_weights
-
-    if run is None or not run.config.exists():
-        return str(open_weights(init_from, verify=False).path.resolve()) if init_from else ""
-    began = load_config(run.config).init_from
-    named = init_from.resolve() if init_from else None
-    if named and not (began and named in (Path(began), *Path(began).parents)):
-        raise UserError(f"{run.path}: began with {began or 'random weights'}: leave --init-from out, or choose another")
-    return began
-
-
-def check_beginning(job: Job, run: Run | None) -> None:
-    """Hold a new pre-training against the weights that it is to begin with.
-
-    Raises:
-        UserError: they are gone, or of another network, objective or palette.
-    """
-    config = job.config
-    if not config.init_from or (run is not None and list_checkpoints(run.checkpoints)):
-        return
-    from igpt_ds.weights.base import check_palette, config_of
-    from igpt_ds.weights.formats import open_weights
-
-    weights = open_weights(Path(config.init_from), verify=False)
-    trained = config_of(weights)
-    palette = job.train_sets[0].palette
-    check_palette(weights, palette.sha256, job.train_sets[0].path, LOGGER.warning)
-    facts = [
-        ("model", trained.model, config.model),
-        ("objective", trained.objective.name, config.objective.name),
-        ("palette_size", trained.palette_size, config.palette_size),
-    ]
-    for what, theirs, ours in facts:
-        if theirs != ours:
-            raise UserError(
-                f"--init-from {weights.path}: its {what} is {theirs}, but the run's is {ours}: choose the preset of "
-                "this shape, or mend it by --set"
-            )
-
-
 def prepare(
-    config: Config, ds_source: str, world: int, *, ranks_per_node: int = 1, test: bool = False, masks: int = 0
+    config: Config,
+    ds_source: dict[str, Any],
+    world: int,
+    *,
+    ranks_per_node: int = 1,
+    test: bool = False,
+    masks: int = 0,
 ) -> Job:
     """Open and check everything that can be checked before any process group exists.
 
     Args:
+        ds_source: DeepSpeed's configuration, see `igpt_ds.config.deepspeed.load_ds_config`.
         ranks_per_node: of one machine.
         test, masks: of a fine-tuning; see `Job`.
 
@@ -152,7 +80,7 @@ def prepare(
     division = divide_batch(
         config.training.batch, config.training.micro_batch, world, config.training.sequence_parallel
     )
-    ds = resolve(load_ds_config(ds_source), config, division, ranks_per_node)
+    ds = resolve(ds_source, config, division, ranks_per_node)
     train_sets = [open_split(source, "train") for source in config.data.sources]
     validation_set = None
     if config.training.validate_every:
@@ -174,7 +102,7 @@ def prepare(
         config.data.weights or None,
         config.data.window,
     )
-    return Job(config, ds, division, train_sets, validation_set, order, test_set, masks, ranks_per_node)
+    return Job(config, ds, ds_source, division, train_sets, validation_set, order, test_set, masks, ranks_per_node)
 
 
 def dry_run(job: Job, machine: Machine) -> str:
@@ -207,7 +135,7 @@ def _rows(job: Job) -> list[tuple[str, str]]:
             "objective",
             f"{config.objective.name}, {config.sequence_length} tokens of {config.palette_size} colours",
         ),
-        *([("begins with", config.init_from)] if config.init_from else []),
+        *([("begins with", config.init_from or "random weights")] if config.init_from or config.finetune else []),
         *_classification(config),
         ("data", ", ".join(f"{s.path} ({s.rows:,} images)" for s in job.train_sets)),
         (
@@ -243,7 +171,6 @@ def _classification(config: Config) -> list[tuple[str, str]]:
     if finetune is None:
         return []
     return [
-        ("begins with", finetune.start or "random weights"),
         (
             "classes",
             f"{finetune.classes} from layer {config.class_layer}, L_CLF + {finetune.generative_weight:g} L_GEN, "

@@ -66,13 +66,13 @@ def _facts(job: Job, best: int) -> dict[str, Any]:
     config = job.config
     finetune = config.finetune
     assert finetune is not None
-    step = finetune.start.rpartition("step-")[2]
+    step = config.init_from.rpartition("step-")[2]
     return {
         "kind": "finetune",
         "model": config.name,
         "objective": config.objective.name,
-        "from": {"checkpoint": finetune.start, "step": int(step) if step.isdecimal() else None}
-        if finetune.start
+        "from": {"checkpoint": config.init_from, "step": int(step) if step.isdecimal() else None}
+        if config.init_from
         else None,
         "best_step": best,
         "classes": finetune.classes,

@@ -90,7 +90,7 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
         if found.progress.get("weights_only"):
             raise UserError(
                 f"{run.path}: holds weights without Adam's moments, a training cannot go on from them: "
-                "begin another --run with --init-from"
+                "begin another run with --from"
             )
         theirs = found.identity
         for key, value in mine.items():
@@ -98,7 +98,7 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
                 remedy = "" if key in FIXED else f", add --allow-change {key}"
                 raise UserError(
                     f"{path}: {key} was {theirs.get(key)}, but now is {value}: restore it{remedy}, "
-                    "or choose another --run"
+                    "or choose another RUN"
                 )
         return
 
@@ -196,7 +196,7 @@ def _begin(engine: "Engine", config: Config) -> None:
 
     if config.finetune is not None:
         _seed_dropout(config, engine.ranks.rank, 0)
-    start = engine.ranks.from_rank_0(config.finetune.start if config.finetune else config.init_from)
+    start = engine.ranks.from_rank_0(config.init_from)
     if start:
         found = open_verified(engine, Path(start))
         assert config.data.resolution is not None

@@ -12,27 +12,23 @@ import torch
 from igpt_ds.errors import UserError
 from igpt_ds.evals.samples import COMPLETIONS, completion_tiles, contact_sheet, decoded, prefixes, save_png
 from igpt_ds.model.sampling import Drawing
-from igpt_ds.run.directory import LOGGER, Run
-from igpt_ds.run.metrics import Metrics
+from igpt_ds.run.directory import LOGGER
 
 if TYPE_CHECKING:
-    from igpt_ds.distributed.engine import Engine
-    from igpt_ds.train.job import Job
-    from igpt_ds.train.watchdog import Watchdog
+    from igpt_ds.train.trainer import Trainer
 
 FREE = 2 * (COMPLETIONS + 2)  # two lines, as wide as the completions'
 COMPLETED = 4
 SEED = 0
 
 
-def draw_sheet(
-    engine: "Engine", job: "Job", run: Run, step: int, metrics: Metrics | None, watchdog: "Watchdog"
-) -> None:
+def draw_sheet(trainer: "Trainer") -> None:
     """Draw one sheet; a collective. What goes wrong in writing it, or too little memory, is told and no more."""
+    engine, job, metrics, step = trainer.engine, trainer.job, trainer.metrics, trainer.progress.step
     n, palette, drawing = job.config.sequence_length, job.train_sets[0].palette, Drawing(SEED)
 
     def beat() -> None:
-        watchdog.beat("drawing samples", step)
+        trainer.watchdog.beat("drawing samples", step)
 
     free = engine.sample(torch.empty(FREE, 0, dtype=torch.int64), drawing, beat)
     images = job.validation_set.images(COMPLETED) if job.validation_set is not None else np.empty((0, n), np.uint16)
@@ -48,7 +44,7 @@ def draw_sheet(
         below, marked_below = completion_tiles(images, completed.numpy(), palette, rows)
         tiles, marked = np.concatenate([tiles, below]), marked + marked_below
     sheet = contact_sheet(tiles, COMPLETIONS + 2, marked)
-    path = run.samples / f"step-{step:08d}.png"
+    path = trainer.run.samples / f"step-{step:08d}.png"
     try:
         save_png(sheet, path)
     except UserError as error:

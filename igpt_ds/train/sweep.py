@@ -167,7 +167,7 @@ def search(
     """Run rate after rate; yields the trials so far after each. Finished ones are not run again.
 
     Args:
-        command: a verb of igpt-ds and its options, without the rate and without --run.
+        command: a verb of igpt-ds and its options, without the rate and without RUN.
         launcher: what `command` is appended to.
         end: the step at which each run ends.
         share: what part of the whole schedule that is.
@@ -191,7 +191,7 @@ def search(
             trials.append(known[rate])
         else:
             stop_at = [] if share == 1 else ["--set", f"training.stop_at={end}"]
-            options = ["--run", str(folder(directory, rate)), "--set", f"training.learning_rate={rate!r}", *stop_at]
+            options = [str(folder(directory, rate)), "--set", f"training.learning_rate={rate!r}", *stop_at]
             trials.append(_run(folder(directory, rate), rate, [*launcher, *command, *options], end))
             record(directory, trials, facts)
         yield trials

@@ -267,7 +267,7 @@ def test_what_may_differ_is_named_by_allow_change(digits: Path, tmp_path: Path) 
     run_to_its_end(pretrain(digits, run, *SHORT, *words("training.stop_at=4")), 1, tmp_path)
     other = [*pretrain(digits, run, *SHORT), *words("training.batch=8")]
     for arguments, told in (
-        (other, "batch was 16, but now is 8: restore it, add --allow-change batch, or choose another --run"),
+        (other, "batch was 16, but now is 8: restore it, add --allow-change batch, or choose another RUN"),
         ([*other, "--allow-change", "model"], "--allow-change model: not possible"),
     ):
         with ranks(arguments, 1, tmp_path) as running:

@@ -16,7 +16,7 @@ from pathlib import Path
 def main() -> None:
     plan, words = Path(sys.argv[1]), sys.argv[2:]
     sets = dict(word.split("=", 1) for word in words if "=" in word)
-    run, rate = Path(words[words.index("--run") + 1]), float(sets["training.learning_rate"])
+    run, rate = Path(next(word for word in words if "/lr-" in word)), float(sets["training.learning_rate"])
     steps = int(sets.get("training.stop_at", sets["training.steps"]))
     what = json.loads(plan.read_text())[repr(rate)]
     started = plan.with_suffix(".started")

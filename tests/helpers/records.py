@@ -21,7 +21,7 @@ def make_run(folder: Path, *overrides: str, start: str | None = None) -> Path:
     """A run directory with a configuration alone; with `start` that of a fine-tuning."""
     facts = ["data.resolution=2", "data.palette_size=8", 'data.sources=["somewhere/pets"]', *overrides]
     if start is not None:
-        facts += [f"finetune.start={json.dumps(start)}", "finetune.classes=3"]
+        facts += [f"init_from={json.dumps(start)}", "finetune.classes=3"]
     folder.mkdir(parents=True)
     config = replace(load_config("tiny", facts), "training", steps=600)
     (folder / "config.toml").write_text(to_toml(config))

@@ -3,7 +3,7 @@
     DST/config.toml, palette.npy (where it is known), checkpoints/step-N/
 
 Such a run is probed, sampled, evaluated and fine-tuned as any other. It has no moments of Adam, so a training cannot
-go on from it; `pretrain --init-from` begins one with its weights.
+go on from it; `pretrain --from` begins one with its weights.
 """
 
 import json

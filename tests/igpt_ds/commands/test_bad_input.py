@@ -182,7 +182,7 @@ def test_unknown_deepspeed_key(refused: Refused, digits: Path, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--presett", "tiny"], ["--set"], ["more"]])
+@pytest.mark.parametrize("arguments", [["--presett", "tiny"], ["--set"], ["run", "more"]])
 def test_unknown_option(refused: Refused, arguments: list[str]) -> None:
     assert "--help" in refused("pretrain", *arguments)
 
@@ -223,7 +223,7 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_run_named(refused: Refused, digits: Path) -> None:
-    assert "no --run" in refused("pretrain", "--preset", "tiny", "--data", str(digits))
+    assert "RUN: none is named" in refused("pretrain", "--preset", "tiny", "--data", str(digits))
 
 
 def test_unwritable_run_directory(refused: Refused, digits: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_unwritable_run_directory(refused: Refused, digits: Path, tmp_path: Path
 def test_fresh_does_not_delete_what_is_no_run(refused: Refused, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("five years")
     message = refused(*pretrain(digits, tmp_path, "--fresh", "--force"))
-    assert message.startswith(f"{tmp_path}: is no run directory") and "choose another --run" in message
+    assert message.startswith(f"{tmp_path}: is no run directory") and "choose another RUN" in message
     assert (tmp_path / "thesis.txt").read_text() == "five years"
 
 
@@ -254,7 +254,7 @@ def test_going_on_with_another_job(refused: Refused, digits: Path, trained: Path
     before = contents(trained)
     message = refused(*pretrain(digits, trained, "--set", change))
     assert message.startswith(f"{trained / 'checkpoints' / 'step-00000002'}: {named}")
-    assert "choose another --run" in message
+    assert "choose another RUN" in message
     assert contents(trained) == before
 
 
@@ -276,7 +276,7 @@ def test_going_on_with_another_palette(refused: Refused, data: Path, trained: Pa
     before = contents(trained)
     message = refused(*pretrain(data, trained))
     assert message.startswith(f"{trained / 'checkpoints' / 'step-00000002'}: palette_sha256 was ")
-    assert "choose another --run" in message
+    assert "choose another RUN" in message
     assert contents(trained) == before
 
 
@@ -326,12 +326,13 @@ def test_bfloat16_on_a_gpu_without_it(
 ) -> None:
     import torch
 
-    from igpt_ds.distributed import engine
+    import igpt_ds.distributed.engine  # before the GPU is played
+    from igpt_ds.distributed.ranks import Ranks
 
     # The GPU is played: the refusal must come before anything is done on it.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr(engine, "join", lambda where: pytest.fail("joined the process group"))
+    monkeypatch.setattr(Ranks, "join", lambda self: pytest.fail("joined the process group"))
     message = refused(*pretrain(digits, tmp_path / "run", "--set", "training.precision=bfloat16"))
     assert message.startswith("training.precision=bfloat16: this GPU has no bfloat16")
 

@@ -14,6 +14,7 @@ import torch
 
 from igpt_ds import cli
 from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
+from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import from_tree, load_config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
@@ -24,7 +25,8 @@ from igpt_ds.loading.loader import MicroBatches, shard_labels
 from igpt_ds.loading.order import LeftOut
 from igpt_ds.objectives import load_objective
 from igpt_ds.run.metrics import read_metrics
-from igpt_ds.train.job import choose_config, prepare
+from igpt_ds.train import begin
+from igpt_ds.train.job import prepare
 from igpt_ds.train.resume import Progress
 from igpt_ds.train.stability import Stability
 from tests.helpers.commands import kill_all, run_command, started, wait_until
@@ -227,18 +229,17 @@ def test_defaults_come_from_the_pre_training(
         path.write_text(capsys.readouterr().out)
         config = load_config(path)
         training = config.training
-        assert config.finetune is not None and config.finetune.start == origin
+        assert config.finetune is not None and config.init_from == origin
         assert training.learning_rate == pytest.approx(rate)
         assert (training.schedule, training.warmup_steps, training.batch) == ("constant", 0, 16)
         assert (training.validate_every, training.steps, config.model.layers) == (533 // 16, 50 * (533 // 16), 2)
 
 
 def test_folding_trains_on_both_splits(data: Path, starts: Path) -> None:
-    from igpt_ds.train import finetune as tuning
 
     sets = ["finetune.fold_validation=true", "training.validate_every=0"]
-    config = tuning.choose_config(starts / "next_pixel", None, None, str(data), sets)
-    job = prepare(config, "zero3", 1, test=True)
+    config = begin.finetuning(starts / "next_pixel", None, None, str(data), sets)
+    job = prepare(config, load_ds_config("zero3"), 1, test=True)
     assert [dataset.rows for dataset in job.train_sets] == [533, 67]
     assert job.validation_set is None
     positions = [job.order(p) for p in range(600)]
@@ -302,7 +303,7 @@ def test_labels_that_do_not_serve(
         (["training.validate_every=0"], "leaves no best checkpoint"),
         (["finetune.fold_validation=true"], "leaves nothing to validate on"),
         (["finetune.fold_validation=true", "training.validate_every=0"], "add --test"),
-        (["model.width=64"], "its model was "),
+        (["model.width=64"], "its model is "),
         (["--masks", "5"], "next_pixel hides nothing"),
         (["--preset", "tiny"], "--from and --preset"),
         (["finetune.layr=3"], "unknown key finetune.layr (nearest: finetune.layer)"),
@@ -319,9 +320,9 @@ def test_a_start_that_does_not_serve(refused: Refused, data: Path, starts: Path,
     run = tmp_path / "run"
     assert "no run directory and no checkpoint" in refused(finetune(tmp_path, data, run))
     assert "has no weights" in refused(["finetune", "--preset", "tiny", "--data", str(data), "--run", str(run)])
-    assert "where to begin is not told" in refused(["finetune", "--data", str(data), "--run", str(run)])
+    assert "neither weights nor a model" in refused(["finetune", "--data", str(data), "--run", str(run)])
     assert "add --data DIR" in refused(["finetune", "--from", str(starts / "next_pixel"), "--run", str(run)])
-    assert "no --run" in refused(["finetune", "--from", str(starts / "next_pixel"), "--data", str(data)])
+    assert "RUN: none is named" in refused(["finetune", "--from", str(starts / "next_pixel"), "--data", str(data)])
     config = small_config(resolution=8, palette_size=16)
     save_model(random_model(config), config, tmp_path / "palette", "another palette")
     assert "another palette than the one" in refused(finetune(tmp_path / "palette", data, run))
@@ -334,18 +335,17 @@ def test_a_start_that_does_not_serve(refused: Refused, data: Path, starts: Path,
 def test_pretrain_and_finetune_do_not_take_each_others_runs(tmp_path: Path, data: Path, starts: Path) -> None:
     from igpt_ds.config.file import to_toml
     from igpt_ds.run.directory import Run
-    from igpt_ds.train import finetune as tuning
 
     run = Run(tmp_path)
-    begun = small_config("finetune.classes=10", f"finetune.start={starts / 'next_pixel/checkpoints/step-00000007'}")
+    begun = small_config("finetune.classes=10", f"init_from={starts / 'next_pixel/checkpoints/step-00000007'}")
     run.config.write_text(to_toml(begun))
     with pytest.raises(UserError, match="go on with igpt-ds finetune"):
-        choose_config(None, run, [], [])
-    assert tuning.choose_config(starts / "next_pixel", None, run, None, []) == begun
+        begin.pretraining(None, run, [], [])
+    assert begin.finetuning(starts / "next_pixel", None, run, None, []) == begun
     with pytest.raises(UserError, match=r"began with .*next_pixel.*, not with .*masked_pixel"):
-        tuning.choose_config(starts / "masked_pixel", None, run, None, [])
+        begin.finetuning(starts / "masked_pixel", None, run, None, [])
     with pytest.raises(UserError, match="not with random ones"):
-        tuning.choose_config(starts / "next_pixel", None, run, None, [], scratch=True)
+        begin.finetuning(starts / "next_pixel", None, run, None, [], scratch=True)
     run.config.write_text(to_toml(small_config()))
     with pytest.raises(UserError, match="is a pre-training"):
-        tuning.choose_config(starts / "next_pixel", None, run, None, [])
+        begin.finetuning(starts / "next_pixel", None, run, None, [])

@@ -200,12 +200,14 @@ def test_a_pre_training_begins_with_weights_of_any_format(
     sources: Path, digits: Path, tmp_path: Path, name: str, world: int, ds: str
 ) -> None:
     run = tmp_path / "run"
-    still = ["--set", "training.learning_rate=1e-30", "--ds", ds]  # the weights stay what they were
+    still = ["--set", "training.learning_rate=1e-30"]  # the weights stay what they were
     # Gone, once the run has begun: going on needs the source no more.
     shutil.copytree(sources, tmp_path / "sources")
     source = tmp_path / "sources" / name
     text = run_command(
-        pretrain(digits, run, "--init-from", source, "--set", "training.stop_at=2", *still), tmp_path / "1.txt", world
+        pretrain(digits, run, "--init-from", source, "--ds", ds, "--set", "training.stop_at=2", *still),
+        tmp_path / "1.txt",
+        world,
     )
     expected = open_weights(source)
     assert f"begun with the weights of {expected.path}" in text
@@ -213,6 +215,7 @@ def test_a_pre_training_begins_with_weights_of_any_format(
     text = run_command(pretrain(digits, run, *still), tmp_path / "2.txt", world)
     assert "resumed from" in text and "begun with" not in text
     assert load_config(run / "config.toml").init_from == str(expected.path)
+    assert f"ZeRO stage {ds[-1]}" in text  # remembered
     last = Checkpoint.open(list_checkpoints(run / "checkpoints")[-1])
     assert last.step == 3 and last.config["init_from"] == last.identity["init_from"] == str(expected.path)
     original = open_weights(sources / "run").weights()
@@ -277,11 +280,11 @@ def test_beginnings_that_do_not_serve(
 
     run.mkdir()
     (run / "config.toml").write_text(to_toml(config))
-    assert "began with random weights: leave --init-from out" in refused(sources / "hf", run=run)
+    assert "began with random weights, not with " in refused(sources / "hf", run=run)
     # Weights alone have no moments to go on with.
     shutil.copytree(sources / "native", tmp_path / "native")
     status, _, errors = call(*pretrain(digits, tmp_path / "native"))
-    assert status == 2 and "holds weights without Adam's moments" in errors and "--init-from" in errors
+    assert status == 2 and "holds weights without Adam's moments" in errors and "--from" in errors
 
 
 def test_a_dry_run_names_the_beginning(sources: Path, digits: Path, call: Callable[..., tuple[int, str, str]]) -> None:

@@ -166,7 +166,7 @@ def test_stop_at_and_going_on_and_being_done_and_fresh(
     before = contents(run)
     assert call(monkeypatch, *pretrain(digits, run, *LENGTH, "--fresh")) == 2
     assert capsys.readouterr().err == (
-        f"igpt-ds: {run}: --fresh would overwrite it: add --force, or choose another --run\n"
+        f"igpt-ds: {run}: --fresh would overwrite it: add --force, or choose another RUN\n"
     )
     assert contents(run) == before
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from igpt_ds.config.batch import Division, divide_batch
-from igpt_ds.config.deepspeed import FOLDER, bucket_sizes, load_ds_config, resolve
+from igpt_ds.config.deepspeed import FOLDER, bucket_sizes, load_ds_config, remembered, resolve
 from igpt_ds.config.file import load_config, presets
 from igpt_ds.errors import UserError
 
@@ -267,3 +267,18 @@ def nearest(fitting: list[int], wanted: int) -> list[int]:
     """The fitting sizes on both sides of one that does not fit."""
     below, above = [n for n in fitting if n < wanted], [n for n in fitting if n > wanted]
     return [*([max(below)] if below else []), *([min(above)] if above else [])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_run_remembers_serves_another_number_of_ranks(name: str, tmp_path: Path) -> None:
+    config = load_config("xl", ["training.precision=bfloat16"] if name != "zero0" else ["training.precision=float32"])
+    source = load_ds_config(name)
+    two, four = (divide_batch(64, 4, world) for world in (8, 16))
+    kept = remembered(source, resolve(source, config, two, 4))
+    assert kept["train_batch_size"] == two.world * two.micro_batch * two.accumulation
+    again = load_ds_config(write(tmp_path, kept))
+    assert resolve(again, config, two, 4) == resolve(source, config, two, 4)
+    assert resolve(again, config, four, 8) == resolve(source, config, four, 8)
+    for damaged in ([3], ["zero_optimization.stage.x"], "stage", None):
+        with pytest.raises(UserError, match="filled_in does not fit it"):
+            load_ds_config(write(tmp_path, {**kept, "filled_in": damaged}))

@@ -24,7 +24,7 @@ from igpt_ds.model.sampling import Drawing, sample
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import Metrics, read_metrics
-from igpt_ds.train import sheets as samples_of_training
+from igpt_ds.train import sheets
 from tests.helpers.commands import pretrain, run_command
 from tests.helpers.models import random_model, save_model, small_config
 from tests.helpers.ranks import run_ranks
@@ -360,10 +360,13 @@ def test_a_sheet_is_drawn_or_what_is_in_its_way_told(
     metrics = Metrics(tmp_path, 0, {})
     if case == "no room on the disk":
         (tmp_path / "samples").write_text("a file where the folder is to be")
-    monkeypatch.setattr(samples_of_training.LOGGER, "propagate", True)
+    monkeypatch.setattr(sheets.LOGGER, "propagate", True)
     with caplog.at_level("INFO", logger="igpt_ds"):
-        samples_of_training.draw_sheet(engine, job, run, 20, metrics, watchdog)  # type: ignore[arg-type]
-        samples_of_training.draw_sheet(engine, job, run, 20, None, watchdog)  # type: ignore[arg-type]
+        for told in (metrics, None):
+            progress = SimpleNamespace(step=20)
+            sheets.draw_sheet(
+                SimpleNamespace(engine=engine, job=job, run=run, progress=progress, metrics=told, watchdog=watchdog)
+            )
     metrics.close()
     both = [(12, 0), (16, 32)]
     assert engine.asked == 2 * (both[:1] if case == "without" else both)
@@ -379,10 +382,10 @@ def test_a_sheet_is_drawn_or_what_is_in_its_way_told(
 
 
 def test_a_sheet_is_due_of_a_next_pixel_training_that_does_well(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from igpt_ds.train.trainer import draw_samples
+    from igpt_ds.train.trainer import Trainer
 
     drawn = []
-    monkeypatch.setattr(samples_of_training, "draw_sheet", lambda engine, job, run, step, *others: drawn.append(step))
+    monkeypatch.setattr(sheets, "draw_sheet", lambda trainer: drawn.append(trainer.progress.step))
     meter = SimpleNamespace(restart=lambda: None)
 
     def steps(*sets: str, bad: int = 0) -> list[int]:
@@ -391,7 +394,7 @@ def test_a_sheet_is_due_of_a_next_pixel_training_that_does_well(digits: Path, mo
         for step in range(1, 31):
             progress = SimpleNamespace(step=step, stability=SimpleNamespace(bad=bad))
             job: Any = SimpleNamespace(config=config)
-            draw_samples(None, job, None, progress, None, None, meter)  # type: ignore[arg-type]
+            Trainer._draw_samples(SimpleNamespace(job=job, progress=progress, meter=meter))  # type: ignore[arg-type]
         return list(drawn)
 
     assert steps("training.sample_every=10") == [10, 20, 30]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import load_config
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError
@@ -20,12 +21,13 @@ from igpt_ds.loading.order import LeftOut
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import Metrics, read_metrics
 from igpt_ds.text import clock
-from igpt_ds.train import trainer as train_module
-from igpt_ds.train.job import choose_config, prepare, summary
+from igpt_ds.train.begin import pretraining
+from igpt_ds.train.job import prepare, summary
 from igpt_ds.train.resume import Progress
 from igpt_ds.train.schedule import learning_rate
 from igpt_ds.train.signals import StopRequest
 from igpt_ds.train.stability import Stability
+from igpt_ds.train.trainer import Trainer
 from igpt_ds.train.watchdog import Watchdog
 
 
@@ -62,24 +64,22 @@ def play(
         loss: Callable[[int], float] = lambda step: 2.0,
         stop: StopRequest | None = None,
     ) -> tuple[list[int], list[dict[str, Any]], PlayedEngine]:
-        config = choose_config("tiny", None, [str(digits)], ["training.steps=10", "training.validate_every=0", *sets])
-        job, run, engine = prepare(config, "zero3", 1), Run(tmp_path), PlayedEngine(norm, loss)
+        config = pretraining("tiny", None, [str(digits)], ["training.steps=10", "training.validate_every=0", *sets])
+        job, run, engine = prepare(config, load_ds_config("zero3"), 1), Run(tmp_path), PlayedEngine(norm, loss)
         saved: list[int] = []
-        monkeypatch.setattr(
-            train_module, "begin_save", lambda engine, saver, job, run, progress, last: saved.append(progress.step)
-        )
+        monkeypatch.setattr(Trainer, "_begin_save", lambda self, last: saved.append(self.progress.step))
         metrics = Metrics(tmp_path, 0, {})
         try:
-            train_module.train(
-                engine,
-                lambda progress: ({} for _ in itertools.count()),
+            Trainer(
                 job,
                 run,
+                engine,  # type: ignore[arg-type]
                 Progress(0, LeftOut(), Stability(job.config.health, {})),
+                lambda progress: ({} for _ in itertools.count()),
                 metrics,
                 stop or StopRequest(),
                 Watchdog(tmp_path, 0, 1, 0, sys.stderr),
-            )
+            ).loop()
         finally:
             metrics.close()
         return saved, read_metrics(run.metrics), engine
@@ -168,9 +168,9 @@ def test_fresh_clears_a_run_and_nothing_else(tmp_path: Path) -> None:
 
 def test_mixture_is_counted_by_its_quotas(digits: Path, tmp_path: Path) -> None:
     sources = [str(digits), str(digits)]
-    config = choose_config("tiny", None, sources, ["data.weights=[1,3]", "training.steps=1000"])
+    config = pretraining("tiny", None, sources, ["data.weights=[1,3]", "training.steps=1000"])
     assert config.data.sources == tuple(sources)
-    job = prepare(config, "zero3", 1)
+    job = prepare(config, load_ds_config("zero3"), 1)
     epochs = 1000 * 16 / 4 / job.order.epoch_rows(0)
     assert f"{epochs:.3g} epochs of the first source" in summary(job)
 
