@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from igpt_ds.config.file import load_config
-from igpt_ds.evals import classifier
-from igpt_ds.evals.classifier import Rows
+from igpt_ds.features import classifier
+from igpt_ds.features.classifier import Rows
 from igpt_ds.model.transformer import ImageGPT, initialise
 
 CUDA = torch.cuda.is_available()

@@ -9,26 +9,13 @@ import time
 import click
 
 from igpt_ds import __version__
-from igpt_ds.commands import CONTEXT
-from igpt_ds.commands.checkpoints import checkpoints
-from igpt_ds.commands.convert import convert
-from igpt_ds.commands.doctor import doctor
-from igpt_ds.commands.evaluate import evaluate
-from igpt_ds.commands.figures import figures
-from igpt_ds.commands.finetune import finetune
-from igpt_ds.commands.low_data import low_data
-from igpt_ds.commands.plan import plan
-from igpt_ds.commands.pretrain import pretrain
-from igpt_ds.commands.probe import probe
-from igpt_ds.commands.report import report
-from igpt_ds.commands.sample import sample
-from igpt_ds.commands.sweep import sweep
+from igpt_ds.commands import CONTEXT, Verbs
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.memory import keep_freed_memory
 from igpt_ds.train.signals import tell_job_script
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Verbs, context_settings=CONTEXT)
 @click.version_option(__version__)
 @click.option("--local_rank", hidden=True, type=int, help="Given by the deepspeed launcher; LOCAL_RANK says the same.")
 def cli(local_rank: int | None) -> None:
@@ -40,27 +27,8 @@ def cli(local_rank: int | None) -> None:
         igpt-data shards image_folder IMAGES --palette palette.npy --resolution 32 --holdout 0.04 --out DATA
         igpt-ds pretrain RUN --preset tiny --data DATA
         igpt-ds probe RUN --data DATA
-        igpt-ds sample RUN --n 16 --out samples.png
+        igpt-ds sample RUN --images 16 --out samples.png
     """
-
-
-VERBS = (
-    plan,
-    pretrain,
-    finetune,
-    sweep,
-    probe,
-    low_data,
-    evaluate,
-    sample,
-    convert,
-    figures,
-    report,
-    checkpoints,
-    doctor,
-)
-for command in VERBS:
-    cli.add_command(command)
 
 
 def main() -> None:
@@ -88,7 +56,8 @@ def main() -> None:
         tell_job_script("refused")
         where = error.ctx.command_path if error.ctx else "igpt-ds"
         message = " ".join(error.format_message().split()).rstrip(".")
-        _tell(f"{error.ctx.info_name if error.ctx else 'usage'}: {message}: see {where} --help")
+        verb = f"{error.ctx.info_name}: " if error.ctx and error.ctx.parent else ""
+        _tell(f"{verb}{message}: see {where} --help")
         sys.exit(2)
     except click.Abort:
         sys.exit(130)

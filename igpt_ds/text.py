@@ -64,7 +64,7 @@ def _markdown(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
 
 
-def figure(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     """A number, or nothing where there is none."""
     return "" if value is None else f"{value:.{digits}f}"
 

@@ -1,10 +1,19 @@
-"""Commands of igpt-ds that have a file of their own. Heavy imports stay inside them, so that --help answers at once."""
+"""The verbs of igpt-ds. Heavy imports stay inside them, so that --help answers at once.
 
+A verb is a module NAME.py here that holds a click command of that name, or an evaluation (see `igpt_ds.evals`), whose
+verb is made of what it states.
+"""
+
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from igpt_ds import evals
 
 if TYPE_CHECKING:
     from igpt_ds.run.directory import Run
@@ -60,3 +69,58 @@ def run_of(path: Path | None, option: Path | None) -> "Run | None":
         raise click.UsageError(f"--run {option}: {path} is named already: leave one out")
     named = path or option
     return Run(named) if named else None
+
+
+class Verbs(click.Group):
+    """All of them; a module is imported when its verb is called, or its line of --help is shown."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*_modules(), *(evals.load(name).NAME for name in evals.names())])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _modules():
+            command: click.Command = getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
+            return command
+        found = (evals.load(name) for name in evals.names())
+        return next((_evaluation(each) for each in found if cmd_name == each.NAME), None)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None:
+            self.commands = dict.fromkeys(self.list_commands(ctx), click.Command(None))  # click suggests among these
+        return super().resolve_command(ctx, args)
+
+
+def _modules() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+def _evaluation(evaluation: evals.Evaluation) -> click.Command:
+    """The verb of an evaluation."""
+
+    def command(run_path: Path, json_path: Path | None, **options: Any) -> None:
+        done = evals.evaluate(evaluation, run_path, json_path, **options)
+        if done is not None:
+            record, written = done
+            click.echo(evaluation.table(record).text())
+            click.echo(f"written: {', '.join(map(str, written))}")
+
+    path = click.Path(path_type=Path)
+    name = evals.stem(evaluation)
+    params = [
+        click.Argument(["run_path"], metavar="RUN|PATH", type=path),
+        click.Option(["--data"], metavar="DIR", help="Folder of the splits; without it the run's first source."),
+        click.Option(
+            ["--step"], type=click.IntRange(min=0), help="The checkpoint of this step.  [default: the newest]"
+        ),
+        *evaluation.OPTIONS,
+        click.Option(
+            ["--json", "json_path"],
+            metavar="FILE",
+            type=path,
+            help=f"Result.  [default: RUN/{name}.json; RUN/{name}-STEP.json with --step]",
+        ),
+    ]
+    help_text = inspect.getdoc(evaluation.run)
+    return click.Command(evaluation.NAME, CONTEXT, command, params, help_text)

@@ -21,21 +21,6 @@ def figures(run_paths: tuple[Path, ...], out: Path) -> None:
     Nothing is computed anew: what probe, eval, finetune and sweep wrote into the runs is shown, and what they did not
     write is shown as missing. Figure 3 takes a probe record of each checkpoint, RUN/probe*.json.
     """
-    from igpt_ds.atomic import publish_text
-    from igpt_ds.results import paper_figures
-    from igpt_ds.results.figures import save
-    from igpt_ds.results.paper_tables import all_tables
-    from igpt_ds.run.records import read_runs
+    from igpt_ds.results.paper import write_all
 
-    runs = read_runs(run_paths)
-    written = []
-    for number in (2, 3, 4):
-        written.append(out / f"figure{number}.png")
-        save(getattr(paper_figures, f"figure_{number}")(runs), written[-1])
-    tables = all_tables(runs)
-    for number, table in enumerate(tables, 1):
-        written.append(out / f"table{number}.csv")
-        publish_text(written[-1], table.csv())
-    written.append(out / "tables.md")
-    publish_text(written[-1], "\n".join(table.markdown() for table in tables))
-    click.echo("written: " + ", ".join(map(str, written)))
+    click.echo("written: " + ", ".join(map(str, write_all(run_paths, out))))

@@ -19,8 +19,8 @@ def report(run_path: Path, out: Path | None) -> None:
     Sample sheets are shown that lie in the run: igpt-ds sample RUN --out RUN/samples.png
     """
     from igpt_ds.atomic import publish_text
+    from igpt_ds.results.records import read_run
     from igpt_ds.results.report import page
-    from igpt_ds.run.records import read_run
 
     out = out or run_path / "report.html"
     publish_text(out, page(read_run(run_path)))

@@ -42,6 +42,7 @@ def sweep(
     import shlex
     import sys
 
+    from igpt_ds.results.tables import sweep_table
     from igpt_ds.train import sweep as sweeps
 
     if collect:
@@ -57,10 +58,10 @@ def sweep(
         start = shlex.split(launcher) if launcher else [sys.executable, "-m", "igpt_ds"]
         trials = []
         for trials in sweeps.search(out, chosen, command, start, end, share):
-            click.echo(sweeps.table(trials))
+            click.echo(sweep_table(sweeps.summary(trials)).text())
     best = sweeps.winner(trials)
     if collect:
-        click.echo(sweeps.table(trials))
+        click.echo(sweep_table(sweeps.summary(trials)).text())
     if best is None:
         raise RunError(f"{out}: no rate gave a result: see the runs' logs, or try smaller --rates")
     click.echo(f"best rate   {best.rate:g} (table written: {out / 'sweep.json'})")

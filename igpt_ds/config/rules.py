@@ -2,6 +2,7 @@
 
 import math
 
+from igpt_ds import objectives
 from igpt_ds.config.schema import Config, FinetuneConfig
 
 
@@ -14,6 +15,11 @@ def contradictions(config: Config) -> list[str]:
         if not holds:
             faults.append(text)
 
+    choice = objectives.names()
+    require(
+        config.objective.name in choice,
+        f"objective.name must be one of {', '.join(choice)}, not {config.objective.name!r}",
+    )
     positive = {
         "model.layers": model.layers,
         "model.width": model.width,

@@ -7,6 +7,8 @@ from `ds_configs/*.json` (see deepspeed.py).
 import dataclasses
 from typing import Any, Literal
 
+from igpt_ds.objectives import load_objective
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -34,7 +36,7 @@ class DataConfig:
 class ObjectiveConfig:
     """What is predicted (paper section 2.1)."""
 
-    name: Literal["next_pixel", "masked_pixel"] = "next_pixel"
+    name: str = "next_pixel"  # of a module in objectives/
     mask_rate: float = 0.15  # of masked_pixel only
 
 
@@ -121,7 +123,7 @@ class Config:
     @property
     def causal(self) -> bool:
         """Whether position i sees only what stands before it (auto-regressive) or all (BERT)."""
-        return self.objective.name == "next_pixel"
+        return load_objective(self.objective.name).CAUSAL
 
     @property
     def sequence_length(self) -> int:

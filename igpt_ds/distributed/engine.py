@@ -3,7 +3,6 @@
 Nothing else in the package imports deepspeed. A process that no launcher started trains too, as the only rank.
 """
 
-import dataclasses
 import functools
 import math
 import os
@@ -29,9 +28,10 @@ from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.distributed.zero_state import ZeroState
 from igpt_ds.errors import UserError
 from igpt_ds.memory import free_bytes
+from igpt_ds.model import classify
 from igpt_ds.model.sampling import Drawing, images_at_once, sample
 from igpt_ds.model.transformer import Block, ImageGPT, Output, initialise
-from igpt_ds.objectives import classify, load_objective
+from igpt_ds.objectives import load_objective
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
@@ -68,7 +68,7 @@ class Engine:
         self.device = ranks.join()
         _prepare_deepspeed(ranks)
         self.stage = int(ds["zero_optimization"]["stage"])
-        self.objective = load_objective(config)
+        self.objective = load_objective(config.objective.name)
         self.measures = classify.names(config.finetune) if config.finetune else ("loss",)
         # Under ZeRO-3 each module is divided over the ranks as soon as it is built, and then each parameter is
         # gathered alone to be drawn: no rank ever holds the model. The type comes from `ds`: Init's own dtype
@@ -110,9 +110,12 @@ class Engine:
         """
         # Moved and then widened: asked for both, torch widens first, into memory that is not pinned.
         tokens_BT = batch["tokens"].to(self.device, non_blocking=True).to(torch.int64)
-        mask_BT = self.objective.mask(tokens_BT, batch["positions"], self.config)
+        mask_BT = self._mask(tokens_BT, batch["positions"], self.config.seed)
         generative = self.config.finetune is None or self.config.finetune.generative_weight > 0
         return self.deepspeed(tokens_BT, mask_BT, logits=generative), tokens_BT, mask_BT
+
+    def _mask(self, tokens_BT: Tensor, positions_B: Tensor, seed: int) -> Tensor | None:
+        return self.objective.mask(tokens_BT, positions_B, seed, self.config.objective.mask_rate)
 
     def _measure(self, batch: Batch) -> list[Tensor]:
         """Each of `measures` for each image, float32 [B]. A batch to be classified has "labels" int64 [B]."""
@@ -179,8 +182,7 @@ class Engine:
         tokens_BT = batch["tokens"].to(self.device, torch.int64)
         found = []
         for seed in seeds:
-            config = dataclasses.replace(self.config, seed=seed)
-            mask_BT = self.objective.mask(tokens_BT, batch["positions"], config)
+            mask_BT = self._mask(tokens_BT, batch["positions"], seed)
             scores_BC = self.deepspeed(tokens_BT, mask_BT, logits=False).class_logits_BC
             found.append(scores_BC.argmax(dim=1).cpu())
         self.deepspeed.train()

@@ -1,1 +1,133 @@
-"""What the paper does with a trained model: one file an evaluation."""
+"""What the paper does with a trained model: one module an evaluation, found by its name.
+
+An evaluation module states
+
+    NAME        of its verb; its record is RUN/NAME.json, with _ for -
+    TITLE       of its section in the report
+    HOLDS       key -> type: what its record holds at least
+    OPTIONS     of its verb, beside RUN, --data, --step and --json
+
+and has
+
+    run(subject, **options) -> Record | None     what was found, as JSON holds it, on rank 0; every rank calls it
+    table(record) -> Table
+    figure(record) -> Figure                     where a picture tells more
+    fault(record) -> str                         where HOLDS does not tell all that can be wrong; "": nothing is
+    suffix(options) -> str                       where the record's file depends on options: what stands behind NAME
+
+The docstring of `run` is the verb's --help. To import such a module loads neither torch nor matplotlib, so that --help
+answers at once and records are shown on any machine: what is heavy is imported in its functions.
+"""
+
+import functools
+import importlib
+import json
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import click
+
+from igpt_ds.atomic import publish_text
+from igpt_ds.distributed.ranks import Ranks, launched
+from igpt_ds.text import Table
+
+if TYPE_CHECKING:
+    from igpt_ds.config.schema import Config
+    from igpt_ds.features.splits import Splits
+    from igpt_ds.weights.base import Weights
+
+Record = dict[str, Any]
+
+MASKS = click.Option(["--masks"], type=click.IntRange(min=1), help="BERT: independent masks an image.  [default: 5]")
+DIVIDED = click.Option(["--ds"], metavar="NAME", help="Divide the network over the ranks: zero3, as pretrain.")
+
+
+class Evaluation(Protocol):
+    """What an evaluation module offers; see the description of this package."""
+
+    NAME: str
+    TITLE: str
+    HOLDS: dict[str, type]
+    OPTIONS: Sequence[click.Parameter]
+
+    def run(self, subject: "Subject", **options: Any) -> Record | None: ...
+
+    def table(self, record: Record) -> Table: ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, as it was named.
+
+    Attributes:
+        path: of a run, a checkpoint, or weights of any format.
+        folder: takes the record, and what is kept for other evaluations.
+        data: folder of the splits; None: the run's first source.
+        step: of a run's checkpoint; None: the newest.
+    """
+
+    path: Path
+    folder: Path
+    ranks: Ranks
+    data: str | None = None
+    step: int | None = None
+
+    def labelled(self, test: bool, images: int | None = None) -> "tuple[Weights, Config, Splits]":
+        """The weights and labelled splits; see `igpt_ds.features.splits.open_run`."""
+        from igpt_ds.features.splits import open_run
+
+        return open_run(self.path, self.step, self.data, test, images)
+
+
+def names() -> list[str]:
+    """The modules that there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@functools.cache
+def load(name: str) -> Evaluation:
+    """The evaluation in the module of this name."""
+    return cast(Evaluation, importlib.import_module(f"{__name__}.{name}"))
+
+
+def stem(evaluation: Evaluation) -> str:
+    """What the names of its records begin with."""
+    return evaluation.NAME.replace("-", "_")
+
+
+def evaluate(
+    evaluation: Evaluation,
+    path: Path,
+    json_path: Path | None = None,
+    data: str | None = None,
+    step: int | None = None,
+    **options: Any,
+) -> tuple[Record, list[Path]] | None:
+    """Run an evaluation and publish its record, and its figure beside it; every rank of a launch calls this.
+
+    Returns:
+        The record and the files that were written; None on other ranks than 0.
+
+    Raises:
+        UserError: the weights, the data or the options do not fit together, or a file cannot be written.
+    """
+    from igpt_ds.weights.formats import results_folder
+
+    subject = Subject(path, results_folder(path, json_path), launched(), data, step)
+    record = evaluation.run(subject, **options)
+    if record is None:
+        return None
+    suffix = getattr(evaluation, "suffix", lambda options: "")(options)
+    of_step = "" if step is None else f"-{step}"
+    out = json_path or subject.folder / f"{stem(evaluation)}{suffix}{of_step}.json"
+    publish_text(out, json.dumps(record, indent=2) + "\n")
+    written = [out]
+    if hasattr(evaluation, "figure"):
+        from igpt_ds.plots import save
+
+        written.append(out.with_suffix(".png"))
+        save(evaluation.figure(record), written[-1])
+    return record, written

@@ -10,28 +10,82 @@ reads its share of the images.
 Suffixes: I images of the dataset, B of a batch, T positions, K colours.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
-from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed.ranks import Ranks
-from igpt_ds.loading.loader import evaluation_batches
-from igpt_ds.loading.splits import resolve_data
-from igpt_ds.model.transformer import ImageGPT
+from igpt_ds.errors import UserError
+from igpt_ds.evals import MASKS, Record, Subject
 from igpt_ds.objectives import load_objective, token_nats
-from igpt_ds.run.directory import LOGGER
-from igpt_ds.weights.base import Weights, check_palette
+from igpt_ds.text import Table, number
 
-MASKS = 5  # of a BERT model, as many as the paper's ensembles take (section 4.6)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from igpt_ds.dataset.shards import Dataset
+    from igpt_ds.model.transformer import ImageGPT
+    from igpt_ds.weights.base import Weights
+
+NAME, TITLE = "eval", "Likelihood"
+HOLDS = {"step": int, "split": str, "nats_per_token": float, "images": int, "positions": dict}
+OPTIONS = (
+    click.Option(["--split"], type=click.Choice(["val", "test", "train"]), default="val", show_default=True),
+    MASKS,
+    click.Option(
+        ["--mask-seed"], type=click.IntRange(0, 2**64 - 1), help="BERT: seed of the masks.  [default: the run's]"
+    ),
+)
+DRAWN = 5  # masks of a BERT model, as many as the paper's ensembles take (section 4.6)
 _TOKENS = 1 << 16  # in one forward pass: 64 images of 32², 16 of 64²
+_CLASSES_SHOWN = 24  # of more, the easiest and the hardest
+
+
+def run(
+    subject: Subject, *, split: str = "val", masks: int | None = None, mask_seed: int | None = None
+) -> Record | None:
+    """Likelihood of held-out images in nats and bits a token, by class and by position.
+
+    \b
+    Writes a JSON file and, beside it, a heat map of the same name; prints the table:
+        igpt-ds eval RUN --data DATA --split val --json eval.json
+    Shared among 8 GPUs, each with the whole network in float32:
+        torchrun --nproc-per-node 8 -m igpt_ds -- eval RUN --data DATA
+    """
+    from igpt_ds.features.extract import load_model
+    from igpt_ds.loading.splits import open_split
+    from igpt_ds.run.directory import LOGGER
+    from igpt_ds.weights.base import at_resolution, config_of
+    from igpt_ds.weights.formats import open_weights
+
+    ranks, weights = subject.ranks, open_weights(subject.path, subject.step)
+    config = config_of(weights)
+    if config.causal and (masks is not None or mask_seed is not None):
+        raise UserError(
+            f"--masks, --mask-seed: {subject.path} is no BERT model, nothing is hidden from it: leave them out"
+        )
+    if not subject.data and not config.data.sources:
+        raise UserError(f"{subject.path}: its checkpoint names no data: give --data")
+    dataset = open_split(subject.data or config.data.sources[0], split)
+    weights = at_resolution(weights, dataset.manifest.resolution, LOGGER.warning)
+    config = config_of(weights)
+    check(weights, config, dataset)
+    if not config.causal:
+        masks, mask_seed = masks or DRAWN, config.seed if mask_seed is None else mask_seed
+    with ranks.meeting():
+        found = likelihood(load_model(config, weights), config, dataset, ranks, masks or 1, mask_seed or 0)
+    return record(found, weights, config, dataset, masks, mask_seed) if ranks.rank == 0 else None
+
+
+def suffix(options: dict[str, Any]) -> str:
+    """Another split than val has a record of its own."""
+    return "" if options["split"] == "val" else f"-{options['split']}"
 
 
 @dataclass(frozen=True)
@@ -54,17 +108,20 @@ class Likelihood:
         return float(np.nanmean(self.images_I))
 
 
-def check(checkpoint: Weights, config: Config, dataset: Dataset) -> None:
+def check(checkpoint: "Weights", config: Config, dataset: "Dataset") -> None:
     """Raises:
     UserError: the data has another palette, resolution or palette size than the checkpoint's.
     """
+    from igpt_ds.loading.splits import resolve_data
+    from igpt_ds.run.directory import LOGGER
+    from igpt_ds.weights.base import check_palette
+
     resolve_data(config, [dataset])
     check_palette(checkpoint, dataset.palette.sha256, dataset.path, LOGGER.warning)
 
 
-@torch.no_grad()
 def likelihood(
-    model: ImageGPT, config: Config, dataset: Dataset, ranks: Ranks, masks: int = 1, mask_seed: int = 0
+    model: "ImageGPT", config: Config, dataset: "Dataset", ranks: Ranks, masks: int = 1, mask_seed: int = 0
 ) -> Likelihood:
     """Score every image once, or a BERT model's `masks` times.
 
@@ -73,26 +130,31 @@ def likelihood(
     that mask is left out of its mean, where training counts 0.
 
     Args:
-        where: this process among the ranks, which must have met (see features.meeting); all of them get the result.
+        ranks: must have met; all of them get the result.
         masks, mask_seed: of BERT only.
 
     Raises:
         UserError: the data is damaged.
     """
-    objective, seeded = load_objective(config), dataclasses.replace(config, seed=mask_seed)
+    import torch
+
+    from igpt_ds.loading.loader import evaluation_batches
+
+    objective, rate = load_objective(config.objective.name), config.objective.mask_rate
     device = model.head.weight.device
     images, n = dataset.rows, dataset.sequence_length
     batch = max(1, min(_TOKENS // n, -(-images // ranks.world)))
     sums_I, scored_I, sums_T, counts_T = np.zeros(images), np.zeros(images), np.zeros(n), np.zeros(n)
     total = masks * -(-images // (batch * ranks.world))
     hidden = None if ranks.rank == 0 else True  # one bar for all ranks
-    with tqdm(total=total, desc="likelihood", unit=" batches", leave=False, disable=hidden) as progress:
-        for number in range(masks):
+    bar = tqdm(total=total, desc="likelihood", unit=" batches", leave=False, disable=hidden)
+    with torch.no_grad(), bar as progress:
+        for mask in range(masks):
             for rows in evaluation_batches(dataset, batch, ranks.rank, ranks.world):
                 real_B = rows["weight"] > 0
                 tokens_BT, positions_B = rows["tokens"][real_B].to(device, torch.int64), rows["positions"][real_B]
                 if len(tokens_BT):
-                    mask_BT = objective.mask(tokens_BT, positions_B + number * images, seeded)
+                    mask_BT = objective.mask(tokens_BT, positions_B + mask * images, mask_seed, rate)
                     nats_BT, shown_BT = _token_losses(model, tokens_BT, mask_BT)
                     counts_B = shown_BT.sum(1)
                     index_B = positions_B.numpy()
@@ -106,20 +168,20 @@ def likelihood(
         return Likelihood(sums_I / scored_I, sums_T / counts_T, counts_T.astype(np.int64))
 
 
-def _token_losses(model: ImageGPT, tokens_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+def _token_losses(model: "ImageGPT", tokens_BT: "Tensor", mask_BT: "Tensor | None") -> "tuple[Tensor, Tensor]":
     """-log p of every scored token, 0 for the others, float64 [B, T]; and which are scored, bool [B, T]."""
     logits_BTK = model(tokens_BT, mask_BT).logits_BTK
     assert logits_BTK is not None
     nats_BT = token_nats(logits_BTK, tokens_BT).double()
-    scored_BT = torch.ones_like(tokens_BT, dtype=torch.bool) if mask_BT is None else mask_BT
+    scored_BT = tokens_BT >= 0 if mask_BT is None else mask_BT
     return nats_BT * scored_BT, scored_BT
 
 
 def record(
     found: Likelihood,
-    checkpoint: Weights,
+    checkpoint: "Weights",
     config: Config,
-    dataset: Dataset,
+    dataset: "Dataset",
     masks: int | None,
     mask_seed: int | None,
 ) -> dict[str, Any]:
@@ -168,3 +230,71 @@ def _mean(images_I: np.ndarray) -> dict[str, Any]:
         "standard_error": float(known.std(ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else None,
         "images": len(known),
     }
+
+
+def table(record: Record) -> Table:
+    """What `igpt-ds eval` found, whole and by class, with what the figures are of and what they are not."""
+    rows = [["all", *_cells(record)]]
+    classes = record["classes"] or []
+    if len(classes) > _CLASSES_SHOWN:
+        known = sorted((c for c in classes if c["images"]), key=lambda c: c["nats_per_token"])
+        half = _CLASSES_SHOWN // 2
+        rows += [[f"easiest: {c['name']}", *_cells(c)] for c in known[:half]]
+        rows += [[f"hardest: {c['name']}", *_cells(c)] for c in known[-half:]]
+    else:
+        rows += [[f"class {c['name']}", *_cells(c)] for c in classes]
+    uniform = math.log(record["colours"])
+    rows.append([f"uniform over {record['colours']} colours", number(uniform), number(uniform / math.log(2)), "", ""])
+    title = f"{record['name']}, step {record['step']:,}, {record['split']}: {record['tokens']:,} tokens scored"
+    headings = ["", "nats/token", "bits/token", "± standard error", "images"]
+    return Table(title, headings, rows, "\n".join(_notes(record)))
+
+
+def _cells(part: dict[str, Any]) -> list[str]:
+    values = [number(part[key]) for key in ("nats_per_token", "bits_per_token", "standard_error")]
+    return [*values, f"{part['images']:,}"]
+
+
+def _notes(record: Record) -> list[str]:
+    lines = ["The standard error is that of the nats, over images."]
+    if record["masks"] is not None:
+        lines.append(
+            f"BERT: mean over {record['masks']} masks an image, rate {record['mask_rate']}, "
+            f"mask seed {record['mask_seed']}; {record['images_without_mask']} images were never masked and left out."
+        )
+    if (distortion := record["palette_distortion"]) is None:
+        lines.append(
+            "Palette distortion: unknown, the data's manifest does not record it; "
+            "igpt-data palette prints it when it fits a palette to the images."
+        )
+    else:
+        lines.append(f"Palette distortion: {distortion:.4e} squared distance a pixel, in [-1, 1] units.")
+    lines.append(
+        f"A token is one of {record['colours']} palette colours: this is no RGB likelihood (bits/dim), "
+        "and compares with models on the same palette and resolution only."
+    )
+    return lines
+
+
+def figure(record: Record) -> "Figure":
+    """Mean nats by position, in the place that the position has in the image."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    from igpt_ds.plots import new
+
+    side = record["resolution"]
+    values = [np.nan if nats is None else nats for nats in record["positions"]["nats_per_token"]]
+    drawn = new(5.2, 4.6)
+    axes = drawn.subplots()
+    axes.set_facecolor("0.6")  # positions that were never scored
+    image = axes.imshow(np.reshape(values, (side, side)), cmap="viridis", interpolation="nearest")
+    drawn.colorbar(image, ax=axes, label="nats a token", shrink=0.9)
+    axes.set_title(
+        f"{record['nats_per_token']:.4f} nats a token, mean of {record['images']:,} {record['split']} images"
+    )
+    axes.set_xlabel("column")
+    axes.set_ylabel("row")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    return drawn

@@ -8,25 +8,106 @@ would use many more labels than the subset has.
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
-from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
-from igpt_ds.evals import classifier
-from igpt_ds.evals.classifier import Rows
-from igpt_ds.evals.feature_cache import Features
-from igpt_ds.evals.features import Network
-from igpt_ds.evals.splits import Scored, ensemble, rows, take, take_scored
+from igpt_ds.evals import DIVIDED, MASKS, Record, Subject
 from igpt_ds.hashing import random_keys, stable_hash
+from igpt_ds.options import Renamed
 from igpt_ds.text import Table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from igpt_ds.dataset.shards import Dataset
+    from igpt_ds.features.cache import Features
+    from igpt_ds.features.extract import Network
+    from igpt_ds.features.splits import Scored
+
+NAME, TITLE = "low-data", "Few labels"
+HOLDS = {"labels_per_class": dict}
 SUBSETS = 5
 STRENGTH = 1.0  # of regularisation: scikit-learn's default
+OPTIONS = (
+    click.Option(["--labels"], metavar="N,N", default="4,25,400", show_default=True, help="Labels a class."),
+    click.Option(
+        ["--layer"], type=click.IntRange(min=0), help="Whose features.  [default: the best of RUN/probe.json]"
+    ),
+    Renamed(
+        ["--split"],
+        flags={"--test": "test"},
+        type=click.Choice(["val", "test"]),
+        default="val",
+        show_default=True,
+        help="Whose images are scored.",
+    ),
+    MASKS,
+    click.Option(
+        ["--regularisation"],
+        type=click.FloatRange(min=0, min_open=True),
+        default=STRENGTH,
+        show_default=True,
+        help="Strength.",
+    ),
+    DIVIDED,
+)
 _SUBSET = zlib.crc32(b"subset with few labels")
+
+
+def run(
+    subject: Subject,
+    *,
+    labels: str = "4,25,400",
+    layer: int | None = None,
+    split: str = "val",
+    masks: int | None = None,
+    regularisation: float = STRENGTH,
+    ds: str | None = None,
+) -> Record | None:
+    """Few labels a class: a linear classifier of 5 random subsets, mean and standard deviation of its accuracy.
+
+    \b
+    As the paper does, on the best layer of a probe; writes RUN/low_data.json and prints the table:
+        igpt-ds probe RUN --data cifar10
+        igpt-ds low-data RUN --data cifar10 --labels 4,25,400 --split test
+    """
+    from igpt_ds.features.cache import fingerprint
+    from igpt_ds.features.extract import Network, Recipe
+    from igpt_ds.features.splits import masks_of
+
+    counts = [text.strip() for text in labels.split(",")]
+    if not all(text.isdecimal() and int(text) for text in counts):
+        raise UserError(f"--labels {labels}: not of the form 4,25,400: write whole numbers, divided by commas")
+    wanted = tuple(sorted({int(text) for text in counts}))
+    weights, config, splits = subject.labelled(split == "test")
+    check(splits.train, wanted)
+    identity = fingerprint(config, weights)
+    chosen = best_layer(subject.folder / "probe.json", identity) if layer is None else layer
+    if chosen > config.model.layers:
+        raise UserError(f"--layer {chosen}: the network has layers 0 to {config.model.layers}: choose among them")
+    network = Network(config, weights, Recipe((chosen,)), subject.ranks, ds)
+    scored_set = splits.test or splits.validation
+    folder = subject.folder / "features"
+    train, scored = collect(network, splits.train, scored_set, masks_of(config, masks), folder)
+    if subject.ranks.rank:
+        return None
+    return {
+        "kind": "low_data",
+        "model": config.name,
+        "objective": config.objective.name,
+        "step": weights.step,
+        "checkpoint": identity,
+        "data": str(splits.train.path.parent),
+        "split": scored_set.manifest.split,
+        "layer": chosen,
+        "regularisation": regularisation,
+        "labels_per_class": judge(train, scored, chosen, wanted, regularisation, config),
+    }
 
 
 def subset(labels_I: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarray:
@@ -50,7 +131,7 @@ def subset(labels_I: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarr
     return np.sort(np.concatenate(chosen))
 
 
-def check(train: Dataset, counts: tuple[int, ...]) -> None:
+def check(train: "Dataset", counts: tuple[int, ...]) -> None:
     """Raises:
     UserError: a class has fewer training images than the largest subset, or none.
     """
@@ -64,12 +145,16 @@ def check(train: Dataset, counts: tuple[int, ...]) -> None:
         )
 
 
-def collect(network: Network, train: Dataset, scored: Dataset, masks: int, folder: Path) -> tuple[Features, Scored]:
+def collect(
+    network: "Network", train: "Dataset", scored: "Dataset", masks: int, folder: Path
+) -> "tuple[Features, Scored]":
     """The features of both splits; of use on rank 0 only, whose work goes on. A collective.
 
     Raises:
         UserError: the data is damaged, the disk is full, or a cache is not what its name says.
     """
+    from igpt_ds.features.splits import take, take_scored
+
     with network.ranks.meeting():
         found = take(network, train, folder, None), take_scored(network, scored, folder, None, masks)
         network.close()
@@ -77,13 +162,16 @@ def collect(network: Network, train: Dataset, scored: Dataset, masks: int, folde
 
 
 def judge(
-    train: Features, scored: Scored, layer: int, counts: tuple[int, ...], strength: float, config: Config
+    train: "Features", scored: "Scored", layer: int, counts: tuple[int, ...], strength: float, config: Config
 ) -> dict[str, Any]:
     """Accuracies by number of labels a class: "mean" and "std" (sample standard deviation) over the subsets.
 
     Raises:
         UserError: a class has fewer training images than a subset needs.
     """
+    from igpt_ds.features import classifier
+    from igpt_ds.features.splits import ensemble, rows
+
     found: dict[str, Any] = {}
     features_ID = train.of(layer)
     total = len(counts) * SUBSETS
@@ -92,7 +180,7 @@ def judge(
             accuracies, masks, converged = [], [], True
             for repeat in range(SUBSETS):
                 chosen = subset(train.labels, count, config.seed, repeat)
-                few = Rows([(features_ID[chosen],)], train.labels[chosen])
+                few = classifier.Rows([(features_ID[chosen],)], train.labels[chosen])
                 model = next(classifier.fit(few, (strength,)))
                 accuracies.append(model.accuracy(rows(scored.features, (layer,))))
                 masks.append(ensemble(model, scored, (layer,), config))
@@ -130,22 +218,43 @@ def best_layer(path: Path, checkpoint: str) -> int:
     return layer
 
 
-def table(record: dict[str, Any]) -> str:
-    """What `igpt-ds low-data` recorded, for people."""
+def table(record: Record) -> Table:
+    """Mean accuracy and its spread by labels a class."""
     lines = []
-    for count, found in record["labels_per_class"].items():
-        masks = found["masks"]
-        lines.append([count, *_cells(found), *(_cells(masks) if masks else ["", ""]), str(SUBSETS), f"{found['n']:,}"])
+    for count, found in sorted(record["labels_per_class"].items(), key=lambda item: int(item[0])):
+        masks, subsets = found.get("masks"), len(found["accuracies"])
+        lines.append([count, *_cells(found), *(_cells(masks) if masks else ["", ""]), str(subsets), f"{found['n']:,}"])
     headings = ["labels a class", "accuracy", "± std", "modal of masks", "± std", "subsets", "n"]
     used = [c for c in range(len(headings)) if c not in (3, 4) or any(line[c] for line in lines)]
     note = (
-        f"layer {record['layer']}, regularisation {record['regularisation']:g}; mean and sample standard deviation "
-        f"(n - 1) over subsets; n images of {record['split']}"
+        f"layer {record.get('layer')}, regularisation {record.get('regularisation', STRENGTH):g}; mean and sample "
+        f"standard deviation (n - 1) over subsets; n images of {record.get('split', 'val')}"
     )
-    if not all(found["converged"] for found in record["labels_per_class"].values()):
-        note += f"; some not converged in {classifier.MAX_ITERATIONS} iterations"
-    return Table("", [headings[c] for c in used], [[line[c] for c in used] for line in lines], note).text()
+    if not all(found.get("converged", True) for found in record["labels_per_class"].values()):
+        note += "; some classifiers did not converge"
+    return Table("", [headings[c] for c in used], [[line[c] for c in used] for line in lines], note)
 
 
-def _cells(found: dict[str, Any]) -> list[str]:
+def _cells(found: Record) -> list[str]:
     return [f"{found['mean']:.4f}", f"{found['std']:.4f}"]
+
+
+def figure(record: Record) -> "Figure":
+    """Accuracy by labels a class, mean and standard deviation over random subsets."""
+    from igpt_ds.plots import new
+
+    found = sorted((int(count), result) for count, result in record["labels_per_class"].items())
+    drawn = new()
+    axes = drawn.subplots()
+    means, deviations = ([100 * result[key] for _, result in found] for key in ("mean", "std"))
+    axes.errorbar([count for count, _ in found], means, deviations, fmt="o-", capsize=4)
+    for count, result in found:
+        axes.plot([count] * len(result["accuracies"]), [100 * a for a in result["accuracies"]], ".", color="C7")
+    axes.set_xscale("log")
+    axes.set_xticks([count for count, _ in found], [str(count) for count, _ in found])
+    axes.minorticks_off()
+    axes.set_xlabel("labels a class")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title("Few labels: mean ± standard deviation over subsets")
+    axes.grid(alpha=0.3)
+    return drawn

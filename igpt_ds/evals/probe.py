@@ -8,22 +8,136 @@ is the validation split folded back into training and the test split looked at, 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+import click
 from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
-from igpt_ds.errors import RunError
-from igpt_ds.evals import classifier, classifier_sgd
-from igpt_ds.evals.classifier import Classifier, Rows
-from igpt_ds.evals.feature_cache import Features
-from igpt_ds.evals.features import Network, pixels
-from igpt_ds.evals.splits import Scored, Splits, ensemble, rows, take, take_scored
-from igpt_ds.text import Table, figure
+from igpt_ds.errors import RunError, UserError
+from igpt_ds.evals import DIVIDED, MASKS, Record, Subject
+from igpt_ds.options import Renamed
+from igpt_ds.text import Table, number
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from igpt_ds.features.cache import Features
+    from igpt_ds.features.classifier import Classifier, Rows
+    from igpt_ds.features.extract import Network
+    from igpt_ds.features.splits import Scored, Splits
+
+NAME, TITLE = "probe", "Probe by depth"
+HOLDS = {"step": int, "layers": list, "validation_images": int}
 STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1, 0.01)  # of regularisation; see classifier.py for the objective
+OPTIONS = (
+    click.Option(["--layers"], metavar="LAYERS", help="Only these, e.g. 0,4-7; the last, L, is the final norm's."),
+    click.Option(
+        ["--concatenate"], type=click.IntRange(min=2), multiple=True, help="Also so many layers around the best."
+    ),
+    Renamed(
+        ["--split"],
+        flags={"--test": "test"},
+        type=click.Choice(["val", "test"]),
+        default="val",
+        show_default=True,
+        help="What is reported; test: besides DIR/test once, by a classifier of train/ and val/ together.",
+    ),
+    MASKS,
+    click.Option(["--untrained"], is_flag=True, help="Also probe the same network before training."),
+    click.Option(
+        ["--images"], type=click.IntRange(min=2), help="Only so many of each split: its rows are in random order."
+    ),
+    click.Option(["--solver"], type=click.Choice(["lbfgs", "sgd"]), default="lbfgs", show_default=True),
+    click.Option(
+        ["--regularisation", "strengths"],
+        type=click.FloatRange(min=0, min_open=True),
+        multiple=True,
+        help="lbfgs: strength to try; may be given again.  [default: 1000, 100, ... 0.01]",
+    ),
+    click.Option(["--iterations"], type=click.IntRange(min=1), help="sgd: batches.  [default: 1000000]"),
+    click.Option(
+        ["--norm"],
+        type=click.Choice(["first", "none"]),
+        default="first",
+        show_default=True,
+        help="Features after the block's first norm, as the paper's, or its raw input as others take it.",
+    ),
+    click.Option(["--precision"], type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
+    click.Option(["--batch"], type=click.IntRange(min=1), help="Images in a forward pass.  [default: of 65536 tokens]"),
+    DIVIDED,
+)
 Layers = tuple[int, ...]
-Record = dict[str, Any]
+
+
+def run(
+    subject: Subject,
+    *,
+    layers: str | None = None,
+    concatenate: tuple[int, ...] = (),
+    split: str = "val",
+    masks: int | None = None,
+    untrained: bool = False,
+    images: int | None = None,
+    solver: Literal["lbfgs", "sgd"] = "lbfgs",
+    strengths: tuple[float, ...] = (),
+    iterations: int | None = None,
+    norm: Literal["first", "none"] = "first",
+    precision: Literal["float32", "bfloat16"] = "float32",
+    batch: int | None = None,
+    ds: str | None = None,
+) -> Record | None:
+    """Linear probe of every layer: how well a linear classifier reads the classes from each depth.
+
+    \b
+    Writes a JSON file and, beside it, a plot of the same name; prints the table:
+        igpt-ds probe RUN --data DATA --json probe.json
+    The final figures of CIFAR-10, 5 layers around the best ones side by side as well:
+        igpt-ds probe RUN --data cifar10 --concatenate 5 --test
+    ImageNet, features by 8 GPUs, then classifiers by SGD on the first:
+        torchrun --nproc-per-node 8 -m igpt_ds -- probe RUN --data imagenet32 --solver sgd --layers 10-14
+    A network too big for one GPU, divided over 8:
+        torchrun --nproc-per-node 8 -m igpt_ds -- probe RUN --data DATA --ds zero3
+
+    Features are kept in RUN/features (layers x width x images x 4 bytes), so that another probe of the same checkpoint
+    and data does not compute them again; delete the folder at will.
+    """
+    from igpt_ds.features.cache import fingerprint
+    from igpt_ds.features.extract import Network, Recipe, parse_layers
+    from igpt_ds.features.splits import masks_of
+
+    if (iterations and solver != "sgd") or (strengths and solver != "lbfgs"):
+        raise UserError("--iterations belongs to --solver sgd, --regularisation to lbfgs: leave the other one out")
+    weights, config, splits = subject.labelled(split == "test", images)
+    recipe = Recipe(parse_layers(layers, config), norm, precision)
+    for count in concatenate:
+        if count > len(recipe.layers):
+            raise UserError(f"--concatenate {count}: only {len(recipe.layers)} layers are probed: ask for fewer")
+    settings = Settings(
+        solver,
+        tuple(sorted(strengths, reverse=True)) or STRENGTHS,
+        iterations or Settings.iterations,
+        concatenate,
+        masks_of(config, masks),
+        images,
+    )
+    trained = Network(config, weights, recipe, subject.ranks, ds, batch)
+    before = Network(config, None, recipe, subject.ranks, ds, batch) if untrained else None
+    collected = collect(trained, before, splits, settings, subject.folder / "features")
+    if collected is None:
+        return None
+    return {
+        "kind": "probe",
+        "model": config.name,
+        "objective": config.objective.name,
+        "step": weights.step,
+        "checkpoint": fingerprint(config, weights),
+        "data": str(splits.train.path.parent),
+        "norm": norm,
+        "precision": precision,
+        "solver": solver,
+        **judge(collected, splits, config, settings),
+    }
 
 
 @dataclass(frozen=True)
@@ -50,10 +164,10 @@ class Settings:
 class Collected:
     """All features of a probe."""
 
-    train: Features
-    validation: Scored
-    test: Scored | None = None
-    untrained: tuple[Features, Features] | None = None  # of train/ and val/
+    train: "Features"
+    validation: "Scored"
+    test: "Scored | None" = None
+    untrained: "tuple[Features, Features] | None" = None  # of train/ and val/
 
 
 @dataclass(frozen=True)
@@ -62,11 +176,11 @@ class Choice:
 
     accuracy: float
     setting: float
-    classifier: Classifier
+    classifier: "Classifier"
 
 
 def collect(
-    trained: Network, untrained: Network | None, splits: Splits, settings: Settings, folder: Path
+    trained: "Network", untrained: "Network | None", splits: "Splits", settings: Settings, folder: Path
 ) -> Collected | None:
     """All features that `judge` needs, on rank 0; None on the others, whose work is done then.
 
@@ -77,6 +191,8 @@ def collect(
         UserError: the data is damaged, the disk is full, or a cache is not what its name says.
         RunError: a feature is not finite.
     """
+    from igpt_ds.features.splits import take, take_scored
+
     images, before, test = settings.images, None, None
     with trained.ranks.meeting():
         train = take(trained, splits.train, folder, images)
@@ -90,7 +206,7 @@ def collect(
     return Collected(train, validation, test, before) if trained.ranks.rank == 0 else None
 
 
-def choose(train: Rows, validation: Rows, classes: int, settings: Settings, seed: int, title: str) -> Choice:
+def choose(train: "Rows", validation: "Rows", classes: int, settings: Settings, seed: int, title: str) -> Choice:
     """The classifier that does best on the validation split.
 
     With L-BFGS every strength is tried. With SGD the rates are tried in order, until the accuracy falls (section 3.4).
@@ -113,8 +229,10 @@ def choose(train: Rows, validation: Rows, classes: int, settings: Settings, seed
 
 
 def _candidates(
-    train: Rows, classes: int, settings: Settings, seed: int, title: str
-) -> Iterator[tuple[float, Classifier | None]]:
+    train: "Rows", classes: int, settings: Settings, seed: int, title: str
+) -> "Iterator[tuple[float, Classifier | None]]":
+    from igpt_ds.features import classifier, classifier_sgd
+
     if settings.solver == "lbfgs":
         yield from zip(settings.strengths, classifier.fit(train, settings.strengths), strict=True)
         return
@@ -122,7 +240,7 @@ def _candidates(
         yield rate, classifier_sgd.fit(train, classes, rate, settings.iterations, seed, f"{title}, rate {rate:g}")
 
 
-def judge(collected: Collected, splits: Splits, config: Config, settings: Settings) -> Record:
+def judge(collected: Collected, splits: "Splits", config: Config, settings: Settings) -> Record:
     """Classify all that was collected; the result as JSON.
 
     Accuracies are on the validation split, but under the keys "test".
@@ -130,6 +248,10 @@ def judge(collected: Collected, splits: Splits, config: Config, settings: Settin
     Raises:
         RunError: SGD diverged at every rate.
     """
+    from igpt_ds.features.classifier import Rows
+    from igpt_ds.features.extract import pixels
+    from igpt_ds.features.splits import ensemble
+
     judged = _Judge(collected, len(splits.train.manifest.classes or ()), config, settings)
     train, shown = collected.train, collected.validation.features
     trained = judged.each_layer(train, shown, "trained")
@@ -162,14 +284,18 @@ class _Judge:
     config: Config
     settings: Settings
 
-    def choose(self, train: Rows, validation: Rows, title: str) -> Choice:
+    def choose(self, train: "Rows", validation: "Rows", title: str) -> Choice:
         return choose(train, validation, self.classes, self.settings, self.config.seed, title)
 
-    def each_layer(self, train: Features, validation: Features, name: str) -> dict[int, Choice]:
+    def each_layer(self, train: "Features", validation: "Features", name: str) -> dict[int, Choice]:
+        from igpt_ds.features.splits import rows
+
         bar = tqdm(train.numbers, desc=f"probes of {name}", unit=" layers", leave=False, disable=None)
         return {k: self.choose(rows(train, (k,)), rows(validation, (k,)), f"{name}, layer {k}") for k in bar}
 
     def side_by_side(self, layers: Layers) -> Record:
+        from igpt_ds.features.splits import rows
+
         train = rows(self.collected.train, layers)
         choice = self.choose(train, rows(self.collected.validation.features, layers), f"layers {list(layers)}")
         test = self.tested(layers, choice)
@@ -187,6 +313,9 @@ class _Judge:
 
     def tested(self, layers: Layers, choice: Choice) -> Record | None:
         """The test split once, by a classifier of train and validation images with what was chosen."""
+        from igpt_ds.features import classifier, classifier_sgd
+        from igpt_ds.features.splits import ensemble, rows
+
         test = self.collected.test
         if test is None:
             return None
@@ -215,9 +344,9 @@ def centred(layers: Layers, best: int, count: int) -> Layers:
     return layers[first : first + count]
 
 
-def table(record: Record) -> str:
-    """What `igpt-ds probe` recorded, for people."""
-    before = {result["layer"]: result["accuracy"] for result in record["untrained"]}
+def table(record: Record) -> Table:
+    """Every layer, the pixels and the layers side by side; what they rest on below."""
+    before = {result["layer"]: result["accuracy"] for result in record.get("untrained") or ()}
     lines = [
         _line(
             str(result["layer"]),
@@ -245,14 +374,14 @@ def table(record: Record) -> str:
             f"{result['accuracy']:.4f} (n = {result['n']:,})"
         )
         notes += _mask_notes("test", result["masks"])
-    return Table("", [headings[c] for c in used], [[line[c] for c in used] for line in lines], "\n".join(notes)).text()
+    return Table("", [headings[c] for c in used], [[line[c] for c in used] for line in lines], "\n".join(notes))
 
 
 def _line(name: str, result: Record, before: float | None, note: str | bool) -> list[str]:
     setting = result["learning_rate"] if result["regularisation"] is None else result["regularisation"]
     notes = [note] if isinstance(note, str) else []
-    notes += [] if result["converged"] else [f"not converged in {classifier.MAX_ITERATIONS} iterations"]
-    return [name, f"{result['accuracy']:.4f}", figure(before), f"{result['n']:,}", f"{setting:g}", ", ".join(notes)]
+    notes += [] if result["converged"] else [f"not converged in {1000} iterations"]
+    return [name, f"{result['accuracy']:.4f}", number(before), f"{result['n']:,}", f"{setting:g}", ", ".join(notes)]
 
 
 def _mask_notes(split: str, masks: Record | None) -> list[str]:
@@ -263,3 +392,28 @@ def _mask_notes(split: str, masks: Record | None) -> list[str]:
         f"{split}, modal prediction over {masks['count']} masks: {masks['accuracy']:.4f}; one mask: "
         f"{masks['single_mean']:.4f}{spread}; nothing hidden: {masks['unmasked']:.4f} (n = {masks['n']:,})"
     ]
+
+
+def figure(record: Record) -> "Figure":
+    """Accuracy of the linear probe by layer (figure 2 of the paper) of one network."""
+    from igpt_ds.plots import by_layer, new
+
+    drawn = new()
+    axes = drawn.subplots()
+    by_layer(axes, record["layers"], "o-", "C0", f"after {record['step']:,} steps")
+    if record.get("untrained"):
+        by_layer(axes, record["untrained"], "s--", "C7", "the same network, untrained")
+    if record.get("pixels") is not None:
+        pixels = record["pixels"]
+        accuracy = pixels["accuracy"] if isinstance(pixels, dict) else pixels
+        axes.axhline(100 * accuracy, color="C1", linestyle=":", label="raw pixels")
+    axes.set_ylabel(f"accuracy on {record['validation_images']:,} held-out images, %")
+    axes.set_title("Linear probe by depth")
+    axes.legend()
+    return drawn
+
+
+def fault(record: Record) -> str:
+    """A layer without its accuracy."""
+    whole = all(isinstance(layer, dict) and {"layer", "accuracy"} <= layer.keys() for layer in record["layers"])
+    return "" if whole and record["layers"] else "a layer has no accuracy"

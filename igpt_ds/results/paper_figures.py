@@ -11,9 +11,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from igpt_ds.evals import Record
+from igpt_ds.plots import by_layer, new, plain
 from igpt_ds.results import paper_numbers as paper
-from igpt_ds.results.figures import by_layer, new, plain
-from igpt_ds.run.records import Record, RunRecords, best_layer
+from igpt_ds.results.records import RunRecords, best_layer
 
 # The paper's colours of figure 4: bold is what ensembling masks adds.
 PROBE, PROBE_BOLD, TUNED, TUNED_BOLD = "#9ecae1", "#1f6fb4", "#fdbe85", "#e6550d"

@@ -7,8 +7,9 @@ where it was reported, else with the validation split, and say which.
 from collections.abc import Sequence
 
 from igpt_ds.config.size import parameter_count
+from igpt_ds.evals import Record
 from igpt_ds.results import paper_numbers as paper
-from igpt_ds.run.records import Record, RunRecords, best_layer
+from igpt_ds.results.records import RunRecords, best_layer
 from igpt_ds.text import MISSING, Table, percent
 
 Runs = Sequence[RunRecords]

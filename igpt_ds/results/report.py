@@ -5,6 +5,7 @@ escaped, and a content security policy forbids all that the page does not need. 
 """
 
 import base64
+import functools
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -16,11 +17,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 import igpt_ds
+from igpt_ds import evals
 from igpt_ds.config.size import parameter_count
+from igpt_ds.plots import png
 from igpt_ds.results import figures
-from igpt_ds.results.paper_figures import ensembled
-from igpt_ds.results.tables import few_labels_table, likelihood_table, probe_table, sweep_table
-from igpt_ds.run.records import Record, RunRecords, best_layer
+from igpt_ds.results.records import RunRecords, best_layer
+from igpt_ds.results.tables import sweep_table
 from igpt_ds.text import Table
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,9 +70,7 @@ def page(run: RunRecords) -> str:
         "Training": _training,
         "Events": _events,
         "Samples": _samples,
-        "Probe by depth": _probe,
-        "Few labels": _few_labels,
-        "Likelihood": _likelihood,
+        **{evals.load(name).TITLE: _evaluation(name) for name in evals.names()},
         "Results": _results,
         "Configuration": _configuration,
         "Environment": _environment,
@@ -140,11 +140,11 @@ def _training(run: RunRecords) -> str:
     return f'<div class="plots">{"".join(plots)}</div>'
 
 
-def _has(metrics: list[Record], key: str) -> bool:
+def _has(metrics: list[evals.Record], key: str) -> bool:
     return any(isinstance(line.get(key), int | float) for line in metrics)
 
 
-def _course(metrics: list[Record], key: str, title: str, unit: str, log: bool) -> Callable[[], Figure]:
+def _course(metrics: list[evals.Record], key: str, title: str, unit: str, log: bool) -> Callable[[], Figure]:
     return lambda: figures.course(metrics, key, title, unit, log)
 
 
@@ -172,34 +172,19 @@ def _samples(run: RunRecords) -> str:
     return "".join(found) or _missing("No sheet in the run.", "igpt-ds sample RUN --out RUN/samples.png")
 
 
-def _probe(run: RunRecords) -> str:
-    probe = run.probe
-    if probe is None:
-        return _missing("Not recorded.", "igpt-ds probe RUN")
-    picture = _picture(lambda: figures.depth(probe), "Accuracy of the linear probe by layer")
-    masks = ensembled(probe)
-    modal = f"<p>Modal prediction over several masks: {masks:.2f} %.</p>" if masks is not None else ""
-    return f'<div class="plots">{picture}<div>{_table(probe_table(probe))}{modal}</div></div>'
+def _evaluation(name: str) -> Callable[[RunRecords], str]:
+    """The section of an evaluation: each record's figure and table."""
+    evaluation = evals.load(name)
 
+    def write(run: RunRecords) -> str:
+        parts = []
+        for record in run.evaluations[name].values():
+            draw = getattr(evaluation, "figure", None)
+            picture = _picture(functools.partial(draw, record), evaluation.TITLE) if draw else ""
+            parts.append(f'<div class="plots">{picture}<div>{_table(evaluation.table(record))}</div></div>')
+        return "".join(parts) or _missing("Not recorded.", f"igpt-ds {evaluation.NAME} RUN")
 
-def _few_labels(run: RunRecords) -> str:
-    record = run.low_data
-    if record is None:
-        return _missing("Not recorded.", "igpt-ds low-data RUN")
-    picture = _picture(lambda: figures.few_labels(record), "Accuracy by labels a class")
-    return f'<div class="plots">{picture}<div>{_table(few_labels_table(record))}</div></div>'
-
-
-def _likelihood(run: RunRecords) -> str:
-    parts = []
-    for record in run.evals.values():
-        picture = _picture(_map(record), "Mean nats a token by position in the image")
-        parts.append(f'<div class="plots">{picture}<div>{_table(likelihood_table(record))}</div></div>')
-    return "".join(parts) or _missing("Not recorded.", "igpt-ds eval RUN")
-
-
-def _map(record: Record) -> Callable[[], Figure]:
-    return lambda: figures.likelihood_map(record)
+    return write
 
 
 def _results(run: RunRecords) -> str:
@@ -278,9 +263,9 @@ def _missing(text: str, command: str = "") -> str:
 
 def _picture(draw: Callable[[], Figure], alt: str) -> str:
     with matplotlib.rc_context(_LIGHT):
-        light = _uri(figures.png(draw()))
+        light = _uri(png(draw()))
     with matplotlib.rc_context(_DARK):
-        dark = _uri(figures.png(draw()))
+        dark = _uri(png(draw()))
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{escape(alt)}"></picture>'

@@ -101,7 +101,7 @@ def _batches(engine: "Engine", job: Job, dataset: Dataset, title: str) -> "Itera
 
 def _ensemble(engine: "Engine", job: Job, dataset: Dataset) -> float:
     """Accuracy of the modal prediction under independent masks."""
-    from igpt_ds.evals.mask_ensemble import mask_seed, vote
+    from igpt_ds.features.masks import mask_seed, vote
 
     split = "test" if job.test_set else "val"
     seeds = [mask_seed(job.config.seed, split, number) for number in range(job.masks)]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from igpt_ds.errors import UserError
-from igpt_ds.evals.samples import COMPLETIONS, completion_tiles, contact_sheet, decoded, prefixes, save_png
 from igpt_ds.model.sampling import Drawing
 from igpt_ds.run.directory import LOGGER
+from igpt_ds.samples.sheet import COMPLETIONS, completion_tiles, contact_sheet, decoded, prefixes, save_png
 
 if TYPE_CHECKING:
     from igpt_ds.train.trainer import Trainer

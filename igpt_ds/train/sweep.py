@@ -116,30 +116,20 @@ def winner(trials: Sequence[Trial]) -> Trial | None:
     return best if best is not None and best.badness < math.inf else None
 
 
-def table(trials: Sequence[Trial]) -> str:
-    """The trials as an aligned table."""
-    best = winner(trials)
-    lines = [f"{'rate':>9}  {'status':<10}  {'step':>9}  {'val loss':>9}  {'accuracy':>9}  {'n':>9}"]
-    for trial in trials:
-        loss = "" if trial.val_loss is None else f"{trial.val_loss:.4f}"
-        accuracy = "" if trial.val_accuracy is None else f"{trial.val_accuracy:.4f}"
-        n = "" if trial.n is None else f"{trial.n}"
-        row = f"{trial.rate:>9g}  {trial.status:<10}  {trial.step:>9}  {loss:>9}  {accuracy:>9}  {n:>9}"
-        lines.append(row.rstrip() + ("  <- best" if trial == best else ""))
-    return "\n".join(lines)
-
-
-def record(directory: Path, trials: Sequence[Trial], facts: dict[str, Any]) -> None:
-    """Write DIR/sweep.json."""
+def summary(trials: Sequence[Trial]) -> dict[str, Any]:
+    """What DIR/sweep.json tells of the trials."""
     best = winner(trials)
     by_accuracy = any(trial.val_accuracy is not None for trial in trials)
-    content = {
-        "kind": "sweep",
-        **facts,
+    return {
         "criterion": "val_accuracy" if by_accuracy else "val_loss",
         "rates": [asdict(trial) for trial in trials],
         "winner": best.rate if best else None,
     }
+
+
+def record(directory: Path, trials: Sequence[Trial], facts: dict[str, Any]) -> None:
+    """Write DIR/sweep.json."""
+    content = {"kind": "sweep", **facts, **summary(trials)}
     publish_text(directory / "sweep.json", json.dumps(content, indent=2) + "\n")
 
 

@@ -10,6 +10,8 @@ from igpt_ds.config.schema import replace
 LOW_DATA = {
     "step": 600,
     "layer": 1,
+    "split": "val",
+    "regularisation": 1.0,
     "labels_per_class": {
         "4": {"accuracies": [0.5, 0.6, 0.55, 0.58, 0.52], "mean": 0.55, "std": 0.04123, "n": 60},
         "25": {"accuracies": [0.8, 0.82, 0.81, 0.8, 0.82], "mean": 0.81, "std": 0.01, "n": 60},
@@ -34,10 +36,27 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def probe(step: int, *accuracies: float, **more: Any) -> dict[str, Any]:
     """A probe record of one accuracy a layer."""
-    layers = [{"layer": layer, "accuracy": a, "n": 60, "converged": True} for layer, a in enumerate(accuracies)]
+    chosen = {"n": 60, "regularisation": 1.0, "learning_rate": None, "converged": True}
+    layers = [{"layer": layer, "accuracy": a, **chosen} for layer, a in enumerate(accuracies)]
     best = max(accuracies)
-    facts = {"step": step, "layers": layers, "untrained": [], "pixels": 0.4, "validation_images": 60}
+    facts = {
+        "step": step,
+        "solver": "lbfgs",
+        "layers": layers,
+        "untrained": [],
+        "pixels": 0.4,
+        "pixels_regularisation": 1.0,
+        "concatenation": [],
+        "masks": None,
+        "train_images": 533,
+        "validation_images": 60,
+    }
     return {**facts, "best_layer": accuracies.index(best), "best_accuracy": best, "test": None, **more}
+
+
+def masks(accuracy: float) -> dict[str, Any]:
+    """What a record holds of the modal prediction over 5 masks."""
+    return {"count": 5, "accuracy": accuracy, "n": 60, "single_mean": 0.8, "single_std": 0.01, "unmasked": 0.7}
 
 
 def likelihood(nats: float = 1.25, split: str = "val", step: int = 600) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed.ranks import launched
-from igpt_ds.evals.feature_cache import cached
-from igpt_ds.evals.features import Network, Recipe
+from igpt_ds.features.cache import cached
+from igpt_ds.features.extract import Network, Recipe
 from igpt_ds.weights.base import config_of
 
 

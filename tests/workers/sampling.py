@@ -20,7 +20,7 @@ from igpt_ds.distributed.ranks import launched
 from igpt_ds.model.sampling import Drawing
 from igpt_ds.weights.base import config_of
 from tests.helpers.ranks import record_and_end
-from tests.igpt_ds.evals.test_samples import CASES
+from tests.igpt_ds.samples.test_sheet import CASES
 
 
 def main() -> None:

@@ -326,7 +326,6 @@ def test_bfloat16_on_a_gpu_without_it(
 ) -> None:
     import torch
 
-    import igpt_ds.distributed.engine  # before the GPU is played
     from igpt_ds.distributed.ranks import Ranks
 
     # The GPU is played: the refusal must come before anything is done on it.

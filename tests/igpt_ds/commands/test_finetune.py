@@ -19,7 +19,7 @@ from igpt_ds.config.file import from_tree, load_config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
-from igpt_ds.evals.features import load_model
+from igpt_ds.features.extract import load_model
 from igpt_ds.loading.augment import crop_and_flip
 from igpt_ds.loading.loader import MicroBatches, shard_labels
 from igpt_ds.loading.order import LeftOut
@@ -71,7 +71,10 @@ def accuracy(checkpoint: Path, dataset: Dataset) -> float:
     config = from_tree(found.config, "test")
     tokens, positions = torch.from_numpy(dataset.images().astype(np.int64)), torch.arange(dataset.rows)
     with torch.no_grad():
-        output = load_model(config, found)(tokens, load_objective(config).mask(tokens, positions, config))
+        output = load_model(config, found)(
+            tokens,
+            load_objective(config.objective.name).mask(tokens, positions, config.seed, config.objective.mask_rate),
+        )
     return float((output.class_logits_BC.argmax(1).numpy() == dataset.labels()).mean())
 
 

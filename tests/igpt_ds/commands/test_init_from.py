@@ -16,7 +16,7 @@ from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
 from igpt_ds.config.file import load_config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.evals.features import load_model
+from igpt_ds.features.extract import load_model
 from igpt_ds.run.metrics import read_metrics
 from igpt_ds.weights.base import at_resolution, config_of, resize_positions
 from igpt_ds.weights.convert import convert

@@ -138,7 +138,7 @@ def test_a_malformed_set_is_refused(text: str) -> None:
         ("name=3", "name must be str, not 3"),
         ("data.sources=x", "data.sources must be a list, not 'x'"),
         ("data.weights=[1, 'x']", "data.weights must be int, not 'x'"),
-        ("objective.name=pixels", "objective.name must be one of next_pixel, masked_pixel, not 'pixels'"),
+        ("objective.name=pixels", "objective.name must be one of masked_pixel, next_pixel, not 'pixels'"),
         ("model=3", "model must be a section, not 3"),
         ("training.steps=0", "training.steps must be above 0, not 0"),
         ("training.learning_rate=nan", "training.learning_rate must be above 0, not nan"),

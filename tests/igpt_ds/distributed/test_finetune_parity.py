@@ -48,7 +48,7 @@ class Plain:
         mask = None
         if self.case.objective == "masked_pixel":
             config = self.config.__class__(**{**self.config.__dict__, "seed": seed})
-            mask = masked_pixel.mask(tokens, torch.from_numpy(positions), config)
+            mask = masked_pixel.mask(tokens, torch.from_numpy(positions), config.seed, config.objective.mask_rate)
         layer = LAYERS if self.case.layer is None else self.case.layer
         output = self.model(tokens, mask, features=[layer])
         nats = F.cross_entropy(output.logits_BTK.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)

@@ -57,7 +57,7 @@ def _plain(case: Case) -> Curves:
             logits_BTK = model(tokens_BT).logits_BTK
             loss = F.cross_entropy(logits_BTK.flatten(0, 1), tokens_BT.flatten())
         else:
-            mask_BT = masked_pixel.mask(tokens_BT, torch.from_numpy(positions), config)
+            mask_BT = masked_pixel.mask(tokens_BT, torch.from_numpy(positions), config.seed, config.objective.mask_rate)
             logits_BTK = model(tokens_BT, mask_BT).logits_BTK
             each = [F.cross_entropy(k[m], t[m]) for k, t, m in zip(logits_BTK, tokens_BT, mask_BT, strict=True)]
             loss = torch.stack(each).mean()

@@ -63,7 +63,9 @@ def test_equals_a_float64_reference_bert_over_masks(digits: Path, monkeypatch: p
     sums, counts, means = np.zeros(64), np.zeros(64), []
     for number in range(3):
         places = torch.arange(dataset.rows) + number * dataset.rows
-        mask = load_objective(seeded).mask(torch.from_numpy(tokens.astype(np.int64)), places, seeded)
+        mask = load_objective(seeded.objective.name).mask(
+            torch.from_numpy(tokens.astype(np.int64)), places, seeded.seed, seeded.objective.mask_rate
+        )
         assert mask is not None and mask.any(1).all()
         nats, hidden = reference(model, tokens, mask), mask.numpy()
         sums, counts = sums + (nats * hidden).sum(0), counts + hidden.sum(0)
@@ -74,9 +76,9 @@ def test_equals_a_float64_reference_bert_over_masks(digits: Path, monkeypatch: p
     # One mask of the run's own seed is the loss that its validation during training reports.
     one = likelihood(model, config, dataset, ALONE, masks=1, mask_seed=config.seed)
     tokens_BT, places = torch.from_numpy(tokens.astype(np.int64)), torch.arange(dataset.rows)
-    mask = load_objective(config).mask(tokens_BT, places, config)
+    mask = load_objective(config.objective.name).mask(tokens_BT, places, config.seed, config.objective.mask_rate)
     with torch.no_grad():
-        losses = load_objective(config).image_losses(model(tokens_BT, mask).logits_BTK, tokens_BT, mask)
+        losses = load_objective(config.objective.name).image_losses(model(tokens_BT, mask).logits_BTK, tokens_BT, mask)
     assert one.nats == pytest.approx(float(losses.double().mean()), rel=1e-6)
 
 
@@ -177,7 +179,7 @@ def test_the_command_writes_what_it_prints(
     finally:
         manifest.save(digits / "val")
     assert "Palette distortion: unknown" in capsys.readouterr().out
-    assert json.loads((run / "eval.json").read_text())["palette_distortion"] is None
+    assert json.loads((run / "eval-7.json").read_text())["palette_distortion"] is None
     # Another split has a file of its own.
     assert call("eval", run, "--split", "train") == 0
     assert json.loads((run / "eval-train.json").read_text())["split"] == "train"

@@ -10,9 +10,9 @@ from sklearn.preprocessing import StandardScaler
 
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
-from igpt_ds.evals.feature_cache import Features
 from igpt_ds.evals.low_data import SUBSETS, judge, subset
-from igpt_ds.evals.splits import Scored
+from igpt_ds.features.cache import Features
+from igpt_ds.features.splits import Scored
 from tests.helpers.commands import call
 from tests.helpers.models import small_config
 from tests.igpt_ds.evals.test_probe import make_run

@@ -15,11 +15,12 @@ from igpt_ds.config.file import to_toml
 from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import RunError
-from igpt_ds.evals import classifier_sgd, probe
-from igpt_ds.evals.classifier import Classifier, Rows
-from igpt_ds.evals.feature_cache import Features
+from igpt_ds.evals import probe
 from igpt_ds.evals.probe import Collected, Settings, centred, choose, judge
-from igpt_ds.evals.splits import Scored, Splits
+from igpt_ds.features import classifier_sgd
+from igpt_ds.features.cache import Features
+from igpt_ds.features.classifier import Classifier, Rows
+from igpt_ds.features.splits import Scored, Splits
 from tests.helpers.commands import call
 from tests.helpers.models import random_model, save_model, small_config
 
@@ -137,8 +138,9 @@ def test_each_layer_is_judged_on_its_own_features_and_validation_is_folded_into_
     assert (several["layers"], several["features"], several["n"]) == ([1, 2], 6, 60)
     assert several["accuracy"] == pytest.approx(40 / 60) and several["test"]["accuracy"] > 0.95
     assert record["masks"] is None and record["untrained"] == []
-    assert "test, layer 1, trained on 210 images (validation folded in): 1.0000 (n = 90)" in probe.table(
-        {**record, "solver": "lbfgs"}
+    assert (
+        "test, layer 1, trained on 210 images (validation folded in): 1.0000 (n = 90)"
+        in probe.table({**record, "solver": "lbfgs"}).text()
     )
 
 
@@ -171,8 +173,9 @@ def test_masks_are_ensembled_by_the_modal_prediction(splits: Splits) -> None:
     assert (masks["count"], masks["n"], masks["layers"]) == (3, 60, [0])
     assert masks["accuracy"] == masks["unmasked"] == 1.0
     assert record["best_accuracy"] == pytest.approx(2 / 3)
-    assert "modal prediction over 3 masks: 1.0000; one mask: 0.6667 ± 0.0000" in probe.table(
-        {**record, "solver": "lbfgs"}
+    assert (
+        "modal prediction over 3 masks: 1.0000; one mask: 0.6667 ± 0.0000"
+        in probe.table({**record, "solver": "lbfgs"}).text()
     )
 
 

@@ -205,8 +205,8 @@ def test_the_initial_loss_is_ln_of_the_palette(objective: str, colours: int) -> 
     config = small_config(objective, f"data.palette_size={colours}", "objective.mask_rate=0.5")
     model, tokens = ImageGPT(config), random_tokens(config, images=8)
     initialise(model, seed=0)
-    module = load_objective(config)
-    mask = module.mask(tokens, torch.arange(8), config)
+    module = load_objective(config.objective.name)
+    mask = module.mask(tokens, torch.arange(8), config.seed, config.objective.mask_rate)
     losses = module.image_losses(model(tokens, mask).logits_BTK, tokens, mask)
     assert losses.tolist() == pytest.approx([math.log(colours)] * 8, abs=5e-7 * math.log(colours))
 

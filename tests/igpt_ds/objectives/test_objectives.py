@@ -36,8 +36,8 @@ def nats_by_hand(logits: Tensor, tokens: Tensor) -> np.ndarray:
 
 
 def test_objectives_are_found_by_name() -> None:
-    assert load_objective(bert_config()) is masked_pixel
-    assert load_objective(load_config("s")) is next_pixel
+    assert load_objective(bert_config().objective.name) is masked_pixel
+    assert load_objective(load_config("s").objective.name) is next_pixel
 
 
 def test_next_pixel_is_the_mean_negative_log_likelihood() -> None:
@@ -45,7 +45,7 @@ def test_next_pixel_is_the_mean_negative_log_likelihood() -> None:
     losses = next_pixel.image_losses(logits, tokens, None)
     assert losses.dtype == torch.float32
     np.testing.assert_allclose(losses.numpy(), nats_by_hand(logits, tokens).mean(axis=1), rtol=1e-6)
-    assert next_pixel.mask(tokens, torch.arange(IMAGES), bert_config()) is None
+    assert next_pixel.mask(tokens, torch.arange(IMAGES), bert_config().seed, bert_config().objective.mask_rate) is None
 
 
 def test_next_pixel_of_half_precision_logits_is_summed_in_float32() -> None:
@@ -90,7 +90,9 @@ def test_an_empty_mask_gives_zero_and_no_nan() -> None:
 
 def draw(positions: list[int], *overrides: str, tokens: int = TOKENS) -> Tensor:
     image = torch.zeros(len(positions), tokens, dtype=torch.int64)
-    return masked_pixel.mask(image, torch.tensor(positions), bert_config(*overrides))
+    return masked_pixel.mask(
+        image, torch.tensor(positions), bert_config(*overrides).seed, bert_config(*overrides).objective.mask_rate
+    )
 
 
 def test_the_mask_is_a_function_of_seed_and_position_alone() -> None:
@@ -103,7 +105,10 @@ def test_the_mask_is_a_function_of_seed_and_position_alone() -> None:
     for i, position in enumerate([3, 70_000, 3, 5, 2**40]):  # whatever else is in the batch
         assert torch.equal(draw([position])[0], masks[i])
     other_tokens = torch.full((1, TOKENS), 7)
-    assert torch.equal(masked_pixel.mask(other_tokens, torch.tensor([3]), bert_config())[0], masks[0])
+    assert torch.equal(
+        masked_pixel.mask(other_tokens, torch.tensor([3]), bert_config().seed, bert_config().objective.mask_rate)[0],
+        masks[0],
+    )
 
 
 def test_the_mask_is_the_same_for_ever() -> None:

@@ -12,8 +12,10 @@ from PIL import Image
 
 from igpt_ds import cli
 from igpt_ds.errors import UserError
-from igpt_ds.results import figures, paper_figures, paper_numbers, paper_tables
-from igpt_ds.run.records import RunRecords, read_run, read_runs
+from igpt_ds.evals import likelihood
+from igpt_ds.plots import png
+from igpt_ds.results import paper_figures, paper_numbers, paper_tables
+from igpt_ds.results.records import RunRecords, read_run, read_runs
 from igpt_ds.text import MISSING, Table
 from tests.helpers import records
 
@@ -30,7 +32,7 @@ def runs(tmp_path: Path) -> list[RunRecords]:
     validations = [{"step": step, "val_loss": loss, "val_images": 60} for step, loss in ((200, 1.5), (600, 1.25))]
     records.write_metrics(ar, records.training_line(100, 2.0), *validations)
     bert = records.make_run(tmp_path / "bert", "objective.name=masked_pixel")
-    records.write(bert / "probe.json", records.probe(600, 0.5, 0.75, 0.5, masks={"count": 5, "accuracy": 0.78}))
+    records.write(bert / "probe.json", records.probe(600, 0.5, 0.75, 0.5, masks=records.masks(0.78)))
     records.write(bert / "eval.json", records.likelihood(1.75))
     for name, start, accuracy in (("ar-ft", f"{ar}/checkpoints/step-00000600", 0.9), ("scratch", "", 0.7)):
         tuned = records.make_run(tmp_path / name, start=start)
@@ -154,7 +156,7 @@ def test_figure_4_puts_fine_tunings_beside_their_pre_training(runs: list[RunReco
 
 
 def test_heat_map_puts_every_position_in_its_place() -> None:
-    image = figures.likelihood_map(records.likelihood()).axes[0].images[0].get_array()
+    image = likelihood.figure(records.likelihood()).axes[0].images[0].get_array()
     assert image is not None
     np.testing.assert_array_equal(np.ma.filled(image, -1), [[1, 2], [-1, 0.5]])
 
@@ -164,7 +166,7 @@ def test_labels_are_words_whatever_they_hold(tmp_path: Path) -> None:
     run = records.make_run(tmp_path / "_$\\frac$")
     records.write(run / "probe.json", records.probe(600, 0.5, 0.75))
     figure = paper_figures.figure_2(read_runs([run]))
-    assert figures.png(figure).startswith(b"\x89PNG")
+    assert png(figure).startswith(b"\x89PNG")
     assert len(figure.axes[0].get_legend().get_texts()) == 1
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from igpt_ds import cli
+from igpt_ds.results.records import read_run
 from igpt_ds.results.report import page
-from igpt_ds.run.records import read_run
 from tests.helpers import records
 
 HOSTILE = "</pre><script>alert('x')</script><img src=https://example.org/x onerror=alert(1)>"
@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     validation = {"step": 600, "val_loss": 1.25, "val_images": 60}
     event = {"step": 300, "event": "spike", "reason": HOSTILE}
     records.write_metrics(folder, records.training_line(100, 2.0), event, records.training_line(600, 1.2), validation)
-    records.write(folder / "probe.json", records.probe(600, 0.5, 0.875, 0.75, masks={"count": 5, "accuracy": 0.9}))
+    records.write(folder / "probe.json", records.probe(600, 0.5, 0.875, 0.75, masks=records.masks(0.9)))
     records.write(folder / "low_data.json", records.LOW_DATA)
     records.write(folder / "eval.json", records.likelihood())
     records.write(folder / "result.json", {"kind": HOSTILE, "accuracy": 0.9375, "n": 64, "split": "test"})
@@ -116,7 +116,14 @@ def test_the_records_are_told(html: str) -> None:
     text = Page(html).text
     for figure in ("1.2500 nats at step 600 (n = 60)", "0.8750 at layer 1 (n = 60)", "0.9375", "0.5500", "0.0412"):
         assert figure in text, figure
-    for words in ("mask seed 3", "no RGB likelihood", "Palette distortion: unknown", "spike", "90.00 %", "1.5000"):
+    for words in (
+        "mask seed 3",
+        "no RGB likelihood",
+        "Palette distortion: unknown",
+        "spike",
+        "5 masks: 0.9000",
+        "1.5000",
+    ):
         assert words in text, words
     assert "Not recorded" not in text and "samples.png" in text and "samples-2.png" not in text
 

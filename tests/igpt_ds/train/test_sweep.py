@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from igpt_ds import cli
+from igpt_ds.results.tables import sweep_table
 from igpt_ds.train import sweep
-from igpt_ds.train.sweep import Trial, blind_guess, folder, rose, table, winner
+from igpt_ds.train.sweep import Trial, blind_guess, folder, rose, summary, winner
 from tests.helpers.commands import run_command
 from tests.helpers.models import small_config
 
@@ -180,7 +181,8 @@ def test_the_parts() -> None:
     assert blind_guess(small_config()) == pytest.approx(math.log(8))
     tuned = small_config("finetune.classes=5", "finetune.generative_weight=0.5")
     assert blind_guess(tuned) == pytest.approx(0.5 * math.log(8) + math.log(5))
-    assert table(done).splitlines()[1] == "     0.01  done                9     2.0000                     5  <- best"
+    line = sweep_table(summary(done)).text().splitlines()[1]
+    assert line.split() == ["0.01", "done", "9", "2.0000", "5", "best"]
 
 
 @pytest.mark.distributed

@@ -20,7 +20,7 @@ from igpt_ds.config.schema import Config
 from igpt_ds.config.size import parameter_count
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.evals.features import load_model
+from igpt_ds.features.extract import load_model
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.weights.base import Imported, config_of, palette_of
 from igpt_ds.weights.convert import convert, streamed_logits

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from igpt_ds.errors import UserError
-from igpt_ds.evals import classifier, classifier_sgd
-from igpt_ds.evals.classifier import Classifier, Rows
+from igpt_ds.features import classifier, classifier_sgd
+from igpt_ds.features.classifier import Classifier, Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

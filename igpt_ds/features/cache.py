@@ -22,7 +22,7 @@ from igpt_ds.atomic import fsync_directory, publish_directory, publish_text, wri
 from igpt_ds.config.schema import Config, identity
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
-from igpt_ds.evals.features import Network, extract
+from igpt_ds.features.extract import Network, extract
 from igpt_ds.loading.loader import source_rows
 from igpt_ds.weights.base import Weights
 

@@ -1,11 +1,9 @@
 """What a run has recorded, read for figures, tables and the report. Loads neither a model nor torch.
 
     RUN/config.toml         the configuration
-        metrics.jsonl       see metrics.py
-        probe*.json         `igpt-ds probe`, one a checkpoint, by its "step"
-        low_data.json       `igpt-ds low-data`
+        metrics.jsonl       see igpt_ds/run/metrics.py
+        NAME*.json          of each evaluation, see `igpt_ds.evals`: probe*.json, low_data*.json, eval*.json
         result.json         how a fine-tuning ended
-        eval*.json          `igpt-ds eval`
         ../sweep.json       the search for the learning rate that the run is a part of
 
 Whatever is not there is empty here; what is there and is not what it should be is refused.
@@ -15,14 +13,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from igpt_ds import evals
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
+from igpt_ds.evals import Record
 from igpt_ds.run.metrics import read_metrics
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,19 +29,16 @@ class RunRecords:
     Attributes:
         label: what the run is called in figures: its directory's name, with its parent's where two have the same.
         metrics: lines of metrics.jsonl.
-        probes: of different steps, by step; of several records of a step the one in probe.json.
-        evals: by file name.
+        evaluations: of each evaluation, by its module's name, the records by file name.
     """
 
     path: Path
     label: str
     config: Config
     metrics: list[Record]
-    probes: list[Record]
-    low_data: Record | None
+    evaluations: dict[str, dict[str, Record]]
     result: Record | None
     sweep: Record | None
-    evals: dict[str, Record]
 
     @property
     def objective(self) -> str:
@@ -52,16 +46,30 @@ class RunRecords:
         return "auto-regressive" if self.config.causal else "BERT"
 
     @property
+    def probes(self) -> list[Record]:
+        """Probes of different steps, by step; of several records of a step the one in probe.json."""
+        by_step: dict[int, Record] = {}
+        for _, record in sorted(self.evaluations.get("probe", {}).items(), key=lambda each: each[0] != "probe"):
+            if record.get("norm", "first") == "first":  # what others take (--norm none) is not the paper's
+                by_step.setdefault(record["step"], record)
+        return [by_step[step] for step in sorted(by_step)]
+
+    @property
     def probe(self) -> Record | None:
         """The probe of the last step that was probed."""
         return self.probes[-1] if self.probes else None
+
+    @property
+    def low_data(self) -> Record | None:
+        """The low-data evaluation of the newest checkpoint."""
+        return self.evaluations.get("low_data", {}).get("low_data")
 
     @property
     def validation(self) -> dict[int, tuple[float, int]]:
         """Validation loss (nats a token) and images by step: the training's own, else `igpt-ds eval`'s."""
         found = {
             record["step"]: (record["nats_per_token"], record["images"])
-            for record in self.evals.values()
+            for record in self.evaluations.get("likelihood", {}).values()
             if record["split"] == "val"
         }
         lines = (line for line in self.metrics if "val_loss" in line)
@@ -95,24 +103,24 @@ def read_run(path: Path, label: str = "") -> RunRecords:
         raise UserError(
             f"{path}: no run directory (no config.toml): name that of a training (of a search: one of its lr-*)"
         )
-    probes: dict[int, Record] = {}
-    for file in sorted(path.glob("probe*.json"), key=lambda file: file.name != "probe.json"):
-        record = _read(file, {"step": int, "layers": list, "validation_images": int}, "igpt-ds probe")
-        _check_layers(file, record)
-        if record.get("norm", "first") == "first":  # what others take (--norm none) is not the paper's
-            probes.setdefault(record["step"], record)
-    likelihood = {"step": int, "split": str, "nats_per_token": float, "images": int, "positions": dict}
     return RunRecords(
         path=path,
         label=label or path.resolve().name,
         config=load_config(path / "config.toml"),
         metrics=read_metrics(path / "metrics.jsonl"),
-        probes=[probes[step] for step in sorted(probes)],
-        low_data=_if_there(path / "low_data.json", {"labels_per_class": dict}, "igpt-ds low-data"),
+        evaluations={name: _read_all(path, evals.load(name)) for name in evals.names()},
         result=_if_there(path / "result.json", {"accuracy": float, "n": int}, "igpt-ds finetune"),
         sweep=_if_there(path.resolve().parent / "sweep.json", {"rates": list}, "igpt-ds sweep"),
-        evals={file.stem: _read(file, likelihood, "igpt-ds eval") for file in sorted(path.glob("eval*.json"))},
     )
+
+
+def _read_all(path: Path, evaluation: evals.Evaluation) -> dict[str, Record]:
+    found = {}
+    for file in sorted(path.glob(f"{evals.stem(evaluation)}*.json")):
+        record = found[file.stem] = _read(file, evaluation.HOLDS, f"igpt-ds {evaluation.NAME}")
+        if fault := getattr(evaluation, "fault", lambda record: "")(record):
+            raise UserError(f"{file}: no record of igpt-ds {evaluation.NAME} ({fault}): write it anew")
+    return found
 
 
 def _if_there(path: Path, keys: dict[str, type], command: str) -> Record | None:
@@ -132,12 +140,6 @@ def _read(path: Path, keys: dict[str, type], command: str) -> Record:
     if not isinstance(record, dict):
         raise UserError(f"{path}: no record of {command}: write it anew")
     return record
-
-
-def _check_layers(path: Path, probe: Record) -> None:
-    wanted = {"layer", "accuracy"}
-    if not probe["layers"] or not all(isinstance(r, dict) and wanted <= r.keys() for r in probe["layers"]):
-        raise UserError(f"{path}: no record of igpt-ds probe (a layer has no accuracy): write it anew")
 
 
 def best_layer(probe: Record) -> Record:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from igpt_ds.evals.mask_ensemble import mask_seed, vote
+from igpt_ds.features.masks import mask_seed, vote
 from igpt_ds.objectives import masked_pixel
 from tests.helpers.models import small_config
 
@@ -54,7 +54,7 @@ def test_an_image_gets_the_same_vote_in_any_batch() -> None:
 def test_masks_of_an_evaluation_differ_from_one_another_and_from_those_of_training() -> None:
     tokens, positions = torch.zeros(400, 16, dtype=torch.int64), torch.arange(400)
     seeds = [CONFIG.seed, *(mask_seed(CONFIG.seed, split, m) for split in ("train", "val") for m in range(3))]
-    masks = [masked_pixel.mask(tokens, positions, dataclasses.replace(CONFIG, seed=s)).float() for s in seeds]
+    masks = [masked_pixel.mask(tokens, positions, s, CONFIG.objective.mask_rate).float() for s in seeds]
     for number, mask in enumerate(masks):
         assert mask.mean().item() == pytest.approx(0.15, abs=0.03)
         for other in masks[:number]:

@@ -10,10 +10,10 @@ import torch
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
-from igpt_ds.evals.classifier import Classifier, Rows
-from igpt_ds.evals.feature_cache import Features, cached
-from igpt_ds.evals.features import Network
-from igpt_ds.evals.mask_ensemble import mask_seed, vote
+from igpt_ds.features.cache import Features, cached
+from igpt_ds.features.classifier import Classifier, Rows
+from igpt_ds.features.extract import Network
+from igpt_ds.features.masks import mask_seed, vote
 from igpt_ds.loading.splits import open_split, resolve_data
 from igpt_ds.run.directory import LOGGER
 from igpt_ds.weights.base import Weights, at_resolution, check_palette, config_of

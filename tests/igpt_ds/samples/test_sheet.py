@@ -19,11 +19,12 @@ from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import UserError
-from igpt_ds.evals import samples
 from igpt_ds.model.sampling import Drawing, sample
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import Metrics, read_metrics
+from igpt_ds.samples import draw
+from igpt_ds.samples import sheet as samples
 from igpt_ds.train import sheets
 from tests.helpers.commands import pretrain, run_command
 from tests.helpers.models import random_model, save_model, small_config
@@ -84,7 +85,7 @@ def test_contact_sheet_places_enlarged_pixels() -> None:
 def test_completions_show_what_was_given_and_the_original(digits: Path, model: ImageGPT, rows: int) -> None:
     dataset = Dataset.open(digits / "val")
     tokens = samples.first_images(dataset, 3, 64, dataset.palette)
-    sheet = np.asarray(samples.completions(model, tokens, dataset.palette, rows, Drawing(), ALONE))
+    sheet = np.asarray(draw.completions(model, tokens, dataset.palette, rows, Drawing(), ALONE))
     assert sheet.shape == (3 * STRIDE + samples.GAP, 6 * STRIDE + samples.GAP, 3)
     originals = dataset.palette.decode(dataset.tokens(0)[:3]).reshape(3, 8, 8, 3)
     for row in range(3):
@@ -139,7 +140,7 @@ def test_more_images_than_memory_holds_are_drawn_in_turn(
     digits: Path, model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     palette = Dataset.open(digits / "val").palette
-    whole = samples.free_samples(model, palette, 5, Drawing(1), ALONE)
+    whole = draw.free_samples(model, palette, 5, Drawing(1), ALONE)
     assert whole is not None and whole.size == (2 * STRIDE + samples.GAP, 3 * STRIDE + samples.GAP)
     at_once = []
 
@@ -147,9 +148,9 @@ def test_more_images_than_memory_holds_are_drawn_in_turn(
         at_once.append(len(prefix_BT))
         return sample(model, prefix_BT, *others)
 
-    monkeypatch.setattr(samples, "sample", note)
-    monkeypatch.setattr(samples, "images_at_once", lambda model, free: 2)
-    sheet = samples.free_samples(model, palette, 5, Drawing(1), ALONE)
+    monkeypatch.setattr(draw, "sample", note)
+    monkeypatch.setattr(draw, "images_at_once", lambda model, free: 2)
+    sheet = draw.free_samples(model, palette, 5, Drawing(1), ALONE)
     assert at_once == [2, 2, 1]
     assert sheet is not None and np.array_equal(np.asarray(sheet), np.asarray(whole))
     samples.save_png(sheet, tmp_path / "sheet.png")
@@ -228,9 +229,9 @@ def test_command_takes_a_step_and_a_precision(
         (["--complete", "DATA", "--rows", "8"], "--rows 8: the images have 8 rows"),
         (["--complete", "DATA", "--rows", "0"], "--rows 0: the images have 8 rows"),
         (["--complete", "DATA", "--rows", "-1"], "--rows -1: the images have 8 rows"),
-        (["--complete", "DATA", "--n", "1000"], "ask for at most --n 67"),
+        (["--complete", "DATA", "--n", "1000"], "ask for at most --images 67"),
         (["--complete", "DATA", "--picture", "a.png"], "--picture: not beside --complete"),
-        (["--picture", "a.png", "--n", "2"], "--n: not beside --picture"),
+        (["--picture", "a.png", "--n", "2"], "--images: not beside --picture"),
         (["--picture", "none.png"], "none.png: cannot be read as a PNG"),
         (["--rows", "3"], "--rows 3: nothing is given"),
         (["--split", "test"], "--split test: without --complete"),

@@ -1,4 +1,4 @@
-"""Pictures that a model draws: free samples, and completions of images of which it is given the upper rows.
+"""Sheets of pictures: tokens and their pixels side by side, and the pictures that are to be completed.
 
 On every tile what was given stands between two orange lines.
 """
@@ -13,11 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from igpt_ds.atomic import publish_file
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import UserError
-from igpt_ds.memory import free_bytes
-from igpt_ds.model.sampling import Drawing, images_at_once, sample
-from igpt_ds.model.transformer import ImageGPT
 
 COMPLETIONS = 4  # of each image
 GAP = 6  # pixels of white between two pictures
@@ -25,23 +21,6 @@ MARK = 3  # pixels of the gap that a line beside given rows takes
 LEAST_SIDE = 64  # smaller images are enlarged, each pixel to a square
 HIDDEN = 192  # grey of what the model was not shown
 GIVEN = (230, 80, 0)  # orange: beside what it was shown
-
-
-def free_samples(model: ImageGPT, palette: Palette, count: int, drawing: Drawing, ranks: Ranks) -> Image.Image | None:
-    """A nearly square sheet of `count` images drawn from nothing, on rank 0; a collective of the ranks."""
-    tokens = _draw(model, torch.empty(count, 0, dtype=torch.int64), drawing, ranks, "samples")
-    return None if tokens is None else contact_sheet(decoded(tokens, palette), columns=round(count**0.5) or 1)
-
-
-def completions(
-    model: ImageGPT, tokens: np.ndarray, palette: Palette, rows: int, drawing: Drawing, ranks: Ranks
-) -> Image.Image | None:
-    """One line each for these images, uint16 [N, n]: what the model saw, its completions, the original; on rank 0."""
-    drawn = _draw(model, prefixes(tokens, rows), drawing, ranks, "completions")
-    if drawn is None:
-        return None
-    tiles, marked = completion_tiles(tokens, drawn, palette, rows)
-    return contact_sheet(tiles, COMPLETIONS + 2, marked)
 
 
 def prefixes(tokens: np.ndarray, rows: int) -> torch.Tensor:
@@ -64,7 +43,7 @@ def first_images(dataset: Dataset, count: int, sequence_length: int, palette: Pa
         UserError: the dataset has fewer images, or images of another size or palette than the model's.
     """
     if count > dataset.rows:
-        raise UserError(f"{dataset.path}: has {dataset.rows} images: ask for at most --n {dataset.rows}")
+        raise UserError(f"{dataset.path}: has {dataset.rows} images: ask for at most --images {dataset.rows}")
     if dataset.sequence_length != sequence_length:
         raise UserError(
             f"{dataset.path}: images of {dataset.sequence_length} tokens, the model draws {sequence_length}: "
@@ -151,19 +130,3 @@ def decoded(tokens: np.ndarray, palette: Palette) -> np.ndarray:
     """Pixels of images: integers [N, n] -> uint8 [N, side, side, 3]."""
     side = round(tokens.shape[1] ** 0.5)
     return palette.decode(tokens).reshape(len(tokens), side, side, 3)
-
-
-def _draw(model: ImageGPT, prefix_BT: torch.Tensor, drawing: Drawing, ranks: Ranks, title: str) -> np.ndarray | None:
-    """Tokens int64 [B, n] on rank 0."""
-    bar = title if ranks.rank == 0 else None  # one for all ranks
-
-    def draw_rows(prefix_BT: torch.Tensor, first: int) -> torch.Tensor:
-        free = free_bytes(model.head.weight.device, ranks.neighbours) // 2
-        size = max(1, images_at_once(model, free))
-        parts = [
-            sample(model, prefix_BT[i : i + size], drawing, first + i, bar) for i in range(0, len(prefix_BT), size)
-        ]
-        return torch.cat(parts)
-
-    found = ranks.share_rows(draw_rows, prefix_BT)
-    return None if found is None else found.numpy()

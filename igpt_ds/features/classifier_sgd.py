@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from igpt_ds.evals.classifier import Classifier, Rows
+from igpt_ds.features.classifier import Classifier, Rows
 from igpt_ds.hashing import random_keys, stable_hash
 
 RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)

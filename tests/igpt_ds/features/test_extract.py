@@ -13,9 +13,9 @@ from igpt_ds.config.schema import Config
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.evals import feature_cache
-from igpt_ds.evals.feature_cache import Features, cached
-from igpt_ds.evals.features import Network, Recipe, extract, load_model, parse_layers, pixels
+from igpt_ds.features import cache as feature_cache
+from igpt_ds.features.cache import Features, cached
+from igpt_ds.features.extract import Network, Recipe, extract, load_model, parse_layers, pixels
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.objectives import masked_pixel
 from igpt_ds.weights.base import config_of
@@ -62,7 +62,7 @@ def test_features_are_those_of_one_image_at_a_time(digits: Path, tmp_path: Path,
     seeded = small_config(f"objective.name={objective}", "seed=99", resolution=8, palette_size=16)
     for image in (0, 1, dataset.rows - 1):
         one = tokens[image : image + 1]
-        mask = masked_pixel.mask(one, torch.tensor([image]), seeded) if seed else None
+        mask = masked_pixel.mask(one, torch.tensor([image]), seeded.seed, seeded.objective.mask_rate) if seed else None
         for layer, expected in enumerate(by_hand(model, one, mask, norm == "first")):
             np.testing.assert_allclose(found.of(layer)[image], expected[0], atol=1e-5)
     assert np.array_equal(found.labels, dataset.labels())

@@ -7,7 +7,6 @@ no process holds more than a few batches; see feature_cache.py for where they li
 Suffixes: L layers asked for, I images, B images of a batch, T positions, D width.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -192,7 +191,7 @@ def extract(
 def _mask(config: Config, tokens_BT: Tensor, positions_B: Tensor, seed: int | None) -> Tensor | None:
     if seed is None:
         return None
-    return load_objective(config).mask(tokens_BT, positions_B, dataclasses.replace(config, seed=seed))
+    return load_objective(config.objective.name).mask(tokens_BT, positions_B, seed, config.objective.mask_rate)
 
 
 def pixels(dataset: Dataset, images: int | None = None) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Pictures that a model draws, and the sheets that they are shown on."""
