@@ -10,14 +10,13 @@ from igpt_ds.commands import CONTEXT
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from igpt_ds.weights.convert import Target
     from igpt_ds.weights.safetensors_stream import Precision
 
 
 @click.command(context_settings=CONTEXT)
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--to", "target", required=True, type=click.Choice(["safetensors", "hf", "npz", "native"]))
+@click.option("--to", "target", required=True, metavar="FORMAT", help="hf, native, npz or safetensors.")
 @click.option("--dtype", "precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--step", type=click.IntRange(min=0), help="SRC is a run: the checkpoint of this step.")
 @click.option(
@@ -54,7 +53,7 @@ def convert(
     report = run(
         source,
         destination,
-        cast("Target", target),
+        target,
         precision=cast("Precision", precision),
         step=step,
         palette_path=palette_path,

@@ -7,14 +7,13 @@ result's, by Hugging Face's own code where one of the two is its format, by ours
 time. Only then does the result get its name.
 """
 
-import importlib.util
 import math
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +25,11 @@ from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.memory import available_bytes
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.weights.base import Imported, Weights, config_of, palette_of, values_sha256, whole
-from igpt_ds.weights.formats import huggingface, native, npz, open_weights, single
+from igpt_ds.weights.formats import formats, open_weights, written
 from igpt_ds.weights.safetensors_stream import Precision
 
-Target = Literal["safetensors", "hf", "npz", "native"]
 IMAGES, TOKENS = 2, 64  # whose logits are compared; a prefix of an image is enough to meet every weight
 # Of the largest logit. Two programs that add in another order differ by some hundred roundings of float32.
 TOLERANCE = 1e-3
@@ -57,7 +54,7 @@ class Report:
 def convert(
     source: Path,
     destination: Path,
-    target: Target,
+    target: str,
     *,
     precision: Precision = "float32",
     step: int | None = None,
@@ -68,7 +65,8 @@ def convert(
 
     Args:
         source: any format that `open_weights` knows.
-        destination: must not exist: a directory, or an .npz file.
+        destination: must not exist: a directory or a file, as the format is.
+        target: NAME of a format that is written.
         palette_path: where the source does not tell its palette.
         shard_bytes: of a file of a Hugging Face directory.
 
@@ -78,8 +76,11 @@ def convert(
     """
     if destination.exists() or destination.is_symlink():
         raise UserError(f"{destination}: exists already: choose another DST, or remove it")
-    if precision != "float32" and target in ("npz", "native"):
-        raise UserError(f"--dtype {precision}: {target} holds float32 alone: choose safetensors or hf, or leave it out")
+    form = written(target)
+    if precision not in form.PRECISIONS:
+        raise UserError(
+            f"--dtype {precision}: {target} holds {form.PRECISIONS[0]} alone: choose another --to, or leave it out"
+        )
     weights = open_weights(source, step)
     config = config_of(weights)
     palette = _palette(weights, config, palette_path)
@@ -92,9 +93,9 @@ def convert(
             with writing(hidden):
                 _remove(hidden)
                 hidden.parent.mkdir(parents=True, exist_ok=True)
-                if target != "npz":
+                if form.FOLDER:
                     hidden.mkdir()
-                digests = _write(weights, palette, hidden, target, precision, shard_bytes, bar.update)
+                digests = form.write(weights, palette, hidden, precision, bar.update, shard_bytes)
                 _sync(hidden)
             result = open_weights(hidden)
             values = _compare_values(weights, result, precision, bar.update)
@@ -123,24 +124,6 @@ def _palette(weights: Weights, config: Config, path: Path | None) -> Palette | N
         what = what if given.k != config.palette_size else f"is not the one that {weights.path} was trained with"
         raise UserError(f"--palette {path}: {what}: leave it out, or name the right one")
     return given
-
-
-def _write(
-    weights: Weights,
-    palette: Palette | None,
-    place: Path,
-    target: Target,
-    precision: Precision,
-    shard_bytes: int,
-    tick: Callable[[int], object],
-) -> dict[str, str]:
-    if target == "native":
-        return native.write(weights, palette, place, tick)
-    if target == "hf":
-        return huggingface.write(weights, palette, place, precision, tick, shard_bytes)
-    if target == "npz":
-        return npz.write(weights, palette, place, tick)
-    return single.write(weights, palette, place, precision, tick)
 
 
 def _sync(path: Path) -> None:
@@ -215,15 +198,15 @@ def _compare_logits(
 
 
 def _logits(weights: Weights, config: Config, tokens_BT: Tensor) -> tuple[Tensor, str]:
-    """Logits [B, T, K] in float32 and the name of the program that computed them."""
-    if isinstance(weights, Imported) and weights.origin == huggingface.ORIGIN and config.causal:
-        elements = sum(math.prod(facts["shape"]) for facts in weights.tensors.values())
-        if importlib.util.find_spec("transformers") is None:
-            return streamed_logits(weights, config, tokens_BT), "igpt-ds (transformers is not installed)"
-        if 6 * elements < available_bytes():  # 4 bytes each, and half as much to work with
-            return huggingface.logits(weights.path, config, tokens_BT)
-        return streamed_logits(weights, config, tokens_BT), "igpt-ds (too little memory for transformers)"
-    return streamed_logits(weights, config, tokens_BT), "igpt-ds"
+    """Logits [B, T, K] in float32 and the name of the program that computed them: the format's own, if it has one."""
+    why = ""
+    if isinstance(weights, Imported):
+        own = (f for f in formats() if hasattr(f, "logits") and weights.origin == f.ORIGIN)
+        if form := next(own, None):
+            found, why = form.logits(weights, config, tokens_BT)
+            if found is not None:
+                return found, why
+    return streamed_logits(weights, config, tokens_BT), f"igpt-ds ({why})" if why else "igpt-ds"
 
 
 @torch.no_grad()
@@ -251,7 +234,7 @@ def _report(
     config: Config,
     palette: Palette | None,
     destination: Path,
-    target: Target,
+    target: str,
     precision: Precision,
     digests: dict[str, str],
     values: str,
@@ -262,7 +245,8 @@ def _report(
     ranks = f" of {weights.world} ranks" if isinstance(weights, Checkpoint) else ""
     parameters = sum(math.prod(facts["shape"]) for facts in result.tensors.values())
     files = [
-        ("sha256", f"{digest}  {destination.name if target == 'npz' else name}") for name, digest in digests.items()
+        ("sha256", f"{digest}  {name if destination.is_dir() else destination.name}")
+        for name, digest in digests.items()
     ]
     lines = [
         ("source", f"{weights.path} ({origin}{ranks}, step {weights.step})"),

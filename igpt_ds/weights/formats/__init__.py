@@ -1,15 +1,28 @@
-"""The formats of weights, one file each, and the one door to all of them: `open_weights`.
+"""The formats of weights, one module each, and the one door to all of them: `open_weights`.
 
 A format is recognised by what is in it, not by its name. Whatever it is, nothing in it is ever executed: safetensors
 are plain data, .npz is read with allow_pickle=False, torch's pickles with weights_only=True.
 
-A format that others write has in its file
+A format's module has
+
     recognises(path) -> bool
     read(path) -> Weights
-and one that we write, too,
-    write(...), see convert.py
+
+and, if we write it, too,
+
+    NAME            of --to
+    FOLDER          whether it is a directory, which is there and empty when it is written, or one file
+    PRECISIONS      that it can hold
+    write(weights, palette, place, precision, tick, shard_bytes) -> file -> sha256
+
+and, if another program than ours can compute with it,
+
+    ORIGIN          as its weights say it
+    logits(weights, config, tokens_BT) -> logits [B, T, K] or None, and the program's name, or why not
 """
 
+import importlib
+import pkgutil
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -23,6 +36,24 @@ KNOWN = (
     "a run, one of its checkpoints, a Hugging Face ImageGPT directory, a safetensors file with its config.json, "
     "an .npz, or a TensorFlow checkpoint"
 )
+
+
+def formats() -> list[ModuleType]:
+    """All of them; modules whose names begin with _ are helpers."""
+    names = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    return [importlib.import_module(f"{__name__}.{name}") for name in sorted(names)]
+
+
+def written(name: str) -> ModuleType:
+    """The format that --to names.
+
+    Raises:
+        UserError: there is none of this name that we write.
+    """
+    found = {module.NAME: module for module in formats() if hasattr(module, "write")}
+    if name not in found:
+        raise UserError(f"--to {name}: no format that is written: choose from {', '.join(sorted(found))}")
+    return found[name]
 
 
 def open_weights(path: Path, step: int | None = None, verify: bool = True) -> "Weights":
@@ -43,11 +74,9 @@ def open_weights(path: Path, step: int | None = None, verify: bool = True) -> "W
         return native.read_run(path, step, verify)
     if step is not None:
         raise UserError(f"{path}: --step {step}: it is no run directory, which would have several: leave --step out")
-    if native.is_checkpoint(path):
-        weights: Weights = native.read_checkpoint(path)
-    else:
-        place, reader = _reader(path)
-        weights = reader.read(place)
+    place, reader = _reader(path)
+    weights: Weights = reader.read(place)
+    if reader is not native:
         if path.is_file() and place.is_dir() and path.name not in weights.files:
             raise UserError(f"{path}: the config.json beside it is of {', '.join(sorted(weights.files))}: name that")
         check_shapes(weights)
@@ -67,21 +96,19 @@ def results_folder(path: Path, json_path: Path | None) -> Path:
     if native.is_run(path):
         return path
     if json_path is None:
-        if not native.is_checkpoint(path):
-            _reader(path)  # what is not there at all is told first
+        _reader(path)  # what is not there at all is told first
         raise UserError(f"{path}: is no run directory, to which the results would be added: name a file by --json")
     return json_path.parent
 
 
 def _reader(path: Path) -> tuple[Path, ModuleType]:
     """What is to be read, which may be the directory around a file, and who reads it."""
-    from igpt_ds.weights.formats import huggingface, npz, single, tensorflow
-
-    if not path.exists() and not tensorflow.recognises(path):
+    readers = formats()
+    if not path.exists() and not any(reader.recognises(path) for reader in readers):
         raise UserError(f"{path}: no run directory and no checkpoint: there is nothing: mend the path")
     places = [path, path.parent] if path.is_file() and _holds_tensors(path) else [path]
     for place in places:
-        for reader in (huggingface, single, npz, tensorflow):
+        for reader in readers:
             if reader.recognises(place):
                 return place, reader
     if path.is_file():

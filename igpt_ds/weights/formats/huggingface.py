@@ -11,7 +11,9 @@ dropped, otherwise the network gets biases, too. Their network is auto-regressiv
 names, but their code cannot run it.
 """
 
+import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,14 @@ from igpt_ds.atomic import publish_text
 from igpt_ds.config.schema import Config, ModelConfig
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
+from igpt_ds.memory import available_bytes
 from igpt_ds.model.transformer import NORM_EPSILON
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
-from igpt_ds.weights.formats.facts import imported, read_json, record, side, stated, whole_number
-from igpt_ds.weights.formats.tensors import PickledFile, SafetensorsFiles, TensorFiles
+from igpt_ds.weights.formats._facts import imported, read_json, record, side, stated, whole_number
+from igpt_ds.weights.formats._tensors import PickledFile, SafetensorsFiles, TensorFiles
 from igpt_ds.weights.safetensors_stream import BYTES, Precision, Streamed, write_safetensors
 
+NAME, FOLDER, PRECISIONS = "hf", True, ("float32", "bfloat16")
 ORIGIN = "Hugging Face"
 OURS = "igpt_ds"  # the key of our record in their config.json
 INDEX = "model.safetensors.index.json"
@@ -304,8 +308,15 @@ def _streamed(weights: Weights, config: Config) -> Iterator[Streamed]:
 
 
 @torch.no_grad()
-def logits(path: Path, config: Config, tokens_BT: Tensor) -> tuple[Tensor, str]:
-    """Logits [B, T, K] of a prefix of images by transformers, float32, and its name and version."""
+def logits(weights: Weights, config: Config, tokens_BT: Tensor) -> tuple[Tensor | None, str]:
+    """Logits [B, T, K] of a prefix of images by transformers, float32, and its name and version; or None and why."""
+    if not config.causal:
+        return None, ""  # which their code would run with a causal mask
+    if importlib.util.find_spec("transformers") is None:
+        return None, "transformers is not installed"
+    elements = sum(math.prod(facts["shape"]) for facts in weights.tensors.values())
+    if 6 * elements >= available_bytes():  # 4 bytes each, and half as much to work with
+        return None, "too little memory for transformers"
     import transformers
 
     level = transformers.logging.get_verbosity()
@@ -313,7 +324,7 @@ def logits(path: Path, config: Config, tokens_BT: Tensor) -> tuple[Tensor, str]:
     transformers.logging.disable_progress_bar()
     try:
         model = transformers.ImageGPTForCausalImageModeling.from_pretrained(
-            path, local_files_only=True, torch_dtype=torch.float32
+            weights.path, local_files_only=True, torch_dtype=torch.float32
         )
     finally:
         transformers.logging.set_verbosity(level)

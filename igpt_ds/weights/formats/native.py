@@ -20,8 +20,10 @@ from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.run.directory import LOGGER, Run
 from igpt_ds.weights.base import Weights, chunks, config_of
-from igpt_ds.weights.formats.facts import record
-from igpt_ds.weights.safetensors_stream import Streamed, write_safetensors
+from igpt_ds.weights.formats._facts import record
+from igpt_ds.weights.safetensors_stream import Precision, Streamed, write_safetensors
+
+NAME, FOLDER, PRECISIONS = "native", True, ("float32",)
 
 
 def is_run(path: Path) -> bool:
@@ -29,12 +31,12 @@ def is_run(path: Path) -> bool:
     return (path / "config.toml").is_file() or Run(path).checkpoints.is_dir()
 
 
-def is_checkpoint(path: Path) -> bool:
+def recognises(path: Path) -> bool:
     """Whether it is one checkpoint of a run."""
     return (path / "checkpoint.json").is_file()
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read(path: Path) -> Checkpoint:
     """As `Checkpoint.open`."""
     return Checkpoint.open(path)
 
@@ -64,7 +66,14 @@ def read_run(path: Path, step: int | None, verify: bool) -> Checkpoint:
     return newest
 
 
-def write(weights: Weights, palette: Palette | None, folder: Path, tick: Callable[[int], object]) -> dict[str, str]:
+def write(
+    weights: Weights,
+    palette: Palette | None,
+    folder: Path,
+    precision: Precision,
+    tick: Callable[[int], object],
+    shard_bytes: int,
+) -> dict[str, str]:
     """Write a run directory into the empty `folder`; return file -> sha256."""
     facts = record(weights, palette)
     step = weights.step
@@ -77,7 +86,7 @@ def write(weights: Weights, palette: Palette | None, folder: Path, tick: Callabl
         count = math.prod(weights.tensors[name]["shape"])
         tensors.append(Streamed(f"{name}:weight", (count,), lambda name=name: chunks(weights, name)))  # type: ignore[misc]
     path = hidden / rank_file(0)
-    digest = write_safetensors(path, tensors, "float32", tick)
+    digest = write_safetensors(path, tensors, precision, tick)
     slices = {
         name: [list(weights.tensors[name]["shape"]), 0, tensor.elements]
         for name, tensor in zip(names, tensors, strict=True)

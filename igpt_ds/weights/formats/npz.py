@@ -18,9 +18,11 @@ from igpt_ds.config.schema import Config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
-from igpt_ds.weights.formats import released
-from igpt_ds.weights.formats.facts import parse, record
+from igpt_ds.weights.formats import _released as released
+from igpt_ds.weights.formats._facts import parse, record
+from igpt_ds.weights.safetensors_stream import Precision
 
+NAME, FOLDER, PRECISIONS = "npz", False, ("float32",)
 PALETTE, RECORD = "kmeans_centers", "igpt_ds"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same weights give the same bytes
 
@@ -89,7 +91,14 @@ def _array(path: Path, name: str) -> np.ndarray:
         raise UserError(f"{path}: {name} cannot be read ({error}): get it anew") from error
 
 
-def write(weights: Weights, palette: Palette | None, path: Path, tick: Callable[[int], object]) -> dict[str, str]:
+def write(
+    weights: Weights,
+    palette: Palette | None,
+    path: Path,
+    precision: Precision,
+    tick: Callable[[int], object],
+    shard_bytes: int,
+) -> dict[str, str]:
     """Write a file, float32, synced; return its name -> sha256.
 
     Raises:

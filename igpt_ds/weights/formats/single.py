@@ -15,10 +15,11 @@ from igpt_ds.atomic import publish_text
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.weights.base import Imported, Weights, chunks
-from igpt_ds.weights.formats.facts import imported, read_json, record, stated
-from igpt_ds.weights.formats.tensors import SafetensorsFiles
+from igpt_ds.weights.formats._facts import imported, read_json, record, stated
+from igpt_ds.weights.formats._tensors import SafetensorsFiles
 from igpt_ds.weights.safetensors_stream import Precision, Streamed, write_safetensors
 
+NAME, FOLDER, PRECISIONS = "safetensors", True, ("float32", "bfloat16")
 FORMAT = "igpt-weights"
 FILE = "model.safetensors"
 
@@ -61,7 +62,12 @@ def read(path: Path) -> Imported:
 
 
 def write(
-    weights: Weights, palette: Palette | None, folder: Path, precision: Precision, tick: Callable[[int], object]
+    weights: Weights,
+    palette: Palette | None,
+    folder: Path,
+    precision: Precision,
+    tick: Callable[[int], object],
+    shard_bytes: int,
 ) -> dict[str, str]:
     """Write the files into the empty `folder`; return file -> sha256."""
     tensors = [

@@ -10,7 +10,7 @@ import numpy as np
 
 from igpt_ds.errors import UserError
 from igpt_ds.weights.base import Imported
-from igpt_ds.weights.formats import released
+from igpt_ds.weights.formats import _released as released
 
 _MAGIC = bytes.fromhex("57fb808b247547db")  # the end of a table, which the index is
 

@@ -23,7 +23,7 @@ from igpt_ds.config.schema import ModelConfig
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.weights.base import Imported
-from igpt_ds.weights.formats.facts import imported, side
+from igpt_ds.weights.formats._facts import imported, side
 
 Shapes = Mapping[str, tuple[int, ...]]
 
