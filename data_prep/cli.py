@@ -1,14 +1,12 @@
 """`igpt-data`: images to a palette, to token shards, and the shards checked."""
 
+import importlib
+import pkgutil
 import sys
 
 import click
 
-from data_prep.commands.inspect import inspect
-from data_prep.commands.palette import palette
-from data_prep.commands.select import select
-from data_prep.commands.shards import shards
-from data_prep.commands.verify import verify
+from data_prep import commands
 from igpt_ds.errors import UserError
 
 
@@ -26,8 +24,8 @@ def cli() -> None:
     """
 
 
-for command in (palette, select, shards, verify, inspect):
-    cli.add_command(command)
+for module in pkgutil.iter_modules(commands.__path__):  # a verb is a module NAME.py with a click command NAME
+    cli.add_command(getattr(importlib.import_module(f"{commands.__name__}.{module.name}"), module.name))
 
 
 def main() -> None:

@@ -54,9 +54,10 @@ def main() -> None:
         sys.exit(2)
     except click.UsageError as error:
         tell_job_script("refused")
-        where = error.ctx.command_path if error.ctx else "igpt-ds"
+        where, verb = "igpt-ds", "usage: "
+        if error.ctx:
+            where, verb = error.ctx.command_path, f"{error.ctx.info_name}: " if error.ctx.parent else ""
         message = " ".join(error.format_message().split()).rstrip(".")
-        verb = f"{error.ctx.info_name}: " if error.ctx and error.ctx.parent else ""
         _tell(f"{verb}{message}: see {where} --help")
         sys.exit(2)
     except click.Abort:

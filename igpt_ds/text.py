@@ -64,6 +64,12 @@ def _markdown(cell: str) -> str:
     return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
 
 
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and what there is to say of each, aligned."""
+    width = max([10, *(len(name) for name, _ in rows)])
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number, or nothing where there is none."""
     return "" if value is None else f"{value:.{digits}f}"

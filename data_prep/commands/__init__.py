@@ -142,9 +142,3 @@ class Progress:
         if rejected:
             self.bar.set_postfix(rejected=rejected, refresh=False)
         self.tick(read - self.done)
-
-
-def table(*rows: tuple[str, str]) -> None:
-    """Print names and values, aligned."""
-    for name, value in rows:
-        click.echo(f"{name:<12}{value}")

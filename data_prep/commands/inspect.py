@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from data_prep.commands import PATH, table
+from data_prep.commands import PATH
+from igpt_ds.text import aligned
 
 _CLASSES_SHOWN = 10
 
@@ -43,9 +44,8 @@ def inspect(directory: Path, as_json: bool, out: Path | None, sample: int) -> No
     if as_json:
         click.echo(json.dumps({**found.facts, "pictures": pictures}, indent=1))
         return
-    table(*((name, _printable(value)) for name, value in _lines(found.facts)))
-    for name, path in (pictures or {}).items():
-        table((f"{name}.png", path))
+    rows = [(name, _printable(value)) for name, value in _lines(found.facts)]
+    click.echo(aligned([*rows, *((f"{name}.png", path) for name, path in (pictures or {}).items())]))
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

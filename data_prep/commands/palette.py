@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, table, where_options
+from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, where_options
 from igpt_ds.errors import UserError
+from igpt_ds.text import aligned
 
 
 @click.command()
@@ -79,11 +80,12 @@ def palette(
         click.echo(f"{out}: {place.pending}")
         return
     rejected = f", {fitted.rejected:,} rejected ({fitted.reasons})" if fitted.rejected else ""
-    table(
+    rows = [
         ("palette", str(out)),
         ("colours", f"{fitted.k} of {fitted.unique:,} unique"),
         ("distortion", f"{fitted.mse:.4e} squared distance a pixel, in [-1, 1] units"),
         ("", f"{fitted.rms_levels:.2f} levels of 255 root mean square a channel"),
         ("images", f"{fitted.images:,}{rejected}"),
         ("sha256", fitted.sha256),
-    )
+    ]
+    click.echo(aligned(rows))

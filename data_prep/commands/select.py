@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_prep.commands import PATH, SOURCE_OPTION, Progress, place_of, table, where_options
+from data_prep.commands import PATH, SOURCE_OPTION, Progress, place_of, where_options
 from igpt_ds.errors import UserError
+from igpt_ds.text import Table, aligned
 
 if TYPE_CHECKING:
     from data_prep.selection.collections import Collection
@@ -155,8 +156,8 @@ def _read(collections: list[dict[str, Any]]) -> str:
 
 def _show(out: Path, number: int, evaluations: "list[Collection]", selected: "Selected") -> None:
     selection = selected.selection
-    rows = [("images", selection.inputs, ""), *((f"- {why}", n, "") for why, n in selection.dropped.items())]
-    rows.append(("kept", selection.images, ""))
+    dropped = [(f"- {why}", count) for why, count in selection.dropped.items()]
+    rows = [("images", selection.inputs), *dropped, ("kept", selection.images)]
     reasons = ", ".join(f"{why} {n:,}" for why, n in sorted(selected.unreadable.items()))
     notes = {
         "- unreadable": reasons,
@@ -165,14 +166,13 @@ def _show(out: Path, number: int, evaluations: "list[Collection]", selected: "Se
         "- below threshold": f"similarity below {selected.cut.threshold:.4f}" if selected.cut else "",
         "kept": "" if selection.images == number else f"fewer than the {number:,} wanted: the pool has no more",
     }
-    wide = max(len(f"{count:,}") for _, count, _ in rows)
-    for name, count, _ in rows:
-        share = f"{count / selection.inputs:7.2%}"
-        click.echo(f"{name:<24}{count:>{wide},}{share:>9}  {notes.get(name, '')}".rstrip())
-    table(
+    counted = [(name, f"{count:,}", f"{count / selection.inputs:.2%}", notes.get(name, "")) for name, count in rows]
+    click.echo(Table("", ["images of the pool", "number", "share", ""], counted).text())
+    files = [
         ("like", _read(selection.settings["like"])),
         ("exclude", _read(selection.settings["evaluations"])),
         ("selection", str(out)),
         ("sha256", selection.sha256),
         ("look at", " ".join(str(path) for path in selected.pictures)),
-    )
+    ]
+    click.echo(aligned(files))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from data_prep.commands import PATH, Progress, table
+from data_prep.commands import PATH, Progress
+from igpt_ds.text import aligned
 
 
 @click.command()
@@ -28,7 +29,7 @@ def verify(directory: Path, workers: int) -> None:
         progress.start(sum(shard.bytes for shard in manifest.shards))
         with pool(workers) as executor:
             summary = read_again(directory, progress.tick, executor)
-    table(
+    rows = [
         ("dataset", f"{directory} ({manifest.split} split of {manifest.source})"),
         ("images", f"{manifest.rows:,} in {summary.views} view(s)"),
         ("labels", "none" if manifest.classes is None else f"{len(manifest.classes)} classes"),
@@ -37,4 +38,5 @@ def verify(directory: Path, workers: int) -> None:
         ("palette", f"{summary.colours_used} of {manifest.palette['k']} colours used"),
         ("entropy", f"{summary.entropy:.4f} nats a token (of the tokens' frequencies)"),
         ("rejected", f"{manifest.rejected:,}"),
-    )
+    ]
+    click.echo(aligned(rows))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from igpt_ds.text import Table, counted, size_text, time_text
+from igpt_ds.text import Table, aligned, counted, size_text, time_text
 
 _KINDS = {
     "parameters": "weights of this rank",
@@ -59,7 +59,7 @@ def _facts(plan: dict[str, Any]) -> str:
             f"({size_text(stored['packed9'])} packed9)",
         ),
     ]
-    return "\n".join(f"{name:<10}  {text}" for name, text in rows)
+    return aligned(rows)
 
 
 def _network(at: dict[str, Any]) -> str:
@@ -126,4 +126,4 @@ def _tables(plan: dict[str, Any]) -> list[Table]:
 
 def _advice(plan: dict[str, Any]) -> str:
     lines = plan["advice"] or ["nothing of what the planner knows would be faster by 3 % or more"]
-    return "\n".join(f"advice      {line}" for line in lines)
+    return aligned([("advice", line) for line in lines])

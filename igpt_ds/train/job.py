@@ -15,6 +15,7 @@ from igpt_ds.planner.layout import Layout
 from igpt_ds.planner.memory import bytes_per_rank
 from igpt_ds.planner.report import Machine, make_plan
 from igpt_ds.planner.text import plan_text
+from igpt_ds.text import aligned
 from igpt_ds.train.finetune import resolve_classes
 
 
@@ -108,14 +109,17 @@ def prepare(
 def dry_run(job: Job, machine: Machine) -> str:
     """What would be trained, and the plan of it: memory, messages, time and disk."""
     told = ("objective", "begins with", "classes", "data", "length")
-    rows = [f"{key:<10}  {text}" for key, text in _rows(job) if key in told]
     images = sum(dataset.rows for dataset in job.train_sets)
-    return "\n".join([*rows, plan_text(make_plan(job.layout, machine, images))])
+    return (
+        aligned([row for row in _rows(job) if row[0] in told])
+        + "\n"
+        + plan_text(make_plan(job.layout, machine, images))
+    )
 
 
 def summary(job: Job) -> str:
     """What is about to be trained, for the log."""
-    return "\n".join(f"{key:<10} {text}" for key, text in _rows(job))
+    return aligned(_rows(job))
 
 
 def _rows(job: Job) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ from igpt_ds.config.schema import Config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.model.transformer import ImageGPT
+from igpt_ds.text import aligned
 from igpt_ds.weights.base import Imported, Weights, config_of, palette_of, values_sha256, whole
 from igpt_ds.weights.formats import formats, open_weights, written
 from igpt_ds.weights.safetensors_stream import Precision
@@ -47,8 +48,7 @@ class Report:
     logits: float | None
 
     def text(self) -> str:
-        width = max(len(key) for key, _ in self.lines)
-        return "\n".join(f"{key:<{width}}  {value}" for key, value in self.lines)
+        return aligned(self.lines)
 
 
 def convert(

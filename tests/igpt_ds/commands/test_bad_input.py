@@ -326,6 +326,7 @@ def test_bfloat16_on_a_gpu_without_it(
 ) -> None:
     import torch
 
+    from igpt_ds.distributed import engine  # noqa: F401 - DeepSpeed looks for GPUs when it is loaded: before they are played
     from igpt_ds.distributed.ranks import Ranks
 
     # The GPU is played: the refusal must come before anything is done on it.
