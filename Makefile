@@ -12,8 +12,8 @@ SHELL_SCRIPTS := $(shell find slurm tests benchmarks examples .ci -type f \( -na
 install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and \
-	  "the lock file holds for Python 3.10 to 3.13: name one, as in make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and \
+	  "the lock file holds for Python 3.11 to 3.13: name one, as in make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .

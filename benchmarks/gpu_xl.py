@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.kernels import require_fused
-from igpt_ds.config import size as plan
 from igpt_ds.config.batch import divide_batch
 from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config, replace
+from igpt_ds.config.size import flops_per_image, parameter_count
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.planner.devices import peak_flops
@@ -110,7 +110,7 @@ def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
     division = divide_batch(config.training.batch, None, 1)
     begin = time.perf_counter()
     engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Ranks())
-    print(f"{preset}: {plan.parameter_count(config):,} parameters, built in {time.perf_counter() - begin:.0f} s")
+    print(f"{preset}: {parameter_count(config):,} parameters, built in {time.perf_counter() - begin:.0f} s")
     model, found = engine.module, list[Measured]()
     eager = [block.forward for block in model.blocks]
     rate = config.training.learning_rate
@@ -151,7 +151,7 @@ def tell(config: Config, measured: Measured) -> None:
     """One line of the table."""
     setting, device = measured.setting, torch.cuda.get_device_name() if CUDA else "cpu"
     full = dataclasses.replace(config, objective=dataclasses.replace(config.objective, name="masked_pixel"))
-    causal_rate, full_rate = (plan.flops_per_image(c) * setting.micro_batch / measured.seconds for c in (config, full))
+    causal_rate, full_rate = (flops_per_image(c) * setting.micro_batch / measured.seconds for c in (config, full))
     peak = peak_flops(device)
     shares = f"{causal_rate / peak:>8.1%}{full_rate / peak:>8.1%}" if peak else f"{'-':>8}{'-':>8}"
     how = "compiled" if setting.compiled else "eager"

@@ -1,8 +1,8 @@
 """What a step costs against ranks, depth and sequence length: `python -m benchmarks.scaling [--out FILE]`.
 
 By hand; nothing else should be running. Each figure is the median of steps that are timed in turns with those of the
-other sizes, so that what else the machine does strikes all alike; beside it the model's FLOPs (plan.py), and the ratio
-of both to the first row's. Straight lines where they should be:
+other sizes, so that what else the machine does strikes all alike; beside it the model's FLOPs (config/size.py), and
+the ratio of both to the first row's. Straight lines where they should be:
 
     weak      the same images on each rank: a step should take as long on 4 ranks as on 1, where each has its core
     strong    the same images over all: half the time on twice the ranks
@@ -27,9 +27,9 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
+from igpt_ds.config.size import attention_flops_per_image, flops_per_image
 from igpt_ds.text import Table
 from tests.helpers.ranks import ROOT, free_port, run_ranks
 
@@ -146,15 +146,15 @@ def shape_table(name: str, times: dict[int, float]) -> Table:
         depth, side = (size, 16) if name == "depth" else (4, round(size**0.5))
         config = config_of(depth, side, 4)
         base = config_of(first, 16, 4) if name == "depth" else config_of(4, round(first**0.5), 4)
-        flops = plan.flops_per_image(config)
-        share = plan.attention_flops_per_image(config) / flops
+        flops = flops_per_image(config)
+        share = attention_flops_per_image(config) / flops
         rows.append(
             [
                 f"{size}",
                 f"{1e3 * seconds:.1f}",
                 f"{seconds / times[first]:.2f}",
                 f"{size / first:.2f}",
-                f"{flops / plan.flops_per_image(base):.2f}",
+                f"{flops / flops_per_image(base):.2f}",
                 f"{100 * share:.1f}",
                 f"{1e6 * seconds / size:.1f}",
             ]

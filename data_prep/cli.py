@@ -7,10 +7,12 @@ import sys
 import click
 
 from data_prep import commands
+from igpt_ds import __version__
 from igpt_ds.errors import UserError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="igpt-data")
 def cli() -> None:
     """Turn images into token shards for Image GPT.
 

@@ -77,8 +77,8 @@ def environment() -> dict[str, str]:
 
 def pretrain(kill_after: int | None) -> None:
     """Pre-train through the deepspeed launcher; with `kill_after`, kill all of it once that step is recorded."""
-    words = ["deepspeed", "--num_accelerators", "2", "--module", "igpt_ds", "pretrain", "--preset", "demo"]
-    words += ["--data", str(DATA), "--run", str(RUN)]
+    words = ["deepspeed", "--num_accelerators", "2", "--module", "igpt_ds", "pretrain"]
+    words += [str(RUN), "--preset", "demo", "--data", str(DATA)]
     print("$", *words, flush=True)
     # A session of its own, so that launcher and ranks can be killed together.
     errors = (FOLDER / "pretrain.stderr.txt").open("w")

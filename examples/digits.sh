@@ -31,13 +31,13 @@ igpt-data shards image_folder "$out/images/test" "${shape[@]}" --split test
 for objective in next_pixel masked_pixel; do
   run=$out/$objective masks=()
   [[ $objective == next_pixel ]] || masks=(--masks 5)
-  igpt-ds pretrain --preset demo --data "$out/data" --run "$run" --set "objective.name=$objective"
-  igpt-ds probe "$run" --untrained --concatenate 3 --test
-  igpt-ds low-data "$run" --labels 4,25 --test
+  igpt-ds pretrain "$run" --preset demo --data "$out/data" --set "objective.name=$objective"
+  igpt-ds probe "$run" --untrained --concatenate 3 --split test
+  igpt-ds low-data "$run" --labels 4,25 --split test
   igpt-ds eval "$run" --split test
-  igpt-ds finetune --from "$run" --data "$out/data" --run "$run-tuned" --test "${masks[@]}"
+  igpt-ds finetune "$run-tuned" --from "$run" --data "$out/data" --split test "${masks[@]}"
 done
-igpt-ds finetune --from "$out/next_pixel" --from-scratch --data "$out/data" --run "$out/scratch" --test
+igpt-ds finetune "$out/scratch" --from "$out/next_pixel" --from-scratch --data "$out/data" --split test
 igpt-ds sample "$out/next_pixel" --n 16 --out "$out/next_pixel/samples.png"
 igpt-ds figures "$out/next_pixel" "$out/masked_pixel" "$out/next_pixel-tuned" "$out/masked_pixel-tuned" "$out/scratch" \
   --out "$out/paper"

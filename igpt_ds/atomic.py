@@ -50,11 +50,7 @@ def fsync_directory(path: Path) -> None:
 
 @contextmanager
 def publish_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on success it gets its final name, on failure it vanishes.
-
-    Raises:
-        UserError: the disk is full, the directory cannot be written, and the like.
-    """
+    """Open a temporary file beside `path`; on success it gets its final name, on failure it vanishes."""
     path = Path(path)
     # Host and process id keep two writers of the same file apart; the last rename wins, whole.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -79,11 +75,7 @@ def publish_text(path: Path, text: str) -> None:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Give a directory whose files are already synced its final name.
-
-    Raises:
-        UserError: `final` exists, or the parent cannot be written.
-    """
+    """Give a directory whose files are already synced its final name."""
     with writing(final):
         fsync_directory(temporary)
         os.rename(temporary, final)

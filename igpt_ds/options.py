@@ -1,9 +1,31 @@
-"""Options of the command lines that were called otherwise once: the old spellings work and are not shown."""
+"""What options of several commands share: `--json`, and former names that work and are not shown."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+
+from igpt_ds.atomic import publish_text
+
+JSON = click.option(
+    "--json",
+    "json_path",
+    is_flag=False,
+    flag_value="-",  # once it was a flag that printed
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write the figures to FILE as JSON; - prints them in place of the table.",
+)
+
+
+def show(text: str, figures: object, json_path: Path | None) -> None:
+    """Print a table, and write its figures where `JSON` says."""
+    as_json = json.dumps(figures, indent=2)
+    click.echo(as_json if json_path == Path("-") else text)
+    if json_path not in (None, Path("-")):
+        publish_text(json_path, as_json + "\n")
 
 
 class Renamed(click.Option):

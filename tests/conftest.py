@@ -42,7 +42,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system is not permitted here (test_checkpoint_publish.py simulates one)")
+        pytest.skip("mounting a small file system is not permitted here (tests of checkpoint/ simulate one)")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

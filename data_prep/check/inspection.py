@@ -44,9 +44,6 @@ def inspect(directory: Path, sample: int = SAMPLE) -> Inspection:
 
     Args:
         sample: rows whose tokens are counted, about; no more than there are.
-
-    Raises:
-        UserError: it is not a whole dataset, or damaged where it was read.
     """
     dataset = Dataset.open(directory)
     manifest = dataset.manifest

@@ -22,9 +22,6 @@ def save_all(inspection: Inspection, directory: Path) -> dict[str, str]:
 
     Returns:
         Their paths by name.
-
-    Raises:
-        UserError: the directory cannot be written.
     """
     pictures = {"samples": contact_sheet(inspection), "palette": swatches(inspection.dataset.palette.colours)}
     paths = {name: directory / f"{name}.png" for name in (*pictures, "tokens")}

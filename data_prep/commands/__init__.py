@@ -86,11 +86,7 @@ def where_options(command: Command) -> Command:
 
 @contextmanager
 def place_of(folder: Path, where: dict[str, Any]) -> "Iterator[Here | OnCluster]":
-    """Where the work is to be done: processes of this machine, or jobs whose scripts and logs lie in `folder`.
-
-    Raises:
-        UserError: options of Slurm that make no sense.
-    """
+    """Where the work is to be done: processes of this machine, or jobs whose scripts and logs lie in `folder`."""
     from data_prep.workers.pool import pool
     from data_prep.workers.run import Here, OnCluster
     from data_prep.workers.slurm import Cluster, minutes

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from data_prep.commands import PATH
+from igpt_ds.options import JSON, Renamed, show
 from igpt_ds.text import aligned
 
 _CLASSES_SHOWN = 10
@@ -13,16 +14,18 @@ _CLASSES_SHOWN = 10
 
 @click.command()
 @click.argument("directory", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: all figures, every class.")
+@JSON
 @click.option("--out", type=PATH, help="Folder for samples.png, palette.png and tokens.png.")
 @click.option(
-    "--sample",
+    "--images",
+    cls=Renamed,
+    former=["--sample"],
     type=click.IntRange(min=1),
     default=4096,
     show_default=True,
     help="Images whose tokens are counted; as many as there are, or more, reads all.",
 )
-def inspect(directory: Path, as_json: bool, out: Path | None, sample: int) -> None:
+def inspect(directory: Path, json_path: Path | None, out: Path | None, images: int) -> None:
     """Tell what is in a dataset, and draw it.
 
     The token figures are of a sample spread evenly over the dataset; igpt-data verify reads all of it.
@@ -31,21 +34,17 @@ def inspect(directory: Path, as_json: bool, out: Path | None, sample: int) -> No
     Example:
       igpt-data inspect DATA/train --out pictures
     """
-    import json
-
     from data_prep.check.inspection import inspect as look
 
-    found = look(directory, sample)
+    found = look(directory, images)
     pictures = None
     if out is not None:
         from data_prep.check.pictures import save_all
 
         pictures = save_all(found, out)
-    if as_json:
-        click.echo(json.dumps({**found.facts, "pictures": pictures}, indent=1))
-        return
     rows = [(name, _printable(value)) for name, value in _lines(found.facts)]
-    click.echo(aligned([*rows, *((f"{name}.png", path) for name, path in (pictures or {}).items())]))
+    drawn = [(f"{name}.png", path) for name, path in (pictures or {}).items()]
+    show(aligned([*rows, *drawn]), {**found.facts, "pictures": pictures}, json_path)
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

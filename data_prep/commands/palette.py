@@ -7,6 +7,7 @@ import click
 
 from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, where_options
 from igpt_ds.errors import UserError
+from igpt_ds.options import Renamed
 from igpt_ds.text import aligned
 
 
@@ -22,7 +23,9 @@ from igpt_ds.text import aligned
 )
 @click.option("--no-crop", is_flag=True, help="Take whole images: they are small already.")
 @click.option(
-    "--sample",
+    "--share",
+    cls=Renamed,
+    former=["--sample"],
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     show_default=True,
@@ -39,7 +42,7 @@ def palette(
     options: dict[str, str],
     resolution: int | None,
     no_crop: bool,
-    sample: float,
+    share: float,
     seed: int,
     max_reject_rate: float,
     **where: Any,
@@ -55,7 +58,7 @@ def palette(
     Small images, each pixel as it is:
       igpt-data palette IMAGES --k 16 --no-crop --out palette.npy
     A tenth of ImageNet's images on a Slurm cluster:
-      igpt-data palette imagenet ILSVRC2012 --resolution 64 --sample 0.1 --out palette.npy \\
+      igpt-data palette imagenet ILSVRC2012 --resolution 64 --share 0.1 --out palette.npy \\
           --executor slurm --slurm-partition cpu --wait
     """
     from data_prep.images.transforms import CROP, evaluation
@@ -73,7 +76,7 @@ def palette(
         source = open_source(name, paths, options)
         transform = evaluation(resolution if no_crop else resolution or 32, not no_crop)
         tasks = colour_tasks(
-            source, transform, work.resolve(), options=options, sample=sample, max_reject_rate=max_reject_rate
+            source, transform, work.resolve(), options=options, sample=share, max_reject_rate=max_reject_rate
         )
         fitted = fit_palette(tasks, k=k, seed=seed, out=out, place=place, meter=progress)
     if fitted is None:

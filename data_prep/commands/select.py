@@ -7,6 +7,7 @@ import click
 
 from data_prep.commands import PATH, SOURCE_OPTION, Progress, place_of, where_options
 from igpt_ds.errors import UserError
+from igpt_ds.options import Renamed
 from igpt_ds.text import Table, aligned
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ _COLLECTION = "SOURCE[,NAME=VALUE...]:PATH"
     multiple=True,
     help="Test images that none may be close to; may be repeated.",
 )
-@click.option("--number", type=click.IntRange(min=1), required=True, help="Images wanted.")
+@click.option(
+    "--images", "number", cls=Renamed, former=["--number"], type=click.IntRange(min=1), required=True, help="Wanted."
+)
 @click.option(
     "--embedder",
     "embedder_name",
@@ -102,10 +105,10 @@ def select(
     100 million images of a crawl, like ImageNet, none from the test sets:
       igpt-data select img2dataset CRAWL --like imagenet:ILSVRC2012 \\
           --exclude imagenet:ILSVRC2012 --exclude cifar10:CIFAR10 --exclude cifar100:CIFAR100 \\
-          --exclude stl10:STL10 --number 100000000 --embedder open_clip --model ViT-B-32 \\
+          --exclude stl10:STL10 --images 100000000 --embedder open_clip --model ViT-B-32 \\
           --weights open_clip_model.safetensors --work WORK --out selection.npz --workers 8
     A first try without weights:
-      igpt-data select img2dataset CRAWL --like image_folder:IMAGES --number 10000 \\
+      igpt-data select img2dataset CRAWL --like image_folder:IMAGES --images 10000 \\
           --embedder tiny_pca --work WORK --out selection.npz
     """
     from data_prep.selection.collections import Collection

@@ -30,22 +30,14 @@ def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def publish_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays to a file, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write arrays to a file, whole or not at all."""
     with publish_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
             write_member(archive, name, array)
 
 
 def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """The arrays of these names; the others are not read.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """The arrays of these names; the others are not read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return [read_member(archive, name) for name in names]
@@ -54,11 +46,7 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
 
 
 def read_all_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays by their names.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """All arrays by their names."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]

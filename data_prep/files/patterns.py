@@ -49,11 +49,7 @@ class FileSet:
         return list(self.places())
 
     def places(self) -> dict[str, str]:
-        """Where each file is, by its name, sorted; those of brace patterns unseen: see `files.existing`.
-
-        Raises:
-            UserError: no file at all, or two files of one name.
-        """
+        """Where each file is, by its name, sorted; those of brace patterns unseen: see `files.existing`."""
         found: dict[str, str] = {}
         for path in self.paths:
             for name, url in self._files(path):

@@ -24,11 +24,7 @@ _CHUNK = 8 << 20
 
 
 def existing(urls: Iterable[str]) -> list[str]:
-    """Those of the local paths and URLs that are there, in their order.
-
-    Raises:
-        UserError: the server cannot be asked.
-    """
+    """Those of the local paths and URLs that are there, in their order."""
     urls = list(urls)
     if not any(scheme(url) for url in urls):
         return [url for url in urls if is_there(url)]
@@ -37,11 +33,7 @@ def existing(urls: Iterable[str]) -> list[str]:
 
 
 def opened(url: str) -> BinaryIO:
-    """Open a file for reading at will; a remote one is read piece by piece, as it is asked for.
-
-    Raises:
-        UserError: it is not there or cannot be read.
-    """
+    """Open a file for reading at will; a remote one is read piece by piece, as it is asked for."""
     if scheme(url):
         remote, path = filesystem(url)
         try:
@@ -120,11 +112,7 @@ def scheme(path: str) -> str | None:
 
 
 def is_there(url: str) -> bool:
-    """Is there a file or folder?
-
-    Raises:
-        UserError: the server cannot be asked.
-    """
+    """Is there a file or folder?"""
     if not scheme(url):
         return os.path.lexists(url)
     remote, path = filesystem(url)
@@ -138,11 +126,7 @@ def is_there(url: str) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it.
-
-    Raises:
-        UserError: the protocol's library is missing, or the server cannot be reached.
-    """
+    """The fsspec file system of a URL, and the path in it."""
     try:
         import fsspec
 

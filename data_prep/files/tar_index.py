@@ -55,9 +55,6 @@ def tar_index(path: Path, find: Callable[[BinaryIO, str], Iterator[Entry]]) -> T
 
     Args:
         find: lists the images of the open tar; a function at the top of a module, whose name tells indexes apart.
-
-    Raises:
-        UserError: the tar cannot be read, or holds an id twice.
     """
     with opened(str(path)) as file:
         status = os.fstat(file.fileno())
@@ -81,11 +78,7 @@ def tar_index(path: Path, find: Callable[[BinaryIO, str], Iterator[Entry]]) -> T
 
 
 def images_of(file: BinaryIO, where: str, prefix: str, start: int = 0, end: int | None = None) -> Iterator[Entry]:
-    """The regular files of a tar, their ids beginning with `prefix`.
-
-    Raises:
-        UserError: the tar is damaged, or a member is no regular file.
-    """
+    """The regular files of a tar, their ids beginning with `prefix`."""
     for member in members(file, where, start, end):
         name = member.name.removeprefix("./")
         if member.other:

@@ -60,11 +60,7 @@ class _Reader(pickle._Unpickler):
 
 
 def unpickle(data: bytes, where: str) -> dict[bytes, Any]:
-    """A pickled dictionary; its text keys and values as bytes, its arrays as `bytes_array` takes them.
-
-    Raises:
-        UserError: damaged, or something else than data.
-    """
+    """A pickled dictionary; its text keys and values as bytes, its arrays as `bytes_array` takes them."""
     try:
         found = _Reader(io.BytesIO(data), encoding="bytes").load()
     except Exception as error:  # a made-up pickle makes the reader raise anything
@@ -76,11 +72,7 @@ def unpickle(data: bytes, where: str) -> dict[bytes, Any]:
 
 
 def bytes_array(value: object, where: str) -> np.ndarray:
-    """An unpickled array of bytes: uint8 of its shape.
-
-    Raises:
-        UserError: it is no such array, or its bytes are not as many as its shape says.
-    """
+    """An unpickled array of bytes: uint8 of its shape."""
     state = value.state if isinstance(value, _Array) else None
     if isinstance(state, tuple) and len(state) == 5:
         _, shape, dtype, fortran, data = state

@@ -63,9 +63,6 @@ class Tally:
         Args:
             allowed: the share of images that may be rejected.
             total: the job's images, an estimate maybe; None where it is unknown: a share of none can be judged.
-
-        Raises:
-            UserError: more are rejected than the whole job may have.
         """
         if self.last is None or (allowed > 0 and (total is None or self.faults <= allowed * total)):
             return

@@ -69,9 +69,6 @@ def colour_tasks(
         folder: takes the counts.
         options: that the source was opened with; counts of others are not mixed with these.
         sample: the share of images to count, chosen by a hash of their ids.
-
-    Raises:
-        UserError: the source has no training images, or none is in the sample.
     """
     images = None
     if isinstance(source, StreamedSource):
@@ -81,7 +78,7 @@ def colour_tasks(
         images = len(items)
         pieces = cut(items, max(_IMAGES, -(-images // _TASKS)))
     if not pieces:
-        raise UserError(f"{source.name}: no training images to count: mend the path, or raise --sample")
+        raise UserError(f"{source.name}: no training images to count: mend the path, or raise --share")
     record = [source.name, options or {}, transform.record(), sample, PIL.__version__]
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for piece in pieces:
@@ -102,11 +99,7 @@ def colour_tasks(
 
 
 def count_colours(task: ColourTask) -> Done:
-    """Count the colours of a task's images and publish the counts, unless that is done.
-
-    Raises:
-        UserError: more are rejected than the whole job may have, or an input file cannot be read.
-    """
+    """Count the colours of a task's images and publish the counts, unless that is done."""
     if done := counted(task):
         return done
     dense, tally = np.zeros(COLOURS, np.int64), Tally()
@@ -156,11 +149,7 @@ def counted(task: ColourTask) -> Done | None:
 
 
 def add_up(paths: list[Path]) -> tuple[np.ndarray, Tally]:
-    """All tasks' counts, int64 [2^24] at r << 16 | g << 8 | b, and their tally.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """All tasks' counts, int64 [2^24] at r << 16 | g << 8 | b, and their tally."""
     dense, tally = np.zeros(COLOURS, np.int64), Tally()
     for path in paths:
         try:

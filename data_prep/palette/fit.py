@@ -37,9 +37,6 @@ def fit(counts: np.ndarray, k: int, seed: int) -> Palette:
 
     Args:
         counts: int64 [2^24] at r << 16 | g << 8 | b.
-
-    Raises:
-        UserError: there are fewer unique colours than k, or k is out of range.
     """
     check_k(k)
     packed = np.flatnonzero(counts)
@@ -55,11 +52,7 @@ def fit(counts: np.ndarray, k: int, seed: int) -> Palette:
 
 
 def check_k(k: int) -> None:
-    """Before any image is read.
-
-    Raises:
-        UserError: no palette has so many colours.
-    """
+    """Before any image is read."""
     if not 1 <= k <= MAX_COLOURS:
         raise UserError(f"--k {k}: a palette has 1 to {MAX_COLOURS} colours: choose a k in that range")
 

@@ -48,9 +48,6 @@ def fit_palette(
 
     Returns:
         None: jobs of a cluster have still to end.
-
-    Raises:
-        UserError: too many rejects, fewer colours than k, or `out` cannot be written.
     """
     first = tasks[0]
     last = _Fit([task.path for task in tasks], first.key, k, seed, out.resolve(), first.max_reject_rate)

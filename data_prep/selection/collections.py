@@ -26,11 +26,7 @@ class Collection:
     where: str
 
     def pieces(self) -> list[Piece]:
-        """Its pieces, in a fixed order.
-
-        Raises:
-            UserError: there are none, or the source refuses what it finds.
-        """
+        """Its pieces, in a fixed order."""
         found = pieces_of(self.source, self.pool, PIECE)
         if not found:
             raise UserError(f"{self.where}: holds no {self.pool} images: give another source or path")
@@ -101,11 +97,7 @@ class Read(NamedTuple):
 
 
 def read_all(readings: list[Reading], work: Path, place: Place, meter: Meter) -> list[Read] | None:
-    """Read what is not read yet, below the directory `work`; None where jobs of a cluster have still to end.
-
-    Raises:
-        UserError: an input file or the embedder fails, or a collection has no image that can be read.
-    """
+    """Read what is not read yet, below the directory `work`; None where jobs of a cluster have still to end."""
     tasks = [
         EmbedTask(work / each.name, each.collection.source, piece, each.embedder)
         for each in readings

@@ -42,9 +42,6 @@ def exact_duplicates(
 
     Returns:
         int64 arrays, sorted each, without repetition among them.
-
-    Raises:
-        UserError: scratch cannot be written.
     """
 
     def records() -> Iterator[np.ndarray]:
@@ -71,9 +68,6 @@ def near_duplicates(
 
     Returns:
         int64 arrays, sorted each; an index may be in several of them.
-
-    Raises:
-        UserError: scratch cannot be written.
     """
     if not 0 <= distance <= MAX_NEAR:
         raise ValueError(f"distance {distance} is not within 0 and {MAX_NEAR}")

@@ -113,11 +113,7 @@ def embedded(task: EmbedTask) -> Done | None:
 
 
 def embed(task: EmbedTask) -> Done:
-    """Do one piece, unless it is done.
-
-    Raises:
-        UserError: an input file cannot be read to its end, the embedder fails, or the disk is full.
-    """
+    """Do one piece, unless it is done."""
     if done := embedded(task):
         return done
     name, part = task.piece.digest, task.piece.part

@@ -61,11 +61,7 @@ class Selection:
 
     @classmethod
     def open(cls, path: Path) -> "Selection":
-        """Read all but the ids.
-
-        Raises:
-            UserError: there is no such file, it is no selection, of another version, or damaged.
-        """
+        """Read all but the ids."""
         path = Path(path)
         try:
             record = json.loads(_member(path, _JSON).tobytes())
@@ -93,11 +89,7 @@ class Selection:
         return selection
 
     def kept(self, part: str) -> frozenset[bytes]:
-        """The ids of one part that are kept, `id.encode("utf-8", "surrogateescape")`; only that member is read.
-
-        Raises:
-            UserError: the selection knows no such part, or the file is damaged.
-        """
+        """The ids of one part that are kept, `id.encode("utf-8", "surrogateescape")`; only that member is read."""
         if part not in self.members:
             raise UserError(
                 f"{self.path}: was made without {part or 'this source'}: select again from all that is to be built"
@@ -131,7 +123,6 @@ def write_selection(
 
     Raises:
         ValueError: inputs are not kept and dropped together: nothing is published.
-        UserError: the file cannot be written.
     """
     members: dict[str, tuple[int, int]] = {}
     with publish_file(path) as file, zipfile.ZipFile(file, "w") as archive:

@@ -110,10 +110,6 @@ class Job:
 
         Returns:
             None: jobs of a cluster have still to end; then the same call goes on.
-
-        Raises:
-            UserError: a collection without images, more clusters than images, a directory that cannot be written, or
-                another run in it.
         """
         with _alone(self.work):
             found = [each.pieces() for each in self._collections]

@@ -62,11 +62,7 @@ class Pictures:
             del found[_COLUMNS:]
 
     def save(self, histogram: Path, sheet: Path, where: Cut | None) -> None:
-        """Publish both as PNG files.
-
-        Raises:
-            UserError: a file cannot be written.
-        """
+        """Publish both as PNG files."""
         self._plot(histogram, where)
         with publish_file(sheet) as file:
             self._sheet().save(file, "PNG")

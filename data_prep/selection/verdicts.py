@@ -44,9 +44,6 @@ def drop_duplicates(scored: list[Scored], out: Path, distance: int, scratch: Pat
     Args:
         distance: largest number of bits in which the hashes of near duplicates differ.
         scratch: an empty directory for temporary files, some 60 bytes an image.
-
-    Raises:
-        UserError: a file cannot be read or written.
     """
     total = sum(each.chunk.rows for each in scored)
     with writing(scratch):
@@ -87,11 +84,7 @@ def threshold(scored: list[Scored], fates: Path, number: int) -> Cut | None:
 
 
 def judge(scored: list[Scored], fates: Path, where: Cut | None) -> Iterator[Judged]:
-    """The chunks with their final fates, in order. Of equally similar images at the threshold the first are kept.
-
-    Raises:
-        UserError: the fates are damaged.
-    """
+    """The chunks with their final fates, in order. Of equally similar images at the threshold the first are kept."""
     ties = where.ties if where else 0
     with fates.open("rb") as file:
         for each in scored:

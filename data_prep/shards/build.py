@@ -18,10 +18,6 @@ def build(job: Build, place: Place, meter: Meter) -> Results | None:
     Returns:
         Each split's directory with its manifest, or None where it was there already, complete; None: jobs of a cluster
         have still to end.
-
-    Raises:
-        UserError: too many rejects, a split without images, OUT cannot be written, a worker died, or jobs of an
-            earlier call are building another dataset there.
     """
     try:
         if not place.busy():

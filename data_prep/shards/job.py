@@ -94,11 +94,7 @@ class Build:
             self.palette.save(directory / "palette.npy")
 
     def finish(self) -> Results:
-        """Merge the marks of all slices into the manifests: of all splits, or of none.
-
-        Raises:
-            UserError: a slice is not built, or more images are rejected than allowed.
-        """
+        """Merge the marks of all slices into the manifests: of all splits, or of none."""
         merged = {plan.split: self._merge(plan) for plan in self.planned}
         whole = Tally()
         for tally, *_ in merged.values():
@@ -214,9 +210,6 @@ def begin(
             so many input files.
         max_reject_rate: the share of images that may be skipped because they cannot be read.
         force: build anew over whatever OUT holds.
-
-    Raises:
-        UserError: settings that contradict, a split without images, or OUT holds another dataset.
     """
     default: tuple[Split, ...] = ("train", "val") if settings.holdout > 0 else ("train",)
     chosen = splits or default

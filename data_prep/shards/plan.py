@@ -151,9 +151,6 @@ def make_plans(
     Args:
         selection: only its images are built.
         options: that the source was opened with, for the record.
-
-    Raises:
-        UserError: settings or splits that contradict, a selection of another source, or a split without images.
     """
     _check(settings, splits)
     storage_for(settings.storage, palette.k)  # refuses what it cannot hold

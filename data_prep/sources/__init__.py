@@ -61,11 +61,7 @@ class ListedSource(Protocol):
     classes: list[str] | None
 
     def items(self, pool: Pool) -> list[Item]:
-        """All images of a pool, either all with labels or all without; empty where the source has no such pool.
-
-        Raises:
-            UserError: the path does not hold what the source expects.
-        """
+        """All images of a pool, either all with labels or all without; empty where the source has no such pool."""
 
     def read(self, item_id: str) -> bytes:
         """An image's encoded bytes, the first MAX_BYTES + 1 at most. An OSError rejects the image."""
@@ -84,11 +80,7 @@ class StreamedSource(Protocol):
     classes: list[str] | None
 
     def parts(self, pool: Pool) -> list[str]:
-        """The pool's files, sorted, each a name that stays the same when the collection is moved or grows.
-
-        Raises:
-            UserError: the path does not hold what the source expects.
-        """
+        """The pool's files, sorted, each a name that stays the same when the collection is moved or grows."""
 
     def stream(self, part: str) -> Iterator[Encoded]:
         """The images of one file, always in the same order. An OSError in place of bytes rejects that image only.
@@ -107,11 +99,7 @@ def names() -> list[str]:
 
 
 def open_source(name: str, paths: Sequence[str], options: Mapping[str, str] | None = None) -> Source:
-    """Open the source called `name` on `paths`.
-
-    Raises:
-        UserError: there is no such source or option, or the source refuses the paths.
-    """
+    """Open the source called `name` on `paths`."""
     if name not in names():
         raise UserError(f"{name}: no such source: choose from {', '.join(names())}")
     opener = importlib.import_module(f"{__name__}.{name}").open_source

@@ -73,11 +73,7 @@ class Cifar:
 
 
 def open_cifar(paths: Sequence[str], name: str, layouts: Sequence[Layout]) -> Cifar:
-    """Find which layout lies at the path and read the classes' names.
-
-    Raises:
-        UserError: not one path, or none of the layouts, or one that lacks files.
-    """
+    """Find which layout lies at the path and read the classes' names."""
     known = " or ".join(layout.names for layout in layouts)
     if len(paths) != 1:
         raise UserError(f"{name}: {len(paths)} paths: give one, the folder or the archive of {known}")

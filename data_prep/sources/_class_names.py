@@ -5,11 +5,7 @@ from igpt_ds.errors import UserError
 
 
 def read_classes(path: str) -> list[str]:
-    """One name a line, UTF-8; line i names class i.
-
-    Raises:
-        UserError: it cannot be read, is empty, or has an empty line or a name twice.
-    """
+    """One name a line, UTF-8; line i names class i."""
     names = [line.strip() for line in read_text(path, "class names, one a line").splitlines()]
     if not names:
         raise UserError(f"{path}: empty: write one class name a line")

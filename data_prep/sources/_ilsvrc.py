@@ -31,9 +31,6 @@ def validation_synsets(truth: Path, order: str | None, images: list[str], synset
         order: "ilsvrc" (the devkit's ids) or "synset" (positions, from 0 or 1, among the sorted synsets).
         images: the images' names, sorted.
         synsets: the known synsets, sorted; may be empty with a devkit.
-
-    Raises:
-        UserError: the file does not fit the images or the synsets, or its order is not known.
     """
     files = _devkit(truth) if truth.is_dir() or truth.suffix != ".txt" else {}
     if files:
@@ -64,11 +61,7 @@ def validation_synsets(truth: Path, order: str | None, images: list[str], synset
 
 
 def devkit_synsets(devkit: Path) -> list[str]:
-    """The synsets of a devkit that images are labelled with, sorted.
-
-    Raises:
-        UserError: it holds no readable meta.mat.
-    """
+    """The synsets of a devkit that images are labelled with, sorted."""
     return sorted(_meta(_devkit(devkit).get("meta.mat"), devkit).values())
 
 

@@ -31,9 +31,5 @@ LAYOUTS = (
 
 
 def open_source(paths: list[str]) -> Cifar:
-    """Look at what lies at the path.
-
-    Raises:
-        UserError: it is not CIFAR-10.
-    """
+    """Look at what lies at the path."""
     return open_cifar(paths, "cifar10", LAYOUTS)

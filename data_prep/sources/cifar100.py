@@ -19,9 +19,6 @@ def open_source(paths: list[str], *, labels: str | None = None) -> Cifar:
 
     Args:
         labels: "fine" (as without it) or "coarse".
-
-    Raises:
-        UserError: it is not CIFAR-100, or there are no such labels.
     """
     kind = labels or "fine"
     if kind not in {"fine", "coarse"}:

@@ -49,11 +49,7 @@ class ImageFolder:
 
 
 def open_source(paths: list[str]) -> ImageFolder:
-    """Look at the top of the folder: are there classes?
-
-    Raises:
-        UserError: it is not one readable folder, or holds images beside class folders.
-    """
+    """Look at the top of the folder: are there classes?"""
     if len(paths) != 1:
         raise UserError(f"{' '.join(paths[1:])}: image_folder reads one folder: give one")
     path = paths[0]

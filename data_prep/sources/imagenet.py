@@ -97,9 +97,6 @@ def open_source(paths: list[str], *, truth: str | None = None, order: str | None
     Args:
         truth: a file of the validation images' classes, or a devkit.
         order: "ilsvrc" or "synset", of a `truth` file of numbers.
-
-    Raises:
-        UserError: nothing is there, or two forms of the same images, or folders that are no classes.
     """
     if order not in {None, "ilsvrc", "synset"}:
         raise UserError(f"--option order={order}: no such order: choose ilsvrc or synset")

@@ -85,11 +85,7 @@ class Img2Dataset:
 
 
 def open_source(paths: list[str]) -> Img2Dataset:
-    """Take note of the paths; the shards are looked at when they are listed and read.
-
-    Raises:
-        UserError: a path that cannot be meant.
-    """
+    """Take note of the paths; the shards are looked at when they are listed and read."""
     for path in paths:
         if path.startswith("pipe:"):
             raise UserError(f"{path}: a pipe has no _stats.json: read it with the source webdataset")

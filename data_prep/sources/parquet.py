@@ -104,9 +104,6 @@ def open_source(
         label: the column of class numbers, or "none".
         classes: a file of class names, one a line.
         test: which files are the pool "test": "test" or "validation".
-
-    Raises:
-        UserError: no files, no such columns, or more than one that could be meant.
     """
     if test not in {None, "test", "validation"}:
         raise UserError(f"--option test={test}: no such files: choose test or validation")

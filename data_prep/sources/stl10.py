@@ -66,9 +66,6 @@ def open_source(paths: list[str], *, part: str | None = None) -> Stl10:
 
     Args:
         part: "labelled" (as without it) or "unlabeled".
-
-    Raises:
-        UserError: not one path, not STL-10, or no such part.
     """
     if part not in {None, "labelled", "unlabeled"}:
         raise UserError(f"--option part={part}: no such part: choose labelled or unlabeled")

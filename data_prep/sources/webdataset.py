@@ -78,9 +78,6 @@ def open_source(
         classes: a file of class names, one a line.
         pool: "train" (as without it) or "test".
         allow_pipe: "true" lets paths `pipe:COMMAND` run.
-
-    Raises:
-        UserError: a path or option that cannot be meant.
     """
     for path in paths:
         if path.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):

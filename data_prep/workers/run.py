@@ -96,9 +96,6 @@ class Place(Protocol):
 
         Returns:
             What `finish` gives; None: jobs have still to end, then the same call goes on.
-
-        Raises:
-            UserError: what a task raises, more rejects than allowed, or a worker died.
         """
 
 

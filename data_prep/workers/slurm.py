@@ -54,11 +54,7 @@ class Cluster:
         pieces: Sequence[Sequence[Task]],
         finish: Callable[[], object],
     ) -> None:
-        """Submit a job for each piece, `function(piece, workers)`, and one that calls `finish` if all end well.
-
-        Raises:
-            UserError: submitit is not installed, or Slurm refuses the jobs.
-        """
+        """Submit a job for each piece, `function(piece, workers)`, and one that calls `finish` if all end well."""
         self.folder = self.folder.resolve()
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,11 +77,7 @@ class Cluster:
             return []
 
     def running(self) -> bool:
-        """Are any of them waiting or running?
-
-        Raises:
-            UserError: Slurm does not answer.
-        """
+        """Are any of them waiting or running?"""
         if self.kind == "local":
             return any(not job.done() for job in self._jobs)
         mine = set(self.jobs())
@@ -170,11 +162,7 @@ def _queued() -> set[str]:
 
 
 def minutes(text: str) -> int:
-    """A time limit as Slurm writes it (MINUTES, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS) in minutes, rounded up.
-
-    Raises:
-        UserError: it is none.
-    """
+    """A time limit as Slurm writes it (MINUTES, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS) in minutes, rounded up."""
     days, dash, rest = text.rpartition("-")
     try:
         fields = [int(each) for each in rest.split(":")]

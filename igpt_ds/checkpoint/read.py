@@ -10,7 +10,7 @@ DeepSpeed's own files are bound to the world size and ZeRO stage that wrote them
 checkpoint before all ranks have finished. Ours are plain slices, so a reader at another world size or stage picks
 what it needs, and an evaluation reads the weights alone, without DeepSpeed.
 
-All ranks write into a hidden directory; rank 0 adds checkpoint.json and renames it (saver.py). A directory named
+All ranks write into a hidden directory; rank 0 adds checkpoint.json and renames it (write.py). A directory named
 step-N is therefore whole. Nothing in here knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
 """
 
@@ -66,16 +66,12 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Any]]
-    progress: dict[str, Any]  # what going on needs beside the tensors: see train.py
+    progress: dict[str, Any]  # what going on needs beside the tensors: see `igpt_ds.train.resume`
     _handles: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Read checkpoint.json and check that every file is there in its full size.
-
-        Raises:
-            UserError: it is no checkpoint, or one whose files are not as they were written.
-        """
+        """Read checkpoint.json and check that every file is there in its full size."""
         try:
             content = json.loads((path / "checkpoint.json").read_text())
             recorded = content.pop("sha256", None)
@@ -102,11 +98,7 @@ class Checkpoint:
         return checkpoint
 
     def verify(self, rank: int = 0, world: int = 1) -> None:
-        """Compare the sha256 of every `world`-th file, beginning with `rank`.
-
-        Raises:
-            UserError: a file's bytes changed since it was written.
-        """
+        """Compare the sha256 of every `world`-th file, beginning with `rank`."""
         for name in sorted(self.files)[rank::world]:
             if sha256_file(self.path / name) != self.files[name]["sha256"]:
                 raise UserError(

@@ -62,9 +62,6 @@ class Saver:
         Args:
             shards: this rank's; over all ranks they must cover every parameter once.
             facts: what checkpoint.json holds besides: "identity" and "config" at least.
-
-        Raises:
-            UserError: the folder cannot be written.
         """
         assert self.pending is None, "the checkpoint before is not concluded"
         final = step_directory(self._folder, step)

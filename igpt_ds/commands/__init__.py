@@ -28,6 +28,9 @@ def shown(status: str) -> str:
     return click.style(status, fg={"OK": "green", "WARN": "yellow", "FAIL": "red"}.get(status))
 
 
+# What --nodes and --gpus-per-node were once.
+RANKS = click.option("--ranks", "planned_ranks", hidden=True, type=click.IntRange(min=1))
+
 # Of every training, whatever it trains: pretrain and finetune.
 _TRAINING_OPTIONS = (
     click.argument("run_path", metavar="RUN", required=False, type=click.Path(path_type=Path)),
@@ -44,10 +47,9 @@ _TRAINING_OPTIONS = (
     click.option("--wandb", "wandb_project", metavar="PROJECT", help="Also log to Weights & Biases."),
     click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end."),
     click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, and end."),
-    click.option(
-        "--ranks", "planned_ranks", type=click.IntRange(min=1), help="With --dry-run: the number of GPUs to plan for."
-    ),
-    click.option("--gpus-per-node", type=click.IntRange(min=1), help="With --dry-run: GPUs of a machine [8, or all]."),
+    click.option("--nodes", type=click.IntRange(min=1), help="With --dry-run: machines to plan for  [those started]."),
+    click.option("--gpus-per-node", type=click.IntRange(min=1), help="With --dry-run: GPUs of each  [8, or all]."),
+    RANKS,
     click.option(
         "--device", default="h200", metavar="NAME", help="With --dry-run: their kind, see igpt-ds plan [h200]."
     ),

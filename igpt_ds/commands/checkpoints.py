@@ -1,6 +1,5 @@
 """`igpt-ds checkpoints`: what a run could go on from, and what is wrong with the rest."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,13 +7,14 @@ import click
 
 from igpt_ds.commands import CONTEXT
 from igpt_ds.errors import UserError
+from igpt_ds.options import JSON, show
 
 
 @click.command(context_settings=CONTEXT)
 @click.argument("run_path", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@JSON
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Read every byte, or look at sizes only.")
-def checkpoints(run_path: Path, as_json: bool, verify: bool) -> None:
+def checkpoints(run_path: Path, json_path: Path | None, verify: bool) -> None:
     """A table of a run's checkpoints: step, time, size, ranks, valid or what is wrong.
 
     \b
@@ -34,8 +34,5 @@ def checkpoints(run_path: Path, as_json: bool, verify: bool) -> None:
     if not run.config.exists() and not run.checkpoints.is_dir():
         raise UserError(f"{run.path}: no run directory (no config.toml): name that of a pre-training")
     rows = survey(run.checkpoints, verify)
-    if as_json:
-        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
-    else:
-        click.echo(table(rows).text() if rows else "no checkpoint yet")
+    show(table(rows).text() if rows else "no checkpoint yet", [asdict(row) for row in rows], json_path)
     require_sound(run.checkpoints, rows)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from igpt_ds.commands import CONTEXT, run_of, shown
+from igpt_ds.commands import CONTEXT, RANKS, run_of, shown
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.options import JSON, show
 
 
 @click.command(context_settings=CONTEXT)
@@ -17,12 +18,9 @@ from igpt_ds.errors import RunError, UserError
 @click.option("--preset", metavar="NAME", help="Preset or file.toml of the run [RUN/config.toml].")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
 @click.option("--ds", metavar="NAME", help="DeepSpeed configuration.  [default: RUN/ds.json, or zero3]")
-@click.option(
-    "--ranks",
-    "planned_ranks",
-    type=click.IntRange(min=1),
-    help="GPUs of the run [ranks started, or GPUs of this machine].",
-)
+@click.option("--nodes", type=click.IntRange(min=1), help="Machines of the run  [those started, or this one].")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="GPUs of each  [those that are there, or 8].")
+@RANKS
 @click.option(
     "--wait",
     "limit",
@@ -32,7 +30,7 @@ from igpt_ds.errors import RunError, UserError
     metavar="SECONDS",
     help="Longest wait for ranks that do not come.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@JSON
 def doctor(
     data: tuple[str, ...],
     run_path: Path | None,
@@ -40,16 +38,18 @@ def doctor(
     preset: str | None,
     overrides: tuple[str, ...],
     ds: str | None,
+    nodes: int | None,
+    gpus_per_node: int | None,
     planned_ranks: int | None,
     limit: float,
-    as_json: bool,
+    json_path: Path | None,
 ) -> None:
     """Is this machine, this job, fit to run? A table of OK, WARN and FAIL, each with what to do.
 
     \b
-    On one machine; with --ranks, also what 64 GPUs would have to hold:
+    On one machine; with --nodes, also what 64 GPUs would have to hold:
         igpt-ds doctor RUN --data DATA --preset xl
-        igpt-ds doctor RUN --data DATA --preset xl --ranks 64
+        igpt-ds doctor RUN --data DATA --preset xl --nodes 8
     In a job script before the training (WORLD_SIZE, MASTER_ADDR and MASTER_PORT as slurm/env.sh exports them):
         srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec \\
             python -m igpt_ds doctor RUN --data DATA --preset xl'
@@ -71,12 +71,14 @@ def doctor(
     ranks = launched()
     from igpt_ds.doctor.examine import examine
     from igpt_ds.doctor.inputs import Request
-    from igpt_ds.doctor.report import table, to_json
+    from igpt_ds.doctor.report import table
+    from igpt_ds.planner.layout import gpus_of
 
-    outcome = examine(Request(data, run.path if run else None, preset, overrides, ds), ranks, planned_ranks, limit)
+    request = Request(data, run.path if run else None, preset, overrides, ds)
+    outcome = examine(request, ranks, planned_ranks or gpus_of(nodes, gpus_per_node), limit)
     report = outcome.report
     if report is not None:
-        click.echo(to_json(report) if as_json else table(report, shown))
+        show(table(report, shown), report.figures(), json_path)
     if outcome.hangs:
         # A thread waits inside NCCL, for ever, and Python's orderly end would wait for it.
         sys.stdout.flush()

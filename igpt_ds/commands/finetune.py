@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from igpt_ds.commands import CONTEXT, run_of, training_options
+from igpt_ds.options import Renamed
 
 
 @click.command(context_settings=CONTEXT)
@@ -19,7 +20,15 @@ from igpt_ds.commands import CONTEXT, run_of, training_options
 @click.option("--from-scratch", "scratch", is_flag=True, help="Random weights: the model of --preset, or of --from.")
 @click.option("--preset", metavar="NAME", help="With --from-scratch: tiny, s, m, l, ... or a file.toml.")
 @click.option("--data", metavar="DIR", help="Folder with labelled train/ and val/.")
-@click.option("--test", is_flag=True, help="At the end, test the best checkpoint once on DIR/test.")
+@click.option(
+    "--split",
+    cls=Renamed,
+    flags={"--test": "test"},
+    type=click.Choice(["val", "test"]),
+    default="val",
+    show_default=True,
+    help="Whose images the best checkpoint is scored by; DIR/test is read once, at the end.",
+)
 @click.option(
     "--masks", type=click.IntRange(min=1), help="BERT: also the modal prediction of so many masks (paper: 5)."
 )
@@ -29,6 +38,7 @@ def finetune(
     scratch: bool,
     preset: str | None,
     data: str | None,
+    split: str,
     run_path: Path | None,
     run_option: Path | None,
     overrides: tuple[str, ...],
@@ -40,12 +50,12 @@ def finetune(
     \b
     As the paper does for CIFAR, on one machine with 8 GPUs:
         deepspeed --num_accelerators 8 --module igpt_ds finetune runs/l-cifar10 --from runs/l --data cifar10 \\
-            --set finetune.augmentation=crop_flip --test
+            --set finetune.augmentation=crop_flip --split test
     Without the generative loss, and from random weights:
         igpt-ds finetune A --from RUN --data DATA --set finetune.generative_weight=0
         igpt-ds finetune B --from RUN --from-scratch --data DATA --set finetune.dropout=0.1
     The final run, on train/ and val/ together, for as many steps as were best:
-        igpt-ds finetune C --from RUN --data DATA --test --set finetune.fold_validation=true \\
+        igpt-ds finetune C --from RUN --data DATA --split test --set finetune.fold_validation=true \\
             --set training.validate_every=0 --set training.steps=N
     Go on with a run:
         igpt-ds finetune A
@@ -58,5 +68,5 @@ def finetune(
 
     run = run_of(run_path, run_option)
     config = finetuning(weights, preset, run, data, overrides, scratch, fresh)
-    if text := launch(config, run, fresh=fresh, **options):
+    if text := launch(config, run, fresh=fresh, test=split == "test", **options):
         click.echo(text)

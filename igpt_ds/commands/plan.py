@@ -1,10 +1,11 @@
 """`igpt-ds plan`: what a training will need, before a GPU is used."""
 
-import json
+from pathlib import Path
 
 import click
 
 from igpt_ds.commands import CONTEXT
+from igpt_ds.options import JSON, show
 from igpt_ds.planner.devices import DEVICES, INTERCONNECTS
 
 
@@ -28,7 +29,7 @@ from igpt_ds.planner.devices import DEVICES, INTERCONNECTS
     help="Of the computation alone, by model FLOPs [0.5, less what is recomputed].",
 )
 @click.option("--images", type=click.IntRange(min=1), help="Images of the data, for its size on disk [ImageNet's].")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the tables.")
+@JSON
 def plan(
     preset: str,
     overrides: tuple[str, ...],
@@ -39,7 +40,7 @@ def plan(
     interconnect: str,
     mfu: float | None,
     images: int | None,
-    as_json: bool,
+    json_path: Path | None,
 ) -> None:
     """Memory, messages, time and disk of a training; what limits it, and what would be faster. Needs no GPU.
 
@@ -59,4 +60,4 @@ def plan(
 
     layout = lay_out(load_config(preset, overrides), ds_source, nodes, gpus_per_node)
     found = make_plan(layout, Machine(device, interconnect, mfu), images or IMAGENET)
-    click.echo(json.dumps(found, indent=2) if as_json else plan_text(found))
+    show(plan_text(found), found, json_path)

@@ -40,7 +40,7 @@ def pretrain(
     On a CPU, in one process, 20 steps:
         igpt-ds pretrain RUN --preset tiny --data DATA --set training.steps=20 --set seed=1
     What a GPU would have to hold, without one:
-        igpt-ds pretrain --preset l --data DATA --dry-run --ranks 8
+        igpt-ds pretrain --preset l --data DATA --dry-run --nodes 4
     Begin with released weights, of the same shape; another resolution is interpolated:
         igpt-ds pretrain RUN --preset l48 --data DATA --from imagegpt-large
     Go on with a run, its --preset, --data and --set taken from RUN/config.toml:

@@ -11,7 +11,14 @@ from igpt_ds.errors import RunError, UserError
 if TYPE_CHECKING:
     from igpt_ds.config.schema import Config
 
-_OWN = ("--run", "--test", "--fresh", "--dry-run", "--print-config")  # the search decides, or they make none
+# Options of a training that the search decides, or with which there would be none.
+_OWN = {
+    "run_path": "RUN",
+    "run_option": "--run",
+    "fresh": "--fresh",
+    "dry_run": "--dry-run",
+    "print_config": "--print-config",
+}
 
 
 @click.command(context_settings=CONTEXT)
@@ -49,15 +56,11 @@ def sweep(
         trials = sweeps.collect(out)
         sweeps.record(out, trials, {"command": None, "share": None})
     else:
-        _check(command)
         chosen = _rates(rates) if rates else list(sweeps.RATES)
-        training = _config(command).training
-        if not training.validate_every:
-            raise UserError("training.validate_every=0: without validation no rate is better: set an interval")
-        end = max(1, round(share * training.steps))
+        config = _config(command)
         start = shlex.split(launcher) if launcher else [sys.executable, "-m", "igpt_ds"]
         trials = []
-        for trials in sweeps.search(out, chosen, command, start, end, share):
+        for trials in sweeps.search(out, chosen, command, start, config.training, share):
             click.echo(sweep_table(sweeps.summary(trials)).text())
     best = sweeps.winner(trials)
     if collect:
@@ -67,16 +70,6 @@ def sweep(
     click.echo(f"best rate   {best.rate:g} (table written: {out / 'sweep.json'})")
     if not sweeps.rose(trials) and best == trials[-1]:
         click.echo("the smallest rate is the best: smaller ones may be better still (--rates)")
-
-
-def _check(command: tuple[str, ...]) -> None:
-    if not command or command[0] not in ("pretrain", "finetune"):
-        raise UserError("sweep: what to run is not told: write e.g. -- pretrain --preset s --data DATA")
-    for word in command:
-        if word.partition("=")[0] in _OWN:
-            raise UserError(f"sweep: {word}: cannot be a part of a search: leave it out")
-        if word.startswith(("training.learning_rate=", "training.stop_at=")):
-            raise UserError(f"sweep: --set {word}: the search sets it: leave it out (see --rates, --share)")
 
 
 def _rates(text: str) -> list[float]:
@@ -90,11 +83,7 @@ def _rates(text: str) -> list[float]:
 
 
 def _config(command: tuple[str, ...]) -> "Config":
-    """The configuration that the command would run with.
-
-    Raises:
-        UserError: the command is refused.
-    """
+    """The configuration that the command would run with."""
     import contextlib
     import io
     import tempfile
@@ -103,9 +92,18 @@ def _config(command: tuple[str, ...]) -> "Config":
     from igpt_ds.commands.pretrain import pretrain
     from igpt_ds.config.file import load_config
 
-    verb = {"pretrain": pretrain, "finetune": finetune}[command[0]]
+    verb = {"pretrain": pretrain, "finetune": finetune}.get(command[0] if command else "")
+    if verb is None:
+        raise UserError("sweep: what to run is not told: write e.g. -- pretrain --preset s --data DATA")
+    name, words = f"igpt-ds {command[0]}", list(command[1:])
+    told = verb.make_context(name, words.copy()).params
+    for own in [shown for key, shown in _OWN.items() if told[key]] + ["--split test"] * (told.get("split") == "test"):
+        raise UserError(f"sweep: {own}: cannot be a part of a search: leave it out")
+    for fact in told["overrides"]:
+        if fact.partition("=")[0] in ("training.learning_rate", "training.stop_at"):
+            raise UserError(f"sweep: --set {fact}: the search sets it: leave it out (see --rates, --share)")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        verb.main([*command[1:], "--print-config"], prog_name=f"igpt-ds {command[0]}", standalone_mode=False)
+        verb.main([*words, "--print-config"], prog_name=name, standalone_mode=False)
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(printed.getvalue())
         file.flush()

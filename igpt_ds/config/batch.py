@@ -31,11 +31,7 @@ class Division:
 
 
 def divide_batch(batch: int, micro_batch: int | None, world: int, sequence_parallel: int = 1) -> Division:
-    """Micro-batch and accumulation of each replica; without a micro-batch it holds its whole share at once.
-
-    Raises:
-        UserError: the batch cannot be spread evenly; the nearest sizes that can are named.
-    """
+    """Micro-batch and accumulation of each replica; without a micro-batch it holds its whole share at once."""
     if world % sequence_parallel:
         raise UserError(
             f"training.sequence_parallel={sequence_parallel}: does not divide {world} ranks: start a multiple of it"

@@ -7,6 +7,7 @@ ignores unknown keys and turns an "auto" that nobody resolved into a default wit
 
 import difflib
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from igpt_ds.config.schema import Config
 from igpt_ds.config.size import block_parameters
 from igpt_ds.errors import UserError
 
-FOLDER = Path(__file__).parents[2] / "ds_configs"
+_PACKAGE = Path(str(resources.files("igpt_ds")))
+# Installed, it lies in the package; in a checkout, beside it.
+FOLDER = next(path for path in (_PACKAGE / "ds_configs", _PACKAGE.parent / "ds_configs") if path.is_dir())
 
 _KNOWN = {
     "train_batch_size",
@@ -68,11 +71,7 @@ def ds_presets() -> list[str]:
 
 
 def load_ds_config(source: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON: a name in ds_configs/ (such as zero3) or a path.
-
-    Raises:
-        UserError: no such file, not JSON, unknown keys.
-    """
+    """Read a DeepSpeed JSON: a name in ds_configs/ (such as zero3) or a path."""
     path = Path(source) if source.endswith(".json") else FOLDER / f"{source}.json"
     if not path.is_file():
         names = ", ".join(ds_presets())
@@ -204,11 +203,7 @@ def offloads(zero: dict[str, Any], what: str) -> bool:
 
 
 def _group(zero: dict[str, Any], world: int, ranks_per_node: int | None) -> int:
-    """The size of hpZ's groups; 1, which is none, where all ranks are in one.
-
-    Raises:
-        UserError: no whole number, not at stage 3, or the ranks are not so many whole groups.
-    """
+    """The size of hpZ's groups; 1, which is none, where all ranks are in one."""
     stated = zero["zero_hpz_partition_size"]
     name = "DeepSpeed configuration: zero_optimization.zero_hpz_partition_size"
     group = (ranks_per_node or 1) if stated == "auto" else stated

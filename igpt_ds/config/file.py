@@ -7,10 +7,11 @@ types, contradictions.
 
 import dataclasses
 import difflib
-import sys
+import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,7 @@ from igpt_ds.config.rules import contradictions
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(str(resources.files("igpt_ds.config"))) / "presets"
 
 
 def presets() -> list[str]:
@@ -32,11 +28,7 @@ def presets() -> list[str]:
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a preset (by name) or a TOML file (by path) and apply `section.key=value` overrides.
-
-    Raises:
-        UserError: no such preset or file, not TOML, or any fault of the content, all in one line.
-    """
+    """Read a preset (by name) or a TOML file (by path) and apply `section.key=value` overrides."""
     # By the ending: a folder that is called like a preset must not hide it.
     path = Path(source) if Path(source).suffix == ".toml" else PRESETS / f"{source}.toml"
     if not path.is_file():

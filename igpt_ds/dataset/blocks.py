@@ -47,11 +47,7 @@ def damaged(path: Path, what: str) -> UserError:
 
 
 def blocks(path: Path, kinds: Collection[str] = KINDS) -> Iterator[dict[str, np.ndarray]]:
-    """A shard's blocks, read as a plain tar: arrays as stored, by kind, of those `kinds` that are there.
-
-    Raises:
-        UserError: it is no tar, or its members are not ours.
-    """
+    """A shard's blocks, read as a plain tar: arrays as stored, by kind, of those `kinds` that are there."""
     stem = path.name.removesuffix(".tar")
     current: dict[str, np.ndarray] | None = None
     seen: set[str] = set()

@@ -55,11 +55,7 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path) -> "Manifest":
-        """Read and check DIRECTORY/manifest.json.
-
-        Raises:
-            UserError: it is missing, not ours, of another version, malformed or contradicts itself.
-        """
+        """Read and check DIRECTORY/manifest.json."""
         path = Path(directory) / "manifest.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

@@ -70,11 +70,7 @@ class Palette:
 
     @classmethod
     def load(cls, path: Path) -> "Palette":
-        """Read a palette from an .npy file.
-
-        Raises:
-            UserError: the file is missing, not an .npy array, or not a palette.
-        """
+        """Read a palette from an .npy file."""
         path = Path(path)
         try:
             # Opened here, for np.load would leave a refused file open.

@@ -73,9 +73,6 @@ def write_shard(
         labels: integers [rows] or None.
         storage: a name of `storage.STORAGES`.
         note: JSON that the builder wants back from `read_mark`; kept in the mark only.
-
-    Raises:
-        UserError: the storage cannot hold a token, the disk is full, and the like.
     """
     rows = len(tokens)
     if tokens.ndim != 2 or tokens.dtype != np.uint16 or rows < 1 or len(ids) != rows or not SHARD_NAME.fullmatch(name):
@@ -234,11 +231,7 @@ class Dataset:
         return tokens
 
     def images(self, count: int | None = None) -> np.ndarray:
-        """Tokens of the first `count` images, or all, each in view 0: uint16 [count, n]; reads no shard beyond them.
-
-        Raises:
-            UserError: a shard is damaged.
-        """
+        """Tokens of the first `count` images, or all, each in view 0: uint16 [count, n]; reads no shard beyond them."""
         left = self.rows if count is None else min(count, self.rows)
         parts: list[np.ndarray] = [np.empty((0, self.sequence_length), np.uint16)]
         for number, shard in enumerate(self.manifest.shards):
@@ -248,11 +241,7 @@ class Dataset:
         return np.concatenate(parts)
 
     def labels(self) -> np.ndarray:
-        """Labels of view 0 in shard order: int64 [rows].
-
-        Raises:
-            UserError: the dataset has no labels.
-        """
+        """Labels of view 0 in shard order: int64 [rows]."""
         return np.concatenate(list(self._members("labels")))
 
     def ids(self) -> np.ndarray:

@@ -76,11 +76,7 @@ STORAGES: dict[str, Storage] = {storage.name: storage for storage in (_Uint16(),
 
 
 def storage_for(name: str, colours: int) -> Storage:
-    """The form of storage called `name`, for the tokens of a palette of so many colours.
-
-    Raises:
-        UserError: there is no such form, or it cannot hold so many colours.
-    """
+    """The form of storage called `name`, for the tokens of a palette of so many colours."""
     if name not in STORAGES:
         raise UserError(f"--storage {name}: no such form: choose from {', '.join(STORAGES)}")
     storage = STORAGES[name]

@@ -6,8 +6,11 @@ Nothing else in the package imports deepspeed. A process that no launcher starte
 import functools
 import math
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 # No GPU: say so before DeepSpeed looks for an accelerator of its own choice.
@@ -37,12 +40,18 @@ Batch = dict[str, Tensor]
 T = TypeVar("T")
 
 
-def require_precision(config: Config) -> None:
-    """Refuse bfloat16 on a GPU that only emulates it.
-
-    Raises:
-        UserError: this rank's GPU has no bfloat16.
-    """
+def require_device(config: Config) -> None:
+    """Refuse what this machine cannot do: bfloat16 on a GPU that only emulates it, compiling without a compiler."""
+    if config.training.compile:
+        # On a processor as on a GPU, torch compiles C++ or C against Python's headers, at the first step.
+        missing = [] if Path(sysconfig.get_path("include"), "Python.h").is_file() else ["Python.h"]
+        compiler = os.environ.get("CXX", "g++")
+        missing += [] if shutil.which(compiler) else [compiler]
+        if missing:
+            raise UserError(
+                f"training.compile=true: {' and '.join(missing)} not found: install Python's headers and a compiler "
+                "(python3-dev and g++ on Debian), or set training.compile=false"
+            )
     wanted = config.training.precision == "bfloat16"
     if wanted and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
@@ -53,7 +62,7 @@ class Engine:
 
     Args:
         config: data facts resolved.
-        ds: resolved DeepSpeed dictionary (see `ds_config.resolve`).
+        ds: resolved DeepSpeed dictionary (see `igpt_ds.config.deepspeed.resolve`).
 
     Attributes:
         state: what a checkpoint holds.
@@ -103,7 +112,7 @@ class Engine:
         """Run the network on a batch, hiding what the objective hides.
 
         Args:
-            batch: "tokens" [B, T], of any type of integers, and "positions" int64 [B], see loader.py.
+            batch: "tokens" [B, T], of any type of integers, and "positions" int64 [B], see loading/loader.py.
 
         Returns:
             The output, the tokens on the device (int64), and the mask (bool [B, T], or None).

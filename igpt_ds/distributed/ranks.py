@@ -157,11 +157,7 @@ class Ranks:
 
 
 def launched() -> Ranks:
-    """Read what the launcher (deepspeed, torchrun, accelerate, or srun with RANK set) put into the environment.
-
-    Raises:
-        UserError: the environment names a world but not this process's rank in it.
-    """
+    """Read what the launcher (deepspeed, torchrun, accelerate, or srun with RANK set) put into the environment."""
     if "RANK" not in os.environ:
         if _whole("WORLD_SIZE", "1") > 1:
             raise UserError("WORLD_SIZE is set but RANK is not: start one process a rank through a launcher")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.schema import Config
+from igpt_ds.config.size import parameter_count
 from igpt_ds.doctor.report import Check
 from igpt_ds.errors import UserError
 from igpt_ds.text import counted
@@ -91,7 +91,7 @@ def make_plan(request: Request, ranks: int, ranks_per_node: int | None = None) -
         zero = resolve(machine(request.ds, run), config, division, per_node)["zero_optimization"]
         if config.data.resolution and config.data.palette_size:
             need = Need(
-                checkpoint=_BYTES_A_PARAMETER * plan.parameter_count(config),
+                checkpoint=_BYTES_A_PARAMETER * parameter_count(config),
                 rank=bytes_per_rank(Layout(config, zero, division, per_node)).total,
                 bfloat16=config.training.precision == "bfloat16",
                 kept=config.checkpoint.keep,
@@ -111,7 +111,7 @@ def judge_job(planned: Plan) -> Check:
         return Check("job", "WARN", f"{name}: not held against data", "name it with --data")
     division = planned.job.division
     value = (
-        f"{name}: {plan.parameter_count(planned.config):,} parameters, batch {division.batch} = {division.world} ranks "
+        f"{name}: {parameter_count(planned.config):,} parameters, batch {division.batch} = {division.world} ranks "
         f"x {division.micro_batch} x {division.accumulation} accumulated"
     )
     return Check("job", "OK", value)

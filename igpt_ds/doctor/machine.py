@@ -3,12 +3,14 @@
 import importlib.metadata
 import os
 import platform
-import re
 import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from igpt_ds import memory
 from igpt_ds.doctor.report import Check, Status, named
@@ -34,11 +36,10 @@ def read_versions() -> dict[str, Any]:
         requirements = importlib.metadata.requires("igpt-ds") or []
     except importlib.metadata.PackageNotFoundError:
         requirements = list(_SHOWN[1:])  # a checkout that was not installed
-    for text in requirements:
-        match = re.match(r"([\w.-]+)([^;]*)$", text)  # with a ";" it belongs to an extra or to another Python
-        if match:
-            name = match.group(1)
-            wanted[name] = match.group(2)
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            name = requirement.name
+            wanted[name] = str(requirement.specifier)
             try:
                 found[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
@@ -50,9 +51,9 @@ def judge_versions(fact: dict[str, Any]) -> Check:
     """Everything that pyproject.toml asks for is there in a version that it allows."""
     found, wanted = fact["found"], fact["wanted"]
     faults = [
-        f"{name} {found[name] or 'is missing'} ({spec.strip() or 'any version'} is needed)"
+        f"{name} {found[name] or 'is missing'} ({spec or 'any version'} is needed)"
         for name, spec in wanted.items()
-        if found[name] is None or not _allowed(found[name], spec)
+        if found[name] is None or not SpecifierSet(spec).contains(found[name], prereleases=True)
     ]
     if faults:
         return Check(
@@ -63,21 +64,6 @@ def judge_versions(fact: dict[str, Any]) -> Check:
         remedy = "pip install -e . in the checkout: its versions were not held against the least ones"
         return Check("versions", "WARN", f"{value}; igpt-ds itself is not installed", remedy)
     return Check("versions", "OK", value)
-
-
-def _allowed(version: str, spec: str) -> bool:
-    """Whether a version meets ">=A,<B"; other clauses, which pyproject.toml does not use, pass."""
-    number = _numbers(version)
-    for operator, limit in re.findall(r"(>=|<)\s*(\d[\d.]*)", spec):
-        if (number >= _numbers(limit)) != (operator == ">="):
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(part) for part in match.group().split(".")] if match else [0]
-    return tuple(numbers + [0] * (4 - len(numbers)))
 
 
 # --- locks of torch's extension compiler -----------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """A check, many ranks' checks as one, the table."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -38,6 +37,16 @@ class Report:
 
     def count(self, status: Status) -> int:
         return sum(check.status == status for check in self.checks)
+
+    def figures(self) -> dict[str, Any]:
+        """For programs; its keys are stable."""
+        return {
+            "status": self.status,
+            "ranks": self.ranks,
+            "hosts": sorted(set(self.hosts)),
+            "checks": [asdict(check) for check in self.checks],
+            "unchecked": self.unchecked,
+        }
 
 
 def worst(statuses: Sequence[Status]) -> Status:
@@ -128,15 +137,3 @@ def table(report: Report, paint: Callable[[Status], str] = str) -> str:
     on = f"{counted(report.ranks, 'rank')} on {named(sorted(set(report.hosts)))}"
     lines += [f"not checked: {text}" for text in report.unchecked]
     return "\n".join([*lines, f"{counts} ({on})"])
-
-
-def to_json(report: Report) -> str:
-    """{"status", "ranks", "hosts", "checks": [{"name", "status", "value", "remedy"}], "unchecked"}."""
-    content = {
-        "status": report.status,
-        "ranks": report.ranks,
-        "hosts": sorted(set(report.hosts)),
-        "checks": [asdict(check) for check in report.checks],
-        "unchecked": report.unchecked,
-    }
-    return json.dumps(content, indent=2)

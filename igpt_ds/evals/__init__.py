@@ -110,9 +110,6 @@ def evaluate(
 
     Returns:
         The record and the files that were written; None on other ranks than 0.
-
-    Raises:
-        UserError: the weights, the data or the options do not fit together, or a file cannot be written.
     """
     from igpt_ds.weights.formats import results_folder
 

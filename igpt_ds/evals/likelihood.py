@@ -109,9 +109,6 @@ class Likelihood:
 
 
 def check(checkpoint: "Weights", config: Config, dataset: "Dataset") -> None:
-    """Raises:
-    UserError: the data has another palette, resolution or palette size than the checkpoint's.
-    """
     from igpt_ds.loading.splits import resolve_data
     from igpt_ds.run.directory import LOGGER
     from igpt_ds.weights.base import check_palette
@@ -132,9 +129,6 @@ def likelihood(
     Args:
         ranks: must have met; all of them get the result.
         masks, mask_seed: of BERT only.
-
-    Raises:
-        UserError: the data is damaged.
     """
     import torch
 

@@ -114,9 +114,6 @@ def subset(labels_I: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarr
     """Rows of a random subset with `count` images of every class, ascending: int64 [classes * count].
 
     A pure function of its arguments; subsets of other counts and repeats are drawn independently.
-
-    Raises:
-        UserError: a class has fewer images.
     """
     # Each image has a random key; the smallest keys of each class are drawn.
     keys_I = random_keys(stable_hash(_SUBSET, seed, count, repeat), len(labels_I))
@@ -132,9 +129,6 @@ def subset(labels_I: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarr
 
 
 def check(train: "Dataset", counts: tuple[int, ...]) -> None:
-    """Raises:
-    UserError: a class has fewer training images than the largest subset, or none.
-    """
     classes = train.manifest.classes or []
     found = np.bincount(train.labels(), minlength=len(classes))
     least = int(found.argmin())
@@ -148,11 +142,7 @@ def check(train: "Dataset", counts: tuple[int, ...]) -> None:
 def collect(
     network: "Network", train: "Dataset", scored: "Dataset", masks: int, folder: Path
 ) -> "tuple[Features, Scored]":
-    """The features of both splits; of use on rank 0 only, whose work goes on. A collective.
-
-    Raises:
-        UserError: the data is damaged, the disk is full, or a cache is not what its name says.
-    """
+    """The features of both splits; of use on rank 0 only, whose work goes on. A collective."""
     from igpt_ds.features.splits import take, take_scored
 
     with network.ranks.meeting():
@@ -164,11 +154,7 @@ def collect(
 def judge(
     train: "Features", scored: "Scored", layer: int, counts: tuple[int, ...], strength: float, config: Config
 ) -> dict[str, Any]:
-    """Accuracies by number of labels a class: "mean" and "std" (sample standard deviation) over the subsets.
-
-    Raises:
-        UserError: a class has fewer training images than a subset needs.
-    """
+    """Accuracies by number of labels a class: "mean" and "std" (sample standard deviation) over the subsets."""
     from igpt_ds.features import classifier
     from igpt_ds.features.splits import ensemble, rows
 
@@ -201,11 +187,7 @@ def _spread(accuracies: list[float]) -> dict[str, Any]:
 
 
 def best_layer(path: Path, checkpoint: str) -> int:
-    """The best layer of a probe of the same checkpoint (its `fingerprint`).
-
-    Raises:
-        UserError: there is no such record, or it is of another checkpoint.
-    """
+    """The best layer of a probe of the same checkpoint (its `fingerprint`)."""
     try:
         record = json.loads(path.read_text())
         probed, layer = record["checkpoint"], record["best_layer"]

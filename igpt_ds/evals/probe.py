@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 NAME, TITLE = "probe", "Probe by depth"
 HOLDS = {"step": int, "layers": list, "validation_images": int}
-STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1, 0.01)  # of regularisation; see classifier.py for the objective
+STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1, 0.01)  # of regularisation; see features/classifier.py for the objective
 OPTIONS = (
     click.Option(["--layers"], metavar="LAYERS", help="Only these, e.g. 0,4-7; the last, L, is the final norm's."),
     click.Option(
@@ -93,7 +93,7 @@ def run(
     Writes a JSON file and, beside it, a plot of the same name; prints the table:
         igpt-ds probe RUN --data DATA --json probe.json
     The final figures of CIFAR-10, 5 layers around the best ones side by side as well:
-        igpt-ds probe RUN --data cifar10 --concatenate 5 --test
+        igpt-ds probe RUN --data cifar10 --concatenate 5 --split test
     ImageNet, features by 8 GPUs, then classifiers by SGD on the first:
         torchrun --nproc-per-node 8 -m igpt_ds -- probe RUN --data imagenet32 --solver sgd --layers 10-14
     A network too big for one GPU, divided over 8:
@@ -188,7 +188,6 @@ def collect(
         folder: of the cached features.
 
     Raises:
-        UserError: the data is damaged, the disk is full, or a cache is not what its name says.
         RunError: a feature is not finite.
     """
     from igpt_ds.features.splits import take, take_scored

@@ -84,7 +84,6 @@ def cached(
     A collective of all ranks; rank 0 gets the features, the others None. Features of more layers serve, too.
 
     Raises:
-        UserError: the dataset is damaged, the disk is full, or a cache is not what its name says.
         RunError: a feature is not finite.
     """
     total = min(dataset.rows, images or dataset.rows)
@@ -130,11 +129,7 @@ def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _find(folder: Path, facts: dict[str, Any]) -> Path | None:
-    """A cache with these facts and at least these layers.
-
-    Raises:
-        UserError: what has the name of these features is something else.
-    """
+    """A cache with these facts and at least these layers."""
     exact = folder / _name(facts)
     if exact.exists() and (record := _record(exact)) != facts:
         whose = "no record" if record is None else f"a record of step {record.get('step')}"

@@ -113,9 +113,6 @@ def fit(
         rows: with at least two classes; a float64 copy of the features is held in memory.
         strengths: above 0, best in descending order: the strongest is found first and fastest.
         device: "cuda" or "cpu" for torch; None: scikit-learn, or torch where there is a GPU.
-
-    Raises:
-        UserError: the copy does not fit in memory.
     """
     needed = 2 * 8 * len(rows) * rows.width
     if needed > available_bytes():

@@ -2,7 +2,7 @@
 
 The ranks of a launch share the images. A network that fits a device stands whole on every rank; a larger one is
 divided over the ranks by DeepSpeed (ZeRO-3). Rank 0 receives all features and writes them into a memory map, so that
-no process holds more than a few batches; see feature_cache.py for where they lie.
+no process holds more than a few batches; see cache.py for where they lie.
 
 Suffixes: L layers asked for, I images, B images of a batch, T positions, D width.
 """
@@ -64,11 +64,7 @@ def load_model(config: Config, checkpoint: Weights | None, precision: Precision 
 
 
 def parse_layers(text: str | None, config: Config) -> tuple[int, ...]:
-    """Layers written as "0,4-7"; all of them, 0 to L, without a text.
-
-    Raises:
-        UserError: it is written otherwise, or the network has fewer layers.
-    """
+    """Layers written as "0,4-7"; all of them, 0 to L, without a text."""
     last = config.model.layers
     layers: set[int] = set()
     for part in (text or f"0-{last}").split(","):
@@ -88,9 +84,6 @@ class Network:
         checkpoint: None for the untrained network.
         ds: name or file of a DeepSpeed configuration that divides the network over the ranks; None: whole on each.
         batch: images a rank passes through at once; None: as many as have 65 536 tokens.
-
-    Raises:
-        UserError: no such DeepSpeed configuration, or one that does not fit.
     """
 
     def __init__(
@@ -167,7 +160,6 @@ def extract(
         out_LID: float32 [L, images, D]; None on the other ranks.
 
     Raises:
-        UserError: the dataset is damaged.
         RunError: a feature is not finite.
     """
     ranks, batch = network.ranks, network.batch

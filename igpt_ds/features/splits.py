@@ -31,10 +31,6 @@ class Splits:
     test: Dataset | None = None
 
     def check(self, checkpoint: Weights, images: int | None = None) -> None:
-        """Raises:
-        UserError: no labels, other classes among the splits, fewer than two classes, or data of another palette than
-            the checkpoint's.
-        """
         for dataset in filter(None, (self.train, self.validation, self.test)):
             check_palette(checkpoint, dataset.palette.sha256, dataset.path, LOGGER.warning)
             if dataset.manifest.classes is None:
@@ -121,9 +117,6 @@ def open_run(
         data: folder of the splits; None for the run's first source.
         test: whether DATA/test is to be there.
         images: of each split, from its beginning, that are used; None for all.
-
-    Raises:
-        UserError: no such run, checkpoint or split, or splits that do not fit; see `Splits.check`.
     """
     checkpoint = open_weights(path, step)
     config = config_of(checkpoint)
@@ -138,11 +131,7 @@ def open_run(
 
 
 def masks_of(config: Config, asked: int | None) -> int:
-    """How many masks each image gets: of a BERT model as many as asked for, or the paper's 5; else 0.
-
-    Raises:
-        UserError: masks are asked for, and the model is auto-regressive.
-    """
+    """How many masks each image gets: of a BERT model as many as asked for, or the paper's 5; else 0."""
     if not config.causal:
         return asked or MASKS
     if asked is not None:

@@ -48,11 +48,7 @@ def source_rows(dataset: Dataset) -> SourceRows:
 
 
 def shard_labels(dataset: Dataset, classes: int) -> list[np.ndarray]:
-    """The labels of every shard, of all views: int64 [rows] each, in the manifest's order.
-
-    Raises:
-        UserError: a shard has none, or a label that is no class.
-    """
+    """The labels of every shard, of all views: int64 [rows] each, in the manifest's order."""
     found = []
     for record in dataset.manifest.shards:
         path = dataset.path / f"{record.name}.tar"
@@ -203,9 +199,6 @@ def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int
         {"tokens": uint16 [m, n], "weight": float32 [m], "positions": int64 [m]} and, where the dataset has
         classes, "labels": int64 [m]. The position of a row is its index among the rows of view 0. Surplus
         places repeat row 0 with weight 0; all other weights are 1.
-
-    Raises:
-        UserError: the dataset is empty or damaged.
     """
     if not dataset.rows:
         raise UserError(f"{dataset.path}: the dataset has no rows: build it again")

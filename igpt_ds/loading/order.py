@@ -162,9 +162,6 @@ class Order:
         sources: at least one, none empty; the views of a source have equally many rows.
         weights: positive integers, one per source (only their ratios count); None follows the row counts.
         window: shards whose rows are shuffled together.
-
-    Raises:
-        UserError: no sources, an empty source, unequal views, weights that do not fit, a window below 1.
     """
 
     def __init__(

@@ -12,9 +12,6 @@ def open_split(folder: str | Path, split: str, or_else: str = "") -> Dataset:
 
     Args:
         or_else: what a user can do who has no such split, but to build it.
-
-    Raises:
-        UserError: it is not there, half-built or damaged.
     """
     path = Path(folder) / split
     if not Path(folder).is_dir():
@@ -25,11 +22,7 @@ def open_split(folder: str | Path, split: str, or_else: str = "") -> Dataset:
 
 
 def resolve_data(config: Config, datasets: list[Dataset]) -> Config:
-    """Fill in resolution and palette size from the manifests; what the configuration states must agree.
-
-    Raises:
-        UserError: another resolution or palette size than the configuration's, or among the datasets.
-    """
+    """Fill in resolution and palette size from the manifests; what the configuration states must agree."""
     for dataset in datasets:
         facts = {"resolution": dataset.manifest.resolution, "palette_size": dataset.palette.k}
         for key, value in facts.items():

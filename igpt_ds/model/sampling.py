@@ -34,9 +34,6 @@ class Drawing:
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: only so many of the likeliest tokens (and those as likely as the last of them); None: all.
         top_p: of these only the likeliest whose probabilities together reach it (Holtzman et al. 2020).
-
-    Raises:
-        UserError: a value out of range, named by its option.
     """
 
     seed: int = 0
@@ -116,9 +113,6 @@ def sample(
 
     Returns:
         int64 [B, n] on the CPU, beginning with the prefix.
-
-    Raises:
-        UserError: a BERT model, which gives no order to draw in.
     """
     if not model.causal:
         raise UserError("sample: this is a BERT model: only next_pixel models draw images token by token")

@@ -17,7 +17,7 @@ all tokens of some heads instead of all heads of some tokens.
 
 from dataclasses import dataclass
 
-from igpt_ds.config import size as plan
+from igpt_ds.config.size import parameter_count
 from igpt_ds.planner.gathering import gathering
 from igpt_ds.planner.layout import Layout
 
@@ -49,7 +49,7 @@ class Transfer:
 def transfers(layout: Layout) -> list[Transfer]:
     """All large messages of a step; those of norms, flags and losses are some bytes."""
     stage, ranks, accumulation = layout.stage, layout.ranks, layout.division.accumulation
-    count = plan.parameter_count(layout.config)
+    count = parameter_count(layout.config)
     whole, bucket = layout.width * count, layout.option("reduce_bucket_size", 500_000_000)
     found = []
     if stage == 3:

@@ -68,22 +68,14 @@ INTERCONNECTS = {
 
 
 def find_device(name: str) -> Device:
-    """A device by its key.
-
-    Raises:
-        UserError: there is none of this name.
-    """
+    """A device by its key."""
     if name.lower() not in DEVICES:
         raise UserError(f"device {name}: its data sheet is not here: choose {', '.join(DEVICES)}")
     return DEVICES[name.lower()]
 
 
 def find_interconnect(text: str) -> float:
-    """Bytes/s of a GPU to other nodes: by name, or a number of GB/s.
-
-    Raises:
-        UserError: neither.
-    """
+    """Bytes/s of a GPU to other nodes: by name, or a number of GB/s."""
     if text.lower() in INTERCONNECTS:
         return INTERCONNECTS[text.lower()]
     try:

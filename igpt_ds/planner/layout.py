@@ -15,7 +15,7 @@ class Layout:
 
     Attributes:
         config: resolution and palette size resolved.
-        zero: the resolved `zero_optimization` (see `ds_config.resolve`).
+        zero: the resolved `zero_optimization` (see `igpt_ds.config.deepspeed.resolve`).
         division: of the batch over the ranks.
         ranks_per_node: GPUs of a node.
     """
@@ -74,13 +74,13 @@ class Layout:
         return replace(self, config=replace(self.config, training=replace(self.config.training, **changes)))
 
 
-def lay_out(config: Config, ds_source: str, nodes: int, ranks_per_node: int) -> Layout:
-    """Divide a job over so many GPUs.
+def gpus_of(nodes: int | None, gpus_per_node: int | None) -> int | None:
+    """How many GPUs that are; None where neither is said. One node, or 8 GPUs of each, where one of them is not."""
+    return (nodes or 1) * (gpus_per_node or 8) if nodes or gpus_per_node else None
 
-    Raises:
-        UserError: resolution or palette are not known; the batch cannot be spread over so many ranks; see
-            `ds_config.resolve`.
-    """
+
+def lay_out(config: Config, ds_source: str, nodes: int, ranks_per_node: int) -> Layout:
+    """Divide a job over so many GPUs."""
     missing = [key for key in ("resolution", "palette_size") if getattr(config.data, key) is None]
     if missing:
         examples = " ".join(f"--set data.{key}={32 if key == 'resolution' else 512}" for key in missing)
@@ -109,7 +109,7 @@ class Sizes:
 
 
 def module_sizes(config: Config) -> Sizes:
-    """The network's modules (see model.py)."""
+    """The network's modules (see `igpt_ds.model.transformer`)."""
     d, k = config.model.width, config.palette_size
     return Sizes(
         root=(k * d, *([d] if config.causal else []), config.sequence_length * d),

@@ -15,8 +15,8 @@ activation, 4 d wide (8). On a CPU the norms are not fused, and keep one more ea
 
 from dataclasses import asdict, dataclass
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.deepspeed import offloads
+from igpt_ds.config.size import parameter_count
 from igpt_ds.planner.gathering import gathering
 from igpt_ds.planner.layout import Layout, module_sizes
 
@@ -78,7 +78,7 @@ def bytes_per_rank(layout: Layout, gpu: bool = True) -> Memory:
     Args:
         gpu: with its fused norms and its fused Adam.
     """
-    stage, count = layout.stage, plan.parameter_count(layout.config)
+    stage, count = layout.stage, parameter_count(layout.config)
 
     def part(since: int) -> int:
         """Elements of one rank of what is divided from a stage on."""
@@ -156,7 +156,7 @@ def _buffers(layout: Layout) -> int:
     """
     reduce = layout.option("reduce_bucket_size", 500_000_000)
     if layout.stage == 3:
-        gathered = min(layout.option("stage3_prefetch_bucket_size", 50_000_000), plan.parameter_count(layout.config))
+        gathered = min(layout.option("stage3_prefetch_bucket_size", 50_000_000), parameter_count(layout.config))
         return layout.width * (reduce + gathered)
     if layout.stage == 2:
         return layout.width * reduce * (2 if layout.option("overlap_comm", False) else 1)

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.deepspeed import offloads
+from igpt_ds.config.size import flops_per_image, parameter_count
 from igpt_ds.planner.advice import advise, judge, limits, presets
 from igpt_ds.planner.communication import transfers
 from igpt_ds.planner.devices import Device, find_device, find_interconnect
@@ -36,15 +36,12 @@ def make_plan(layout: Layout, machine: Machine, images: int = IMAGENET) -> dict[
 
     Args:
         images: of the data, each stored once.
-
-    Raises:
-        UserError: an unknown device or interconnect.
     """
     device, network = find_device(machine.device), find_interconnect(machine.interconnect)
     assumptions = Assumptions(mfu=assumed_mfu(layout) if machine.mfu is None else machine.mfu)
     chosen = judge(layout, device, network, assumptions)
     config, training = layout.config, layout.config.training
-    parameters, flops = plan.parameter_count(config), plan.flops_per_image(config) * training.batch
+    parameters, flops = parameter_count(config), flops_per_image(config) * training.batch
     step = chosen.time.step
     return {
         "name": config.name,

@@ -15,8 +15,8 @@ not.
 import math
 from dataclasses import dataclass
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.deepspeed import offloads
+from igpt_ds.config.size import attention_flops_per_image, flops_per_image, matrix_flops_per_image, parameter_count
 from igpt_ds.planner.communication import Transfer, transfers
 from igpt_ds.planner.devices import Device
 from igpt_ds.planner.layout import Layout
@@ -80,10 +80,10 @@ def recomputed_share(layout: Layout) -> float:
         return 0.0
     config = layout.config
     head = 6 * config.sequence_length * config.palette_size * config.model.width
-    again = plan.matrix_flops_per_image(config) - head
+    again = matrix_flops_per_image(config) - head
     if layout.checkpointing == "full":
-        again += plan.attention_flops_per_image(config)
-    return again / 3 / plan.flops_per_image(config)
+        again += attention_flops_per_image(config)
+    return again / 3 / flops_per_image(config)
 
 
 def step_time(layout: Layout, device: Device, network: float, assumptions: Assumptions) -> StepTime:
@@ -93,7 +93,7 @@ def step_time(layout: Layout, device: Device, network: float, assumptions: Assum
         network: bytes/s of a GPU's share of the network between nodes, one way.
     """
     peak = device.bf16 if layout.bf16 else device.fp32
-    flops = plan.flops_per_image(layout.config) * layout.config.training.batch
+    flops = flops_per_image(layout.config) * layout.config.training.batch
     computation = flops / (layout.ranks * peak * assumptions.mfu)
     timed = tuple((t, _seconds(t, layout, device, network, assumptions)) for t in transfers(layout))
     overlap = layout.option("overlap_comm", layout.stage == 3)
@@ -124,7 +124,7 @@ def _seconds(transfer: Transfer, layout: Layout, device: Device, network: float,
 
 def _optimizer_seconds(layout: Layout, device: Device, assumptions: Assumptions) -> float:
     """Adam reads and writes master weights and moments, reads gradients, and writes weights."""
-    shard = plan.parameter_count(layout.config) / (layout.ranks if layout.stage else 1)
+    shard = parameter_count(layout.config) / (layout.ranks if layout.stage else 1)
     touched = shard * (24 + 4 + layout.width)
     if not offloads(layout.zero, "optimizer"):
         return touched / (device.bandwidth * assumptions.bandwidth_share)

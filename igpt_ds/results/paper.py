@@ -11,11 +11,7 @@ from igpt_ds.results.records import read_runs
 
 
 def write_all(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Write figure2.png to figure4.png, table1.csv to table5.csv and tables.md of these runs; what was written.
-
-    Raises:
-        UserError: one is no run, a record is malformed, or the folder cannot be written.
-    """
+    """Write figure2.png to figure4.png, table1.csv to table5.csv and tables.md of these runs; what was written."""
     runs = read_runs(paths)
     written = []
     for number, draw in ((2, figure_2), (3, figure_3), (4, figure_4)):

@@ -82,11 +82,7 @@ class RunRecords:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecords]:
-    """Read several runs, each once, in the order given.
-
-    Raises:
-        UserError: as `read_run`.
-    """
+    """Read several runs, each once, in the order given."""
     distinct = list(dict.fromkeys(path.resolve() for path in paths))
     names = [path.name for path in distinct]
     labels = [path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}" for path in distinct]
@@ -94,11 +90,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecords]:
 
 
 def read_run(path: Path, label: str = "") -> RunRecords:
-    """Read all that a run has recorded.
-
-    Raises:
-        UserError: it is no run directory, or a record is malformed.
-    """
+    """Read all that a run has recorded."""
     if not (path / "config.toml").is_file():
         raise UserError(
             f"{path}: no run directory (no config.toml): name that of a training (of a search: one of its lr-*)"

@@ -9,7 +9,7 @@ import functools
 import json
 import platform
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
@@ -61,11 +61,7 @@ code { background: var(--box); padding: 0 .25rem; } summary { cursor: pointer; }
 
 
 def page(run: RunRecords) -> str:
-    """The page as text.
-
-    Raises:
-        UserError: a file of the run cannot be read.
-    """
+    """The page as text."""
     sections: dict[str, Callable[[RunRecords], str]] = {
         "Training": _training,
         "Events": _events,
@@ -221,7 +217,7 @@ def _environment(run: RunRecords) -> str:
     packages = {name: _version(name) for name in ("torch", "deepspeed", "numpy", "matplotlib")}
     facts["page made with"] = f"igpt-ds {igpt_ds.__version__}, Python {platform.python_version()}"
     facts["packages there"] = ", ".join(f"{name} {number}" for name, number in packages.items())
-    facts["page made"] = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    facts["page made"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return _facts(facts)
 
 

@@ -5,12 +5,12 @@ RUN/config.toml             the configuration, data facts resolved
     palette.npy             the colours of the tokens
     metrics.jsonl           see metrics.py
     events/                 for TensorBoard
-    samples/                see evals/samples_of_training.py
+    samples/                see train/sheets.py
     log.rank00000.txt       one log a rank
     heartbeats/             see watchdog.py
-    checkpoints/            see checkpoint.py
+    checkpoints/            see checkpoint/read.py
     STOP, SAVE              put there by a person: finish the step, save, and end or go on
-    features/               see evals/feature_cache.py
+    features/               see features/cache.py
     probe.json, low_data.json, eval.json, result.json, report.html and their pictures: evaluations
 """
 
@@ -60,11 +60,7 @@ class Run:
         return self.path / "samples"
 
     def require_writable(self) -> None:
-        """Try to write where the run directory is or is to be.
-
-        Raises:
-            UserError: it cannot be made or written.
-        """
+        """Try to write where the run directory is or is to be."""
         with writing(self.path):
             nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
             with tempfile.TemporaryFile(dir=nearest):

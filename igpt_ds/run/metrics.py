@@ -41,9 +41,6 @@ class Metrics:
         run: the run directory.
         step: the step that the run goes on from; see `rewind`.
         wandb_project: a Weights & Biases project, or None.
-
-    Raises:
-        UserError: the directory cannot be written, or wandb is asked for and not installed.
     """
 
     def __init__(self, run: Path, step: int, config: dict[str, Any], wandb_project: str | None = None):
@@ -126,11 +123,7 @@ def _full_disk_allowed() -> Iterator[None]:
 
 
 def require_wandb() -> Any:
-    """The wandb package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The wandb package."""
     try:
         import wandb
     except ImportError as error:

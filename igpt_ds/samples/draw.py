@@ -55,9 +55,6 @@ def draw(
 
     Returns:
         The step of the weights; None on other ranks than 0.
-
-    Raises:
-        UserError: what is asked for does not fit together, or not the model.
     """
     if complete and paths:
         raise UserError("--picture: not beside --complete: complete the one or the other")

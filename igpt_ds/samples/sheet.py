@@ -24,11 +24,7 @@ GIVEN = (230, 80, 0)  # orange: beside what it was shown
 
 
 def prefixes(tokens: np.ndarray, rows: int) -> torch.Tensor:
-    """The first rows of each image, once for each of its completions: int64 [N COMPLETIONS, rows * side].
-
-    Raises:
-        UserError: the images have no rows left to draw, or none is given.
-    """
+    """The first rows of each image, once for each of its completions: int64 [N COMPLETIONS, rows * side]."""
     side = round(tokens.shape[1] ** 0.5)
     if not 0 < rows < side:
         raise UserError(f"--rows {rows}: the images have {side} rows: give at least 1 and leave 1: 1 to {side - 1}")
@@ -37,11 +33,7 @@ def prefixes(tokens: np.ndarray, rows: int) -> torch.Tensor:
 
 
 def first_images(dataset: Dataset, count: int, sequence_length: int, palette: Palette) -> np.ndarray:
-    """Tokens of the first `count` images of a dataset, uint16 [count, n].
-
-    Raises:
-        UserError: the dataset has fewer images, or images of another size or palette than the model's.
-    """
+    """Tokens of the first `count` images of a dataset, uint16 [count, n]."""
     if count > dataset.rows:
         raise UserError(f"{dataset.path}: has {dataset.rows} images: ask for at most --images {dataset.rows}")
     if dataset.sequence_length != sequence_length:
@@ -58,9 +50,6 @@ def pictures(paths: Sequence[Path], sequence_length: int, palette: Palette) -> n
     """Tokens of PNG files of the model's resolution, by the run's palette: uint16 [N, n].
 
     Larger pictures are cut and scaled by igpt-data shards, as all data are, and by nothing else.
-
-    Raises:
-        UserError: a file is missing, no whole PNG, or of another size.
     """
     side = round(sequence_length**0.5)
     found = []

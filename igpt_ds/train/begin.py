@@ -32,9 +32,6 @@ def pretraining(
 
     Args:
         weights: of any format, that a new run begins with.
-
-    Raises:
-        UserError: neither is named, or any fault of the configuration.
     """
     source = preset or (run.config if run is not None and run.config.exists() else None)
     if source is None:
@@ -62,9 +59,6 @@ def finetuning(
         weights: a run, one of its checkpoints, or weights of any other format. With `scratch` it gives the model but
             not its weights.
         preset: a model without weights; only with `scratch`.
-
-    Raises:
-        UserError: what is named does not belong together, or any fault of the configuration.
     """
     from igpt_ds.weights.formats import open_weights
 
@@ -97,11 +91,7 @@ def finetuning(
 
 
 def machine(named: str | None, run: Run | None) -> dict[str, Any]:
-    """The DeepSpeed configuration that is named, else that of the run that is to go on, else zero3.
-
-    Raises:
-        UserError: there is none of this name, or it is not one.
-    """
+    """The DeepSpeed configuration that is named, else that of the run that is to go on, else zero3."""
     begun = run is not None and run.ds_config.exists()
     return load_ds_config(named or (str(run.ds_config) if run is not None and begun else "zero3"))
 
@@ -113,11 +103,7 @@ def _sources(data: Sequence[str]) -> list[str]:
 
 
 def _weights(run: Run | None, named: Path | None, scratch: bool = False) -> str:
-    """Path of the weights that a run begins with: as it has recorded them, or as they are named now; "": none.
-
-    Raises:
-        UserError: there are none, or others than the run began with.
-    """
+    """Path of the weights that a run begins with: as it has recorded them, or as they are named now; "": none."""
     from igpt_ds.weights.formats import open_weights
 
     if run is None or not run.config.exists():
@@ -133,11 +119,7 @@ def _weights(run: Run | None, named: Path | None, scratch: bool = False) -> str:
 
 
 def check_weights(job: Job, run: Run | None) -> None:
-    """Hold a training that has no checkpoint yet against the weights that it is to begin with.
-
-    Raises:
-        UserError: they are gone, or of another network, objective or palette.
-    """
+    """Hold a training that has no checkpoint yet against the weights that it is to begin with."""
     config = job.config
     if not config.init_from or (run is not None and list_checkpoints(run.checkpoints)):
         return

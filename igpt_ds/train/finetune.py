@@ -47,11 +47,7 @@ def defaults(base: Config, begins: str, images: int, resolution: int) -> dict[st
 
 
 def resolve_classes(config: Config, datasets: Sequence[Dataset]) -> Config:
-    """Fill in the number of classes; all of the data must have the same ones.
-
-    Raises:
-        UserError: no labels, fewer than two classes, other ones in another split, or another number than configured.
-    """
+    """Fill in the number of classes; all of the data must have the same ones."""
     first = datasets[0].manifest.classes
     for dataset in datasets:
         classes = dataset.manifest.classes

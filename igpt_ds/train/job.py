@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.batch import Division, divide_batch
 from igpt_ds.config.deepspeed import resolve
 from igpt_ds.config.schema import Config, identity
+from igpt_ds.config.size import flops_per_image, parameter_count
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.loading.order import Order
@@ -70,9 +70,6 @@ def prepare(
         ds_source: DeepSpeed's configuration, see `igpt_ds.config.deepspeed.load_ds_config`.
         ranks_per_node: of one machine.
         test, masks: of a fine-tuning; see `Job`.
-
-    Raises:
-        UserError: see the functions that this calls.
     """
     from igpt_ds.loading.loader import source_rows
 
@@ -94,7 +91,7 @@ def prepare(
     if config.finetune is not None:
         config = resolve_classes(config, opened)
         if config.finetune is not None and config.finetune.fold_validation and not test:
-            raise UserError("finetune.fold_validation=true: leaves nothing to report the accuracy of: add --test")
+            raise UserError("finetune.fold_validation=true: leaves nothing to report the accuracy of: add --split test")
         if masks and config.causal:
             raise UserError(f"--masks {masks}: {config.objective.name} hides nothing: leave it out")
     order = Order(
@@ -126,13 +123,13 @@ def _rows(job: Job) -> list[tuple[str, str]]:
     config, division = job.config, job.division
     stage = job.ds["zero_optimization"]["stage"]
     memory = bytes_per_rank(job.layout)
-    flops = plan.flops_per_image(config) * config.training.batch
+    flops = flops_per_image(config) * config.training.batch
     share = job.order.weights[0] / sum(job.order.weights)
     epochs = config.training.steps * config.training.batch * share / job.order.epoch_rows(0)
     return [
         (
             "model",
-            f"{config.name}: {plan.parameter_count(config):,} parameters, {config.model.layers} layers of "
+            f"{config.name}: {parameter_count(config):,} parameters, {config.model.layers} layers of "
             f"{config.model.width}, {config.model.heads} heads",
         ),
         (

@@ -6,6 +6,7 @@ from igpt_ds.config.file import to_toml
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import launched
 from igpt_ds.errors import UserError
+from igpt_ds.planner.layout import gpus_of
 from igpt_ds.planner.report import Machine
 from igpt_ds.run.directory import Run
 from igpt_ds.train.begin import check_weights, machine
@@ -22,6 +23,7 @@ def launch(
     masks: int | None = None,
     print_config: bool = False,
     dry_run: bool = False,
+    nodes: int | None = None,
     planned_ranks: int | None = None,
     gpus_per_node: int | None = None,
     device: str = "h200",
@@ -34,14 +36,13 @@ def launch(
         run: None where nothing is trained.
         ds: see `igpt_ds.train.begin.machine`.
         test, masks: of a fine-tuning; see `Job`.
-        planned_ranks, gpus_per_node, device: the machine of a `dry_run`.
+        nodes, gpus_per_node, device: the machines of a `dry_run`; planned_ranks: their GPUs in all.
         options: see `igpt_ds.train.trainer.train`.
 
     Returns:
         What is to be printed in place of a training: the configuration, or the plan of a dry run.
 
     Raises:
-        UserError: the input does not fit together, or the device or the run directory does not fit it.
         RunError: the loss is lost for good.
     """
     if print_config:
@@ -51,7 +52,7 @@ def launch(
     ranks, begun = launched(), None if fresh else run
     world, per_node = ranks.world, ranks.neighbours
     if dry_run:
-        world = planned_ranks or world
+        world = planned_ranks or gpus_of(nodes, gpus_per_node) or world
         per_node = gpus_per_node or min(world, 8)
     job = prepare(config, machine(ds, begun), world, ranks_per_node=per_node, test=test, masks=masks or 0)
     check_weights(job, begun)

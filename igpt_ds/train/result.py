@@ -26,7 +26,6 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
 
     Raises:
         RunError: the best checkpoint could not be saved when it was due.
-        UserError: it is damaged, or the test split is.
     """
     split = "test" if job.test_set else "val"
     path = run.path / "result.json"

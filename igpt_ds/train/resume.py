@@ -187,11 +187,7 @@ def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
 
 
 def _begin(engine: "Engine", config: Config) -> None:
-    """Take the weights that a training begins with, if it does not begin with random ones; rank 0 says which.
-
-    Raises:
-        UserError: they are damaged.
-    """
+    """Take the weights that a training begins with, if it does not begin with random ones; rank 0 says which."""
     from igpt_ds.weights.base import at_resolution
 
     if config.finetune is not None:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from igpt_ds.atomic import publish_text
 from igpt_ds.config.file import load_config
-from igpt_ds.config.schema import Config
+from igpt_ds.config.schema import Config, TrainingConfig
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import read_metrics
@@ -137,9 +137,6 @@ def collect(directory: Path) -> list[Trial]:
     """What is there of runs that were started otherwise, as Slurm jobs say, largest rate first.
 
     The runs must have been validated at the same step to be compared; those that are behind are unfinished.
-
-    Raises:
-        UserError: there is no run.
     """
     found = {load_config(path).training.learning_rate: path.parent for path in directory.glob("lr-*/config.toml")}
     if not found:
@@ -152,20 +149,27 @@ def collect(directory: Path) -> list[Trial]:
 
 
 def search(
-    directory: Path, rates: Sequence[float], command: Sequence[str], launcher: Sequence[str], end: int, share: float
+    directory: Path,
+    rates: Sequence[float],
+    command: Sequence[str],
+    launcher: Sequence[str],
+    training: TrainingConfig,
+    share: float,
 ) -> Iterator[list[Trial]]:
     """Run rate after rate; yields the trials so far after each. Finished ones are not run again.
 
     Args:
         command: a verb of igpt-ds and its options, without the rate and without RUN.
         launcher: what `command` is appended to.
-        end: the step at which each run ends.
-        share: what part of the whole schedule that is.
+        training: what `command` trains by.
+        share: what part of its steps is run.
 
     Raises:
-        UserError: the folder belongs to another search, or a run was refused.
         RunError: a run failed without having diverged, or the search was stopped.
     """
+    if not training.validate_every:
+        raise UserError("training.validate_every=0: without validation no rate is better: set an interval")
+    end = max(1, round(share * training.steps))
     facts = {"command": list(command), "share": share}
     path = directory / "sweep.json"
     before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**facts, "rates": []}

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.schema import Config
+from igpt_ds.config.size import flops_per_image
 from igpt_ds.planner.devices import peak_flops
 from igpt_ds.text import clock
 
@@ -57,7 +57,7 @@ class Meter:
 
         seconds = time.perf_counter() - self._began
         images = self._steps * self._config.training.batch / seconds
-        flops = images * plan.flops_per_image(self._config) / self._engine.division.world
+        flops = images * flops_per_image(self._config) / self._engine.division.world
         if self._cuda:
             memory = float(torch.cuda.max_memory_allocated(self._engine.device))
         else:
@@ -77,7 +77,7 @@ class Meter:
 
 
 def training_line(line: dict[str, Any], steps: int) -> str:
-    """One aligned line for people. MFU: model FLOPs (plan.py) over the device's dense bfloat16 peak."""
+    """One aligned line for people. MFU: model FLOPs (config/size.py) over the device's dense bfloat16 peak."""
     mfu = "" if line["mfu"] is None else f"  MFU {line['mfu']:6.1%} (causal)"
     beside = f"nats {line['bits']:.4f} bits" if "bits" in line else f"nats accuracy {line['accuracy']:.4f}"
     return (

@@ -51,7 +51,6 @@ def train(
     A fine-tuning also ends where its accuracy gets no better, and then writes its result.
 
     Raises:
-        UserError: the run directory, its checkpoints or the device do not fit the job.
         RunError: the loss is lost for good.
     """
     stop = StopRequest()
@@ -64,10 +63,10 @@ def train(
         check_identity(job, run, allow_change)
     if ranks.rank == 0:
         run.require_writable()
-    from igpt_ds.distributed.engine import Engine, require_precision
+    from igpt_ds.distributed.engine import Engine, require_device
     from igpt_ds.loading.loader import shard_labels, train_batches
 
-    require_precision(job.config)
+    require_device(job.config)
     labels, augment = None, None
     if job.config.finetune is not None:
         labels = [shard_labels(dataset, job.config.classes) for dataset in job.train_sets]
@@ -306,11 +305,7 @@ class Trainer:
         self.meter.restart()
 
     def _finish_save(self, last: bool = False) -> None:
-        """Publish the checkpoint that was begun, if there is one, and drop the oldest.
-
-        Raises:
-            UserError: too many saves in a row have failed, or the last one.
-        """
+        """Publish the checkpoint that was begun, if there is one, and drop the oldest."""
         if self.saver.pending is None:
             return
         try:

@@ -1,7 +1,7 @@
 """Weights by our names, wherever they lie: what every reader of a format gives, and every user of weights takes.
 
-A checkpoint of a training is such weights (checkpoint.py), and so is whatever `formats` reads. Nothing is in memory
-until `read` asks for it, so that a rank takes its own slices, and a conversion one parameter at a time.
+A checkpoint of a training is such weights (checkpoint/read.py), and so is whatever `formats` reads. Nothing is in
+memory until `read` asks for it, so that a rank takes its own slices, and a conversion one parameter at a time.
 """
 
 import hashlib
@@ -56,11 +56,7 @@ class Weights(Protocol):
     def progress(self) -> dict[str, Any]: ...
 
     def verify(self, rank: int = 0, world: int = 1) -> None:
-        """Compare the hashes that the source records, if it records any.
-
-        Raises:
-            UserError: a file's bytes changed since it was written.
-        """
+        """Compare the hashes that the source records, if it records any."""
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements start..stop of a flattened tensor: float32 on the CPU. The kind is "weight"."""
@@ -184,20 +180,12 @@ def resize_positions(table_TD: Tensor, side: int) -> Tensor:
 
 
 def config_of(weights: Weights) -> Config:
-    """The configuration that the weights were trained with.
-
-    Raises:
-        UserError: it is not one that is known here.
-    """
+    """The configuration that the weights were trained with."""
     return from_tree(weights.config, str(weights.path))
 
 
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the network, which is not built.
-
-    Raises:
-        UserError: no computer can hold it.
-    """
+    """Name and shape of every parameter of the network, which is not built."""
     try:
         with torch.device("meta"):
             model = ImageGPT(config)
@@ -207,11 +195,7 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(weights: Weights) -> None:
-    """Hold the tensors against the configuration.
-
-    Raises:
-        UserError: one is missing, unknown, or of another shape.
-    """
+    """Hold the tensors against the configuration."""
     expected = shapes_of(config_of(weights))
     found = {name: tuple(facts["shape"]) for name, facts in weights.tensors.items()}
     faults = [f"{name} is missing" for name in expected if name not in found]
@@ -227,11 +211,7 @@ def check_shapes(weights: Weights) -> None:
 
 
 def palette_of(weights: Weights) -> Palette | None:
-    """The colours of the tokens, or None where the source does not tell them.
-
-    Raises:
-        UserError: the run's palette.npy is not a palette, or not the one that was trained with.
-    """
+    """The colours of the tokens, or None where the source does not tell them."""
     while isinstance(weights, Resized):
         weights = weights.source
     if isinstance(weights, Imported):
@@ -247,11 +227,7 @@ def palette_of(weights: Weights) -> Palette | None:
 
 
 def check_palette(weights: Weights, sha256: str, data: Path | str, warn: Callable[[str], None]) -> None:
-    """Hold the palette of data against the weights'. Where theirs is not known, the user is told through `warn`.
-
-    Raises:
-        UserError: it is another one.
-    """
+    """Hold the palette of data against the weights'. Where theirs is not known, the user is told through `warn`."""
     known = weights.identity.get("palette_sha256")
     if known is None:
         warn(f"{weights.path}: its palette is not known: that of {data} is taken to be the same")

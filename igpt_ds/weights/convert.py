@@ -71,7 +71,6 @@ def convert(
         shard_bytes: of a file of a Hugging Face directory.
 
     Raises:
-        UserError: the source is not readable, the destination exists, or the two do not go together.
         RunError: the result is not what was written; nothing is published then.
     """
     if destination.exists() or destination.is_symlink():
@@ -177,7 +176,6 @@ def _compare_logits(
     """Largest difference of the logits in units of the largest, and how it was found.
 
     Raises:
-        UserError: the source's are not finite.
         RunError: it is larger than rounding explains.
     """
     generator = torch.Generator().manual_seed(0)

@@ -51,9 +51,6 @@ def write_safetensors(
 
     Args:
         tick: told the elements as they are written.
-
-    Raises:
-        UserError: the disk is full, and the like.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0

@@ -196,7 +196,7 @@ def test_bad_arguments(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (shards(small, out, "--wait"), "--wait: is for --executor slurm"),
         (shards(small, out, "--executor", "slurm", "--slurm-time", "soon"), "--slurm-time soon: no time"),
         (("shards", "image_folder", images, tmp_path / "empty", *palette), "reads one folder"),
-        (("palette", images, "--k", 4, "--no-crop", "--sample", 1e-9, "--out", out), "raise --sample"),
+        (("palette", images, "--k", 4, "--no-crop", "--share", 1e-9, "--out", out), "raise --share"),
         (("palette", images, "--k", 6, "--no-crop", "--out", out), "only 5 unique colours"),
         (("palette", images, "--k", 0, "--out", out), "--k 0"),
         (("palette", images), "--out"),

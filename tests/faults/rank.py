@@ -90,7 +90,7 @@ def install(fault: str, on_rank: int, at_step: int, run: Path) -> None:
 def main() -> None:
     """Install the fault, then be igpt-ds."""
     fault, rank, step, *arguments = sys.argv[1:]
-    run = Path(arguments[arguments.index("--run") + 1])
+    run = Path(arguments[1])
     install(fault, int(rank), int(step), run)
     sys.argv = ["igpt-ds", *arguments]
     from igpt_ds.cli import main as igpt_ds

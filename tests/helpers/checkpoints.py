@@ -1,4 +1,4 @@
-"""Checkpoints written by ranks that are threads, for the tests of checkpoint.py."""
+"""Checkpoints written by ranks that are threads, for the tests of checkpoint/."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping

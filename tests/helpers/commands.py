@@ -28,7 +28,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 def pretrain(data: Path, run: Path, *more: str) -> list[str]:
     """Arguments of a short run of the tiny preset."""
-    return ["pretrain", "--preset", "tiny", "--data", str(data), "--run", str(run), "--set", "seed=1", *more]
+    return ["pretrain", str(run), "--preset", "tiny", "--data", str(data), "--set", "seed=1", *more]
 
 
 @contextlib.contextmanager

@@ -177,7 +177,7 @@ def slurm(running_cluster: Slurm) -> Iterator[Slurm]:
 def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """Step -> loss of the same training in two plain processes."""
     folder = tmp_path_factory.mktemp("unbroken")
-    arguments = ["pretrain", "--preset", "tiny", "--data", str(digits), "--run", str(folder / "run"), *TRAINING]
+    arguments = ["pretrain", str(folder / "run"), "--preset", "tiny", "--data", str(digits), *TRAINING]
     run_to_its_end(arguments, 2, folder, limit=LIMIT)
     return losses(folder / "run")
 

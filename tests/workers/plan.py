@@ -2,7 +2,7 @@
 
 For each case of its world size, in one process group: which messages DeepSpeed's log of communication has of a step,
 how many bytes of tensors stay from step to step, how many more a step takes at its peak, and the loss. Recorded in
-FOLDER, judged by test_plan_ranks.py.
+FOLDER, judged by test_ranks.py.
 """
 
 import gc

@@ -1,7 +1,7 @@
 """One rank of the sampling checks: `python -m tests.workers.sampling RUN DATA FOLDER`, started by ranks.py.
 
 Draws the same completions from the network of RUN's checkpoint, divided by DeepSpeed in several ways, and takes steps
-of a training with and without samples in between. Leaves all of it in FOLDER, where test_samples.py judges it.
+of a training with and without samples in between. Leaves all of it in FOLDER, where test_sheet.py judges it.
 """
 
 import sys

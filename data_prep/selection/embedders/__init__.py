@@ -30,11 +30,7 @@ class Embedder(Protocol):
     fit_images: int
 
     def record(self) -> dict[str, Any]:
-        """All that the vectors depend on besides the images, for JSON: the weights' sha256, not their path.
-
-        Raises:
-            UserError: the weights cannot be read, or a package is missing.
-        """
+        """All that the vectors depend on besides the images, for JSON: the weights' sha256, not their path."""
 
     def fit(self, images: Iterator[Image.Image]) -> Arrays:
         """Learn from RGB images; what was learnt, for `fitted`."""
@@ -46,11 +42,7 @@ class Embedder(Protocol):
         """An RGB image of any size -> uint8 [height, width, 3], the same size for all."""
 
     def embed(self, images: np.ndarray) -> np.ndarray:
-        """Prepared images uint8 [n, height, width, 3] -> float32 [n, dimension], of any length but 0.
-
-        Raises:
-            UserError: the model cannot be loaded.
-        """
+        """Prepared images uint8 [n, height, width, 3] -> float32 [n, dimension], of any length but 0."""
 
 
 def names() -> list[str]:
@@ -64,9 +56,6 @@ def open_embedder(name: str, model: str | None, weights: Path | None) -> Embedde
     Args:
         model: which network, by the name that its package gives it.
         weights: the network's weights, a local file.
-
-    Raises:
-        UserError: there is no such embedder, or it needs another model or weights.
     """
     if name not in names():
         raise UserError(f"--embedder {name}: no such embedder: choose from {', '.join(names())}")

@@ -59,11 +59,7 @@ class Network:
     fit_images: ClassVar[int] = 0
 
     def load(self) -> Loaded:
-        """Create the network on the CPU and load its weights.
-
-        Raises:
-            UserError: no such model, or the weights are not the model's.
-        """
+        """Create the network on the CPU and load its weights."""
         raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
@@ -137,11 +133,7 @@ def _on_device(network: Network) -> _Placed:
 
 
 def given(embedder: str, model: str | None, weights: Path | None, example: str) -> tuple[str, Path]:
-    """The model and the weights, both given.
-
-    Raises:
-        UserError: one is missing, the weights are no file, or the model's name would be downloaded.
-    """
+    """The model and the weights, both given."""
     if model is None or weights is None:
         missing = "--model" if model is None else "--weights"
         raise UserError(
@@ -155,11 +147,7 @@ def given(embedder: str, model: str | None, weights: Path | None, example: str) 
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Tensors by name from a .safetensors file, or from a torch checkpoint without unpickling anything else.
-
-    Raises:
-        UserError: neither of the two, or damaged.
-    """
+    """Tensors by name from a .safetensors file, or from a torch checkpoint without unpickling anything else."""
     import torch
     from safetensors.torch import load_file
 
@@ -180,11 +168,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def put(network: Network, module: Any, state: dict[str, Any], spare: tuple[str, ...]) -> None:
-    """Load weights into a module; those that begin with a name of `spare` may be left over, nothing may be missing.
-
-    Raises:
-        UserError: the weights are another model's.
-    """
+    """Load weights into a module; those that begin with a name of `spare` may be left over, nothing may be missing."""
     try:
         result = module.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -56,9 +56,5 @@ class OpenClip(Network):
 
 
 def open_embedder(model: str | None, weights: Path | None) -> OpenClip:
-    """The embedder; nothing is loaded yet.
-
-    Raises:
-        UserError: the model or the weights are missing.
-    """
+    """The embedder; nothing is loaded yet."""
     return OpenClip(*given("open_clip", model, weights, "--model ViT-B-32 --weights open_clip_model.safetensors"))

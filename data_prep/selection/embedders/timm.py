@@ -42,9 +42,5 @@ class Timm(Network):
 
 
 def open_embedder(model: str | None, weights: Path | None) -> Timm:
-    """The embedder; nothing is loaded yet.
-
-    Raises:
-        UserError: the model or the weights are missing.
-    """
+    """The embedder; nothing is loaded yet."""
     return Timm(*given("timm", model, weights, "--model vit_small_patch14_dinov2.lvd142m --weights FILE.safetensors"))

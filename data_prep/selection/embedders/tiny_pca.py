@@ -34,11 +34,7 @@ class TinyPca:
         return {"name": self.name, "side": _SIDE, "components": _COMPONENTS, "fit_images": self.fit_images}
 
     def fit(self, images: Iterator[Image.Image]) -> Arrays:
-        """Mean and leading principal components.
-
-        Raises:
-            UserError: there are no images.
-        """
+        """Mean and leading principal components."""
         rows = [self.prepare(image).reshape(-1) for image in images]
         if not rows:
             raise UserError("--like: not one image can be read: look at its files")
@@ -69,11 +65,7 @@ class TinyPca:
 
 
 def open_embedder(model: str | None, weights: Path | None) -> TinyPca:
-    """The embedder, still to be fitted.
-
-    Raises:
-        UserError: a model or weights are given.
-    """
+    """The embedder, still to be fitted."""
     if model is not None or weights is not None:
         raise UserError("--embedder tiny_pca: takes neither --model nor --weights: leave them out")
     return TinyPca()

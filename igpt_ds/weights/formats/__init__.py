@@ -45,11 +45,7 @@ def formats() -> list[ModuleType]:
 
 
 def written(name: str) -> ModuleType:
-    """The format that --to names.
-
-    Raises:
-        UserError: there is none of this name that we write.
-    """
+    """The format that --to names."""
     found = {module.NAME: module for module in formats() if hasattr(module, "write")}
     if name not in found:
         raise UserError(f"--to {name}: no format that is written: choose from {', '.join(sorted(found))}")
@@ -63,9 +59,6 @@ def open_weights(path: Path, step: int | None = None, verify: bool = True) -> "W
         path: of a run directory (its newest whole checkpoint is meant), a checkpoint, or any other format.
         step: of a run's checkpoint.
         verify: compare the recorded hashes now; else only sizes are looked at, and the caller verifies.
-
-    Raises:
-        UserError: there is nothing that is known here, or it is damaged.
     """
     from igpt_ds.weights.base import check_shapes
     from igpt_ds.weights.formats import native
@@ -86,11 +79,7 @@ def open_weights(path: Path, step: int | None = None, verify: bool = True) -> "W
 
 
 def results_folder(path: Path, json_path: Path | None) -> Path:
-    """Where an evaluation of these weights writes: into the run, or beside the file that --json names.
-
-    Raises:
-        UserError: it is no run, and no file is named.
-    """
+    """Where an evaluation of these weights writes: into the run, or beside the file that --json names."""
     from igpt_ds.weights.formats import native
 
     if native.is_run(path):

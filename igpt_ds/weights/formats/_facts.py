@@ -34,11 +34,7 @@ def record(weights: Weights, palette: Palette | None, class_head: bool = True) -
 
 
 def parse(path: Path, text: str) -> dict[str, Any]:
-    """A JSON object without NaN and infinity.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """A JSON object without NaN and infinity."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number")
@@ -71,11 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def whole_number(path: Path, facts: Mapping[str, Any], key: str) -> int:
-    """A count above 0.
-
-    Raises:
-        UserError: it is missing or no such number.
-    """
+    """A count above 0."""
     value = facts.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{path}: {key} is {value!r}, no whole number above 0: get it anew")
@@ -83,11 +75,7 @@ def whole_number(path: Path, facts: Mapping[str, Any], key: str) -> int:
 
 
 def side(path: Path, positions: int) -> int:
-    """Pixels a side of an image of so many tokens.
-
-    Raises:
-        UserError: it is not a square.
-    """
+    """Pixels a side of an image of so many tokens."""
     found = math.isqrt(positions)
     if found * found != positions:
         raise UserError(f"{path}: {positions} positions are not those of a square image: it is no Image GPT")
@@ -131,9 +119,6 @@ def imported(
     Args:
         told: a `record`, or None where another program wrote the file.
         network: model, resolution, palette size and objective, as the file shows them; None: as it is told.
-
-    Raises:
-        UserError: the record is not one, or tells another network; a palette of another size.
     """
     if told is not None:
         config, step, facts = _told(path, told)

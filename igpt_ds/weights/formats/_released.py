@@ -74,9 +74,6 @@ def from_variables(
     Args:
         found: names without scope and shapes; others' variables (an optimiser's) may be among them.
         array: a variable, whole.
-
-    Raises:
-        UserError: a variable is missing, unknown, or of another shape.
     """
     first = found.get("h0/attn/q_proj", ())
     tables = [found.get(name, ()) for name in ("wpe", "wte")]

@@ -31,11 +31,7 @@ class TensorFiles:
         raise NotImplementedError
 
     def require_layers(self, layers: int) -> None:
-        """Refuse a number of layers that so few tensors cannot be, before anything of that size is made.
-
-        Raises:
-            UserError: there are more layers than tensors.
-        """
+        """Refuse a number of layers that so few tensors cannot be, before anything of that size is made."""
         if layers > len(self.shapes):
             raise UserError(f"{self.path}: {layers} layers, but {len(self.shapes)} tensors: get it anew")
 
@@ -44,9 +40,6 @@ class TensorFiles:
 
         Args:
             ignored: endings of names that say nothing.
-
-        Raises:
-            UserError: one is missing, unknown, or of another shape.
         """
         missing = sorted(set(expected) - set(self.shapes))
         unknown = sorted(n for n in set(self.shapes) - set(expected) if not n.endswith(tuple(ignored) or ("\0",)))
@@ -65,9 +58,6 @@ class SafetensorsFiles(TensorFiles):
     Args:
         files: names in the directory `path`.
         index: name of a tensor -> file, where an index tells it.
-
-    Raises:
-        UserError: a file is missing or damaged, or does not hold what the index says.
     """
 
     def __init__(self, path: Path, files: Sequence[str], index: Mapping[str, str] | None = None):
@@ -102,11 +92,7 @@ class SafetensorsFiles(TensorFiles):
 
 
 class PickledFile(TensorFiles):
-    """A state dictionary of torch.save, read with weights_only=True: tensors and plain containers, no code.
-
-    Raises:
-        UserError: it holds anything else, or is damaged.
-    """
+    """A state dictionary of torch.save, read with weights_only=True: tensors and plain containers, no code."""
 
     def __init__(self, path: Path, file: str):
         self.path, self.files = path, [file]

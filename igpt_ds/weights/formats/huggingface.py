@@ -81,11 +81,7 @@ def their_name(name: str) -> tuple[str, bool]:
 
 
 def read(path: Path) -> Imported:
-    """Open a directory.
-
-    Raises:
-        UserError: a file is missing or damaged, or it is another network than ours.
-    """
+    """Open a directory."""
     config = read_json(path / "config.json")
     place = path / "config.json"
     for key, value in _FIXED.items():

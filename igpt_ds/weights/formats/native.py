@@ -42,11 +42,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_run(path: Path, step: int | None, verify: bool) -> Checkpoint:
-    """The checkpoint of a step, or the newest one: the newest whole one, if `verify`.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint of a step, or the newest one: the newest whole one, if `verify`."""
     there = list_checkpoints(Run(path).checkpoints)
     if step is not None:
         directory = step_directory(Run(path).checkpoints, step)

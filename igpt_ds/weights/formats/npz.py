@@ -1,4 +1,4 @@
-"""An .npz of arrays by the names of the released code (see released.py): one array a variable, nothing pickled.
+"""An .npz of arrays by the names of the released code (see _released.py): one array a variable, nothing pickled.
 
 Beside the variables, as arrays: `kmeans_centers`, the palette by the name of the released file, float32 [k, 3]; and
 `igpt_ds`, our record of the training as JSON. Neither is needed to read the file.
@@ -37,11 +37,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Imported:
-    """Open a file.
-
-    Raises:
-        UserError: it is damaged, holds objects, or is not an Image GPT's.
-    """
+    """Open a file."""
     shapes = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -99,11 +95,7 @@ def write(
     tick: Callable[[int], object],
     shard_bytes: int,
 ) -> dict[str, str]:
-    """Write a file, float32, synced; return its name -> sha256.
-
-    Raises:
-        UserError: the network has biases, for which there are no names.
-    """
+    """Write a file, float32, synced; return its name -> sha256."""
     config = config_of(weights)
     if config.model.bias:
         raise UserError("--to npz: the network has biases, which the released code has not: choose another format")

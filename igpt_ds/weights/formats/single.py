@@ -30,11 +30,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Imported:
-    """Open the directory.
-
-    Raises:
-        UserError: a file is missing or damaged, or is not what config.json tells.
-    """
+    """Open the directory."""
     facts = read_json(path / "config.json")
     files = SafetensorsFiles(path, [FILE])
     palette = Palette.load(path / "palette.npy") if (path / "palette.npy").exists() else None

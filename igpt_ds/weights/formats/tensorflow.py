@@ -1,4 +1,4 @@
-"""TensorFlow checkpoints of the released models, read by TensorFlow where it is installed; see released.py.
+"""TensorFlow checkpoints of the released models, read by TensorFlow where it is installed; see _released.py.
 
 PREFIX.index, PREFIX.data-00000-of-00001    named by PREFIX, by the .index file, or by a directory that holds one
 """
@@ -39,11 +39,7 @@ def _ends_as_index(file: Path) -> bool:
 
 
 def read(path: Path) -> Imported:
-    """Open a checkpoint.
-
-    Raises:
-        UserError: TensorFlow is not installed, several are in the directory, or it is damaged.
-    """
+    """Open a checkpoint."""
     indices = _indices(path)
     if len(indices) > 1:
         prefixes = ", ".join(file.name.removesuffix(".index") for file in indices)

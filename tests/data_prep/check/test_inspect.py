@@ -221,7 +221,7 @@ def test_rejects_are_counted_by_reason(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d", classes=["a class", "\x1b[31m red", "z\udcff"])
-    result = igpt_data("inspect", tmp_path / "d", "--out", tmp_path / "pictures", "--sample", 8)
+    result = igpt_data("inspect", tmp_path / "d", "--out", tmp_path / "pictures", "--images", 8)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert "looked at 8 of 22 images" in result.stdout
@@ -243,7 +243,7 @@ def test_bad_input_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for arguments, complaint in [
         ((tmp_path / "none",), "half-built or not a dataset"),
-        ((tmp_path / "d", "--sample", 0), "--sample"),
+        ((tmp_path / "d", "--images", 0), "--images"),
         ((tmp_path / "d", "--out", tmp_path / "file"), "cannot write"),
     ]:
         result = igpt_data("inspect", *arguments)

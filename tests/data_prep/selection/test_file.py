@@ -136,7 +136,7 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "pool/c/lost.gone").unlink()
     arguments = [
         *("image_folder", tmp_path / "pool", "--like", f"image_folder:{tmp_path / 'like'}"),
-        *("--exclude", f"image_folder:{tmp_path / 'test'}", "--number", 5, "--embedder", "tiny_pca"),
+        *("--exclude", f"image_folder:{tmp_path / 'test'}", "--images", 5, "--embedder", "tiny_pca"),
         *("--clusters", 1, "--work", tmp_path / "work", "--out", tmp_path / "out.npz"),
     ]
     result = igpt_data(*arguments)
@@ -158,7 +158,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     make(tmp_path)
     good: dict[str, object] = {
         "--like": f"image_folder:{tmp_path / 'like'}",
-        "--number": 5,
+        "--images": 5,
         "--embedder": "tiny_pca",
         "--work": tmp_path / "work",
         "--out": tmp_path / "out.npz",

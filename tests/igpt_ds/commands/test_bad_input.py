@@ -76,7 +76,7 @@ def test_missing_data(refused: Refused, tmp_path: Path) -> None:
 
 
 def test_no_data_named(refused: Refused, tmp_path: Path) -> None:
-    message = refused("pretrain", "--preset", "tiny", "--run", str(tmp_path / "run"))
+    message = refused("pretrain", str(tmp_path / "run"), "--preset", "tiny")
     assert "add --data DIR" in message
     assert list(tmp_path.iterdir()) == []
 
@@ -98,7 +98,7 @@ def test_shard_cut_short(refused: Refused, data: Path, tmp_path: Path) -> None:
 
 
 def test_data_of_another_resolution(refused: Refused, digits: Path, tmp_path: Path) -> None:
-    message = refused("pretrain", "--preset", "s", "--data", str(digits), "--run", str(tmp_path / "run"))
+    message = refused("pretrain", str(tmp_path / "run"), "--preset", "s", "--data", str(digits))
     assert message.startswith(f"{digits / 'train'}: resolution is 8, but igpt-s takes 32: choose another preset")
     assert list(tmp_path.iterdir()) == []
 
@@ -160,7 +160,7 @@ def test_of_many_ranks_one_speaks_and_all_end(digits: Path, tmp_path: Path, case
 
 
 def test_unknown_preset(refused: Refused, digits: Path, tmp_path: Path) -> None:
-    message = refused("pretrain", "--preset", "xxl", "--data", str(digits), "--run", str(tmp_path / "run"))
+    message = refused("pretrain", str(tmp_path / "run"), "--preset", "xxl", "--data", str(digits))
     assert message.startswith("preset xxl: there is none of this name: choose ") and "xl" in message
     assert list(tmp_path.iterdir()) == []
 
@@ -341,7 +341,7 @@ def test_weights_are_held_against_the_data_named(refused: Refused, digits: Path,
     run = str(tmp_path / "run")
     message = refused(*pretrain(digits, tmp_path / "run", "--set", "data.weights=[1,2]"))
     assert "data.weights is [1, 2]: give one whole number above 0 for each of 1 sources" in message
-    both = ["pretrain", "--preset", "tiny", "--data", str(digits), "--data", str(tmp_path / "none"), "--run", run]
+    both = ["pretrain", run, "--preset", "tiny", "--data", str(digits), "--data", str(tmp_path / "none")]
     assert "no such directory" in refused(*both, "--set", "data.weights=[1,2]")
 
 

@@ -58,7 +58,7 @@ def starts(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def finetune(start: Path, data: Path, run: Path, *sets: str) -> list[str]:
     options = [word for text in sets for word in (("--set", text) if "=" in text else (text,))]
-    return ["finetune", "--from", str(start), "--data", str(data), "--run", str(run), *options]
+    return ["finetune", str(run), "--from", str(start), "--data", str(data), *options]
 
 
 def lines(run: Path, key: str) -> list[dict[str, Any]]:
@@ -86,7 +86,8 @@ RECIPE = ("training.learning_rate=0.003", "finetune.dropout=0.1", "finetune.augm
 
 @pytest.mark.distributed
 def test_killed_and_started_again_gives_the_same_run(data: Path, starts: Path, tmp_path: Path) -> None:
-    command = finetune(starts / "next_pixel", data, tmp_path / "run", *LENGTH, *RECIPE, "checkpoint.keep=1", "--test")
+    more = (*LENGTH, *RECIPE, "checkpoint.keep=1", "--split", "test")
+    command = finetune(starts / "next_pixel", data, tmp_path / "run", *more)
     run_command(command, tmp_path / "output.txt")
     (tmp_path / "run").rename(tmp_path / "whole")
     run, whole, output = tmp_path / "run", tmp_path / "whole", tmp_path / "output.txt"
@@ -140,7 +141,7 @@ def test_a_run_that_gets_no_better_ends_early_and_stays_ended(data: Path, starts
     )
     content = (run / "result.json").read_bytes()
     (run / "result.json").unlink()  # as if killed before it was written
-    assert "nothing to do" in run_command(["finetune", "--run", str(run), "--masks", "5"], output)
+    assert "nothing to do" in run_command(["finetune", str(run), "--masks", "5"], output)
     assert (run / "result.json").read_bytes() == content
 
 
@@ -292,7 +293,7 @@ def test_labels_that_do_not_serve(
     refused: Refused, data: Path, starts: Path, tmp_path: Path, split: str, changes: dict[str, Any], message: str
 ) -> None:
     other = edited(data, tmp_path / "data", split, **changes)
-    assert message in refused(finetune(starts / "next_pixel", other, tmp_path / "run", "--test"))
+    assert message in refused(finetune(starts / "next_pixel", other, tmp_path / "run", "--split", "test"))
     assert not (tmp_path / "run").exists()
 
 
@@ -305,7 +306,7 @@ def test_labels_that_do_not_serve(
         (["finetune.dropout=1.0"], "finetune.dropout 1.0 is not in [0, 1)"),
         (["training.validate_every=0"], "leaves no best checkpoint"),
         (["finetune.fold_validation=true"], "leaves nothing to validate on"),
-        (["finetune.fold_validation=true", "training.validate_every=0"], "add --test"),
+        (["finetune.fold_validation=true", "training.validate_every=0"], "add --split test"),
         (["model.width=64"], "its model is "),
         (["--masks", "5"], "next_pixel hides nothing"),
         (["--preset", "tiny"], "--from and --preset"),
@@ -322,9 +323,9 @@ def test_settings_that_do_not_serve(
 def test_a_start_that_does_not_serve(refused: Refused, data: Path, starts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert "no run directory and no checkpoint" in refused(finetune(tmp_path, data, run))
-    assert "has no weights" in refused(["finetune", "--preset", "tiny", "--data", str(data), "--run", str(run)])
-    assert "neither weights nor a model" in refused(["finetune", "--data", str(data), "--run", str(run)])
-    assert "add --data DIR" in refused(["finetune", "--from", str(starts / "next_pixel"), "--run", str(run)])
+    assert "has no weights" in refused(["finetune", str(run), "--preset", "tiny", "--data", str(data)])
+    assert "neither weights nor a model" in refused(["finetune", str(run), "--data", str(data)])
+    assert "add --data DIR" in refused(["finetune", str(run), "--from", str(starts / "next_pixel")])
     assert "RUN: none is named" in refused(["finetune", "--from", str(starts / "next_pixel"), "--data", str(data)])
     config = small_config(resolution=8, palette_size=16)
     save_model(random_model(config), config, tmp_path / "palette", "another palette")

@@ -191,7 +191,7 @@ def test_evaluations_at_another_resolution_say_so(
 
 def pretrain(data: Path, run: Path, *more: object) -> list[str]:
     sets = ["--set", "training.steps=3", "--set", "checkpoint.every=1", "--set", "training.validate_every=0"]
-    return ["pretrain", "--preset", "tiny", "--data", str(data), "--run", str(run), *sets, *map(str, more)]
+    return ["pretrain", str(run), "--preset", "tiny", "--data", str(data), *sets, *map(str, more)]
 
 
 @pytest.mark.distributed
@@ -205,7 +205,7 @@ def test_a_pre_training_begins_with_weights_of_any_format(
     shutil.copytree(sources, tmp_path / "sources")
     source = tmp_path / "sources" / name
     text = run_command(
-        pretrain(digits, run, "--init-from", source, "--ds", ds, "--set", "training.stop_at=2", *still),
+        pretrain(digits, run, "--from", source, "--ds", ds, "--set", "training.stop_at=2", *still),
         tmp_path / "1.txt",
         world,
     )
@@ -228,14 +228,14 @@ def test_a_pre_training_begins_with_weights_of_any_format(
 @pytest.mark.distributed
 def test_a_pre_training_and_a_fine_tuning_at_another_resolution(sources: Path, digits: Path, tmp_path: Path) -> None:
     still = ["--set", "training.learning_rate=1e-30"]
-    text = run_command(pretrain(digits, tmp_path / "run", "--init-from", sources / "small", *still), tmp_path / "1.txt")
+    text = run_command(pretrain(digits, tmp_path / "run", "--from", sources / "small", *still), tmp_path / "1.txt")
     assert "its position table is interpolated (bicubic) to 8 x 8" in text
     began = open_weights(sources / "small").weights()
     found = open_weights(tmp_path / "run").weights()
     table = began.pop("position_embedding")
     assert torch.equal(found.pop("position_embedding"), resize_positions(table, 8))
     assert all(torch.equal(found[name], value) for name, value in began.items())
-    words = ["finetune", "--from", sources / "small", "--data", digits, "--run", tmp_path / "tuned", *still]
+    words = ["finetune", tmp_path / "tuned", "--from", sources / "small", "--data", digits, *still]
     text = run_command([*map(str, words), "--set", "training.steps=1"], tmp_path / "2.txt")
     assert "its position table is interpolated (bicubic) to 8 x 8" in text
     tuned = open_weights(tmp_path / "tuned")
@@ -245,7 +245,7 @@ def test_a_pre_training_and_a_fine_tuning_at_another_resolution(sources: Path, d
 
 @pytest.mark.distributed
 def test_a_fine_tuning_begins_with_a_hugging_face_directory(sources: Path, digits: Path, tmp_path: Path) -> None:
-    words = ["finetune", "--from", sources / "hf", "--data", digits, "--run", tmp_path / "run"]
+    words = ["finetune", tmp_path / "run", "--from", sources / "hf", "--data", digits]
     more = ["--set", "training.steps=1", "--set", "training.learning_rate=1e-30"]
     assert "begun with the weights of" in run_command([*map(str, words), *more], tmp_path / "1.txt")
     found, began = open_weights(tmp_path / "run").weights(), open_weights(sources / "run").weights()
@@ -258,7 +258,7 @@ def test_beginnings_that_do_not_serve(
     sources: Path, digits: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     def refused(init_from: object, *more: object, run: Path = tmp_path / "new", data: Path = digits) -> str:
-        status, out, errors = call(*pretrain(data, run, "--init-from", init_from, *more))
+        status, out, errors = call(*pretrain(data, run, "--from", init_from, *more))
         assert (status, out) == (2, "") and errors.count("\n") == 1, errors
         return errors
 
@@ -288,5 +288,5 @@ def test_beginnings_that_do_not_serve(
 
 
 def test_a_dry_run_names_the_beginning(sources: Path, digits: Path, call: Callable[..., tuple[int, str, str]]) -> None:
-    status, out, _ = call(*pretrain(digits, Path("unused"), "--init-from", sources / "hf", "--dry-run"))
+    status, out, _ = call(*pretrain(digits, Path("unused"), "--from", sources / "hf", "--dry-run"))
     assert status == 0 and f"begins with  {sources / 'hf'}\n" in out

@@ -154,7 +154,7 @@ def test_stop_at_and_going_on_and_being_done_and_fresh(
     assert steps_saved(run)[-1] == 11
     assert curve(run) == {step: line for step, line in whole.items() if step <= 11}
 
-    run_command(["pretrain", "--run", str(run)], output)  # as it was configured; stop_at was for that time only
+    run_command(["pretrain", str(run)], output)  # as it was configured; stop_at was for that time only
     assert steps_saved(run)[-1] == STEPS
     assert curve(run) == whole
 

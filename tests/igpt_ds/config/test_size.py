@@ -5,10 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.batch import divide_batch
 from igpt_ds.config.file import load_config, presets
 from igpt_ds.config.schema import Config
+from igpt_ds.config.size import block_parameters, flops_per_image, parameter_count
 from igpt_ds.model.transformer import ImageGPT, initialise
 from igpt_ds.objectives import next_pixel
 from igpt_ds.planner.devices import peak_flops
@@ -33,14 +33,14 @@ def test_flops_equal_what_torch_counts(objective: str) -> None:
     # It computes, and torch counts, both halves of a causal attention; the model needs one.
     n, d, layers = config.sequence_length, config.model.width, config.model.layers
     unneeded = images * layers * 12 * n * n * d // 2 if config.causal else 0
-    assert counted - unneeded == images * plan.flops_per_image(config)
+    assert counted - unneeded == images * flops_per_image(config)
 
 
 def test_the_size_of_the_xl_job() -> None:
     xl = load_config("xl")
     images = xl.training.steps * xl.training.batch
     assert images * xl.sequence_length == pytest.approx(5.2e11, rel=0.01)
-    assert images * plan.flops_per_image(xl) == pytest.approx(2.4e22, rel=0.03)
+    assert images * flops_per_image(xl) == pytest.approx(2.4e22, rel=0.03)
 
 
 def test_six_flops_a_parameter_and_token_with_attention_beside_it() -> None:
@@ -48,9 +48,9 @@ def test_six_flops_a_parameter_and_token_with_attention_beside_it() -> None:
     d, layers, n = 3072, 60, 4096
     parameters = 12 * layers * d * d + 512 * d
     causal = n * (6 * parameters + 6 * layers * n * d)
-    assert plan.flops_per_image(xl) == causal
+    assert flops_per_image(xl) == causal
     bert = load_config("xl", ["objective.name=masked_pixel"])
-    assert plan.flops_per_image(bert) == causal + n * 6 * layers * n * d
+    assert flops_per_image(bert) == causal + n * 6 * layers * n * d
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_the_parameters_are_those_of_the_real_network(preset: str, objective: st
     for config in (load_config(preset, [f"objective.name={objective}", *facts]), classes):
         with torch.device("meta"):
             model = ImageGPT(config)
-        assert plan.parameter_count(config) == sum(p.numel() for p in model.parameters())
-        assert plan.block_parameters(config) == sum(p.numel() for p in model.blocks[0].parameters())
+        assert parameter_count(config) == sum(p.numel() for p in model.parameters())
+        assert block_parameters(config) == sum(p.numel() for p in model.blocks[0].parameters())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -103,7 +103,7 @@ def test_the_parameters_are_those_of_the_real_network(preset: str, objective: st
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_model_states_are_divided_as_the_stage_says(stage: int, world: int, precision: str) -> None:
     config = load_config("xl", [f"training.precision={precision}", "training.micro_batch=1"])
-    count = plan.parameter_count(config)
+    count = parameter_count(config)
     memory = bytes_per_rank(laid_out(config, stage, world))
     weight = 2 if precision == "bfloat16" else 4
     expected = {
@@ -122,12 +122,12 @@ def test_model_states_are_divided_as_the_stage_says(stage: int, world: int, prec
 
 def test_without_zero_there_is_no_master_copy() -> None:
     config = load_config("s")
-    assert bytes_per_rank(laid_out(config, 0, 8)).states == 16 * plan.parameter_count(config)
+    assert bytes_per_rank(laid_out(config, 0, 8)).states == 16 * parameter_count(config)
 
 
 def test_a_second_copy_within_a_node_and_states_in_the_processors_memory() -> None:
     config = load_config("xl")
-    count, cpu = plan.parameter_count(config), {"device": "cpu"}
+    count, cpu = parameter_count(config), {"device": "cpu"}
     plain = bytes_per_rank(laid_out(config, 3, 64))
     grouped = bytes_per_rank(laid_out(config, 3, 64, zero_hpz_partition_size=8))
     assert grouped.total - plain.total == grouped.second_copy == pytest.approx(2 * count / 8, abs=8)

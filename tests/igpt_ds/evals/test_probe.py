@@ -210,7 +210,7 @@ def test_probe_command_writes_what_it_prints(
     run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, data = run.parent / "result.json", with_test_split(digits, run.parent / "data")
-    words = ("--json", out, "--untrained", "--test", "--concatenate", 2, "--regularisation", 1)
+    words = ("--json", out, "--untrained", "--split", "test", "--concatenate", 2, "--regularisation", 1)
     assert call(monkeypatch, "probe", run, "--data", data, *words) == 0
     record = json.loads(out.read_text())
     assert [r["layer"] for r in record["layers"]] == [0, 1, 2]
@@ -253,7 +253,7 @@ def test_probe_refuses_what_does_not_fit(
 
     assert "no run directory" in refused("probe", tmp_path / "nowhere")
     assert "no such directory" in refused("probe", run, "--data", tmp_path / "nowhere")
-    assert "no test/ dataset" in refused("probe", run, "--test")
+    assert "no test/ dataset" in refused("probe", run, "--split", "test")
     assert "no BERT model" in refused("probe", run, "--masks", 5)
     assert "layers 0 to 2" in refused("probe", run, "--layers", "3")
     assert "only 3 layers" in refused("probe", run, "--concatenate", 5)

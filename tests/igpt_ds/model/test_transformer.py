@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from igpt_ds.config import size as plan
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
+from igpt_ds.config.size import parameter_count
 from igpt_ds.model.transformer import Cache, ImageGPT, initialise
 from igpt_ds.objectives import load_objective
 
@@ -110,7 +110,7 @@ def test_parameters_of_the_paper(preset: str, resolution: int, count: int, milli
     config = load_config(preset, [f"data.resolution={resolution}"])
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in ImageGPT(config).named_parameters()}
-    assert sum(shape.numel() for shape in shapes.values()) == count == plan.parameter_count(config)
+    assert sum(shape.numel() for shape in shapes.values()) == count == parameter_count(config)
     # The paper's figures leave the norms' gains out.
     matrices = sum(shape.numel() for name, shape in shapes.items() if not name.endswith("gain"))
     layers, width = config.model.layers, config.model.width
@@ -122,7 +122,7 @@ def test_parameters_of_the_paper(preset: str, resolution: int, count: int, milli
 def test_parameters_of_the_other_presets(preset: str) -> None:
     config = load_config(preset)
     with torch.device("meta"):
-        assert sum(p.numel() for p in ImageGPT(config).parameters()) == plan.parameter_count(config)
+        assert sum(p.numel() for p in ImageGPT(config).parameters()) == parameter_count(config)
 
 
 @pytest.mark.parametrize("objective", [AUTO_REGRESSIVE, BERT])

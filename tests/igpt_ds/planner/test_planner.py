@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from igpt_ds.cli import cli
-from igpt_ds.config import size as plan
 from igpt_ds.config.file import load_config
+from igpt_ds.config.size import attention_flops_per_image, flops_per_image, parameter_count
 from igpt_ds.errors import UserError
 from igpt_ds.planner.communication import transfers
 from igpt_ds.planner.devices import DEVICES, INTERCONNECTS, find_interconnect
@@ -35,8 +35,8 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 def test_the_command_tells_everything_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(capsys, "xl", "--nodes", "8", "--gpus-per-node", "8", "--device", "h200")
     config = load_config("xl")
-    assert found["parameters"] == plan.parameter_count(config) == 6_810_875_904
-    assert found["flops_per_step"] == 64 * plan.flops_per_image(config)
+    assert found["parameters"] == parameter_count(config) == 6_810_875_904
+    assert found["flops_per_step"] == 64 * flops_per_image(config)
     assert found["checkpoint_bytes"] == 12 * found["parameters"]
     assert found["dataset_bytes"]["uint16"] == 1_281_167 * 4096 * 2
     kinds = {"parameters", "gradients", "master", "moments", "activations", "buffers", "live", "total"}
@@ -122,7 +122,7 @@ def test_an_interconnect_is_a_name_or_a_number() -> None:
 
 def test_zero_3_gathers_twice_and_scatters_once() -> None:
     layout = laid_out("xl", 8)
-    parameters = plan.parameter_count(layout.config)
+    parameters = parameter_count(layout.config)
     sent = {t.operation: t.sent for t in transfers(layout)}
     assert sent["scatter gradients"] == 2 * parameters * 63 // 64
     # But for what the end of the forward pass leaves for the beginning of the backward pass.
@@ -135,7 +135,7 @@ def test_zero_3_gathers_twice_and_scatters_once() -> None:
 def test_all_stages_move_three_times_the_parameters(ds: str, factor: int) -> None:
     layout = laid_out("xl", 8, 8, ds)
     total = sum(t.sent for t in transfers(layout))
-    assert total == pytest.approx(factor * 2 * plan.parameter_count(layout.config) * 63 / 64, rel=0.02)
+    assert total == pytest.approx(factor * 2 * parameter_count(layout.config) * 63 / 64, rel=0.02)
 
 
 def test_accumulation_multiplies_what_every_micro_batch_needs() -> None:
@@ -159,9 +159,9 @@ def test_one_gpu_sends_nothing() -> None:
     layout = laid_out("s", 1, 1)
     assert transfers(layout) == []
     time = step_time(layout, H200, 50e9, Assumptions(mfu=0.5))
-    flops = 128 * plan.flops_per_image(layout.config)
+    flops = 128 * flops_per_image(layout.config)
     assert time.computation == pytest.approx(flops / (67e12 * 0.5))  # float32
-    assert time.optimizer == pytest.approx(32 * plan.parameter_count(layout.config) / (4.8e12 * 0.8))
+    assert time.optimizer == pytest.approx(32 * parameter_count(layout.config) / (4.8e12 * 0.8))
     assert time.step == pytest.approx(time.computation + time.optimizer)
 
 
@@ -171,15 +171,15 @@ def test_the_time_of_messages_in_closed_form() -> None:
     time = step_time(layout, H200, 10e9, assumed)
     seconds = {t.operation: s for t, s in time.transfers}
     # Of what is scattered 7/8 come from other nodes, through 8 GPUs' network of 10 GB/s.
-    expected = 2 * plan.parameter_count(layout.config) * 7 / 8 / (8 * 10e9 * 0.8)
+    expected = 2 * parameter_count(layout.config) * 7 / 8 / (8 * 10e9 * 0.8)
     assert seconds["scatter gradients"] == pytest.approx(expected)
     # A faster network leaves the links within a node.
     fast = step_time(layout, H200, 1e15, assumed)
-    within = 2 * plan.parameter_count(layout.config) * 63 / 64 / (450e9 * 0.8)
+    within = 2 * parameter_count(layout.config) * 63 / 64 / (450e9 * 0.8)
     assert {t.operation: s for t, s in fast.transfers}["scatter gradients"] == pytest.approx(within)
     # A delay a hop: 7 between nodes and 56 within, for each of 61 buckets.
     late = step_time(layout, H200, 10e9, replace(assumed, hop=1e-6, hop_between_nodes=1e-5))
-    buckets = math.ceil(plan.parameter_count(layout.config) / layout.zero["reduce_bucket_size"])
+    buckets = math.ceil(parameter_count(layout.config) / layout.zero["reduce_bucket_size"])
     delay = {t.operation: s for t, s in late.transfers}["scatter gradients"] - expected
     assert delay == pytest.approx(buckets * (56e-6 + 7e-5))
 
@@ -200,9 +200,9 @@ def test_overlap_hides_messages_behind_the_computation() -> None:
 def test_recomputation_takes_a_third_of_the_blocks() -> None:
     full = laid_out("xl")
     selective, none = (full.with_training(activation_checkpointing=mode) for mode in ("selective", "none"))
-    head = 6 * 4096 * 512 * 3072 / plan.flops_per_image(full.config)
+    head = 6 * 4096 * 512 * 3072 / flops_per_image(full.config)
     assert recomputed_share(full) == pytest.approx((1 - head) / 3)
-    attention = plan.attention_flops_per_image(full.config) / plan.flops_per_image(full.config)
+    attention = attention_flops_per_image(full.config) / flops_per_image(full.config)
     assert recomputed_share(full) - recomputed_share(selective) == pytest.approx(attention / 3)
     assert recomputed_share(none) == 0
     assert assumed_mfu(none) == 0.5 > assumed_mfu(selective) > assumed_mfu(full)
@@ -248,19 +248,8 @@ def test_hpz_is_worth_it_where_the_network_is_slow() -> None:
 
 
 def test_a_dry_run_tells_the_plan_of_its_job(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "pretrain",
-        "--preset",
-        "tiny",
-        "--data",
-        str(digits),
-        "--dry-run",
-        "--ranks",
-        "16",
-        "--device",
-        "a100",
-    ]
-    cli([*arguments, "--gpus-per-node", "4"], standalone_mode=False)
+    arguments = ["pretrain", "--preset", "tiny", "--data", str(digits), "--dry-run", "--nodes", "4"]
+    cli([*arguments, "--gpus-per-node", "4", "--device", "a100"], standalone_mode=False)
     out = capsys.readouterr().out
     assert "16 x a100: 4 nodes of 4" in out
     assert "epochs of the first source" in out

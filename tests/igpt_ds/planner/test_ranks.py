@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.config import size as plan
+from igpt_ds.config.size import parameter_count
 from igpt_ds.planner.communication import transfers
 from igpt_ds.planner.memory import bytes_per_rank
 from tests.helpers.ranks import recorded
@@ -77,13 +77,13 @@ def test_hpz_gathers_once_over_all_ranks_and_then_within_a_node(ranks: Ranks) ->
 def test_memory_is_what_the_tensors_take(ranks: Ranks, case: Case) -> None:
     layout = case.layout(2)
     planned = bytes_per_rank(layout, gpu=False)
-    assert plan.parameter_count(layout.config) > 3_000_000
+    assert parameter_count(layout.config) > 3_000_000
     width, bucket = layout.width, layout.zero["reduce_bucket_size"]
     stays = planned.states + (width * bucket if layout.stage == 3 else 0)
     # Below stage 3 gradients come and go with each step, but for those that stage 1 in bfloat16 sums up.
     summed = layout.stage == 1 and layout.bf16
     if layout.stage < 3:
-        stays -= planned.gradients - (4 * plan.parameter_count(layout.config) if summed else 0)
+        stays -= planned.gradients - (4 * parameter_count(layout.config) if summed else 0)
     for rank in ranks(2):
         record = rank[case.name]
         assert record["stays"] == pytest.approx(stays, rel=0.02)
