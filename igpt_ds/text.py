@@ -34,6 +34,12 @@ class Table:
         cells = [row[column] for row in self.rows if row[column] not in ("", MISSING)]
         return column > 0 and all(cell[:1].isdigit() or cell[:1] in "-+" for cell in cells)
 
+    def without_empty_columns(self) -> "Table":
+        """The same without columns that hold nothing in any row."""
+        used = [c for c in range(len(self.headings)) if any(row[c] for row in self.rows)]
+        rows = [[row[c] for c in used] for row in self.rows]
+        return Table(self.title, [self.headings[c] for c in used], rows, self.note)
+
     def text(self) -> str:
         """Aligned columns: words to the left, figures to the right."""
         lines = ["  ".join(line).rstrip() for line in self._padded()]

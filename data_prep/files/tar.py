@@ -1,7 +1,7 @@
 """Tar archives read in place: where each member lies, so that it can be read without unpacking anything.
 
-Archives come from outside, so their headers are read by the few lines below and not by a general library: nothing
-is ever written to disk, links, devices and folders are no images, and every size is held against the end of the file.
+Archives come from outside. `tarfile` reads a header's fields; what follows from them is decided below: nothing is ever
+written to disk, links, devices and folders are no images, and every size is held against the end of the file.
 A tar must end in its end mark: without it the file was cut, or is still being written.
 
 Format: POSIX.1-1988 ustar, the pax records `path` and `size`, and GNU's long names (POSIX.1-2017, pax, "ustar
@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import os
 import re
+import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -64,8 +65,7 @@ def members(file: BinaryIO, where: str, start: int = 0, end: int | None = None) 
             raise UserError(f"{where}: ends at byte {at - begin} without an end mark, cut short: fetch it again")
         if not any(block):
             break
-        kind = _check(block, where, at - begin)
-        own = _number(block[124:136], where, at - begin)
+        kind, own = _type_and_size(block, where, at - begin)
         at += BLOCK
         extra_header = kind in {b"x", b"g", b"L", b"K"}
         length = 0 if kind in _WITHOUT_DATA else own if size is None or extra_header else size
@@ -144,35 +144,27 @@ def gunzipped(path: Path, limit: int) -> BinaryIO:
     return file
 
 
-def _check(block: bytes, where: str, at: int) -> bytes:
-    """A header's type, once its checksum is right."""
-    stated = block[148:156].strip(b" \0")
-    fields = block[:148] + b" " * 8 + block[156:]
-    stated_sum = int(stated, 8) if re.fullmatch(rb"[0-7]+", stated) else -1
-    # Some old writers summed signed bytes.
-    if stated_sum != sum(fields) and stated_sum != sum(memoryview(fields).cast("b")):
-        if at == 0:
-            packed = block[:2] == b"\x1f\x8b" or block[:3] in {b"BZh", b"\xfd7z", b"\x28\xb5\x2f"}
-            what = "compressed: unpack it to a plain tar" if packed else "not a tar: mend the path"
-            raise UserError(f"{where}: {what}")
+def _type_and_size(block: bytes, where: str, at: int) -> tuple[bytes, int]:
+    """A header's type and size field, once its checksum is right."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        header = None
+    if header is None and at == 0:
+        packed = block[:2] == b"\x1f\x8b" or block[:3] in {b"BZh", b"\xfd7z", b"\x28\xb5\x2f"}
+        what = "compressed: unpack it to a plain tar" if packed else "not a tar: mend the path"
+        raise UserError(f"{where}: {what}")
+    if header is None or header.size < 0:
         raise UserError(f"{where}: damaged at byte {at}: fetch it again")
-    return block[156:157]
+    return block[156:157], header.size
 
 
 def _name(block: bytes) -> bytes:
+    # Not as tarfile joins it: in GNU's own headers the prefix's bytes hold times.
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0", 1)[0]):
         return prefix + b"/" + name
     return name
-
-
-def _number(field: bytes, where: str, at: int) -> int:
-    if field[0] == 0x80:  # GNU: base 256, for sizes from 8 GiB
-        return int.from_bytes(field[1:], "big")
-    text = field.strip(b" \0")
-    if not re.fullmatch(rb"[0-7]*", text):
-        raise UserError(f"{where}: damaged at byte {at}: fetch it again")
-    return int(text or b"0", 8)
 
 
 def _extra(kind: bytes, data: bytes, where: str, at: int) -> tuple[bytes | None, int | None]:

@@ -32,6 +32,7 @@ import click
 
 from igpt_ds.atomic import publish_text
 from igpt_ds.distributed.ranks import Ranks, launched
+from igpt_ds.options import Renamed
 from igpt_ds.text import Table
 
 if TYPE_CHECKING:
@@ -42,7 +43,14 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 MASKS = click.Option(["--masks"], type=click.IntRange(min=1), help="BERT: independent masks an image.  [default: 5]")
+STRENGTH = click.FloatRange(min=0, min_open=True)  # of regularisation
 DIVIDED = click.Option(["--ds"], metavar="NAME", help="Divide the network over the ranks: zero3, as pretrain.")
+
+
+def val_or_test(text: str) -> click.Option:
+    """--split, once --test."""
+    choice = click.Choice(["val", "test"])
+    return Renamed(["--split"], flags={"--test": "test"}, type=choice, default="val", show_default=True, help=text)
 
 
 class Evaluation(Protocol):
@@ -80,6 +88,20 @@ class Subject:
         from igpt_ds.features.splits import open_run
 
         return open_run(self.path, self.step, self.data, test, images)
+
+
+def header(kind: str, weights: "Weights", config: "Config", splits: "Splits") -> Record:
+    """What a record of classifiers says first: of what network, trained how far, on what data."""
+    from igpt_ds.features.cache import fingerprint
+
+    return {
+        "kind": kind,
+        "model": config.name,
+        "objective": config.objective.name,
+        "step": weights.step,
+        "checkpoint": fingerprint(config, weights),
+        "data": str(splits.train.path.parent),
+    }
 
 
 def names() -> list[str]:

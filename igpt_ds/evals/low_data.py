@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
-from igpt_ds.evals import DIVIDED, MASKS, Record, Subject
+from igpt_ds.evals import DIVIDED, MASKS, STRENGTH, Record, Subject, header, val_or_test
 from igpt_ds.hashing import random_keys, stable_hash
-from igpt_ds.options import Renamed
 from igpt_ds.text import Table
 
 if TYPE_CHECKING:
@@ -31,29 +30,15 @@ if TYPE_CHECKING:
 
 NAME, TITLE = "low-data", "Few labels"
 HOLDS = {"labels_per_class": dict}
-SUBSETS = 5
-STRENGTH = 1.0  # of regularisation: scikit-learn's default
+SUBSETS = 5  # and a regularisation of 1, scikit-learn's default
 OPTIONS = (
     click.Option(["--labels"], metavar="N,N", default="4,25,400", show_default=True, help="Labels a class."),
     click.Option(
         ["--layer"], type=click.IntRange(min=0), help="Whose features.  [default: the best of RUN/probe.json]"
     ),
-    Renamed(
-        ["--split"],
-        flags={"--test": "test"},
-        type=click.Choice(["val", "test"]),
-        default="val",
-        show_default=True,
-        help="Whose images are scored.",
-    ),
+    val_or_test("Whose images are scored."),
     MASKS,
-    click.Option(
-        ["--regularisation"],
-        type=click.FloatRange(min=0, min_open=True),
-        default=STRENGTH,
-        show_default=True,
-        help="Strength.",
-    ),
+    click.Option(["--regularisation"], type=STRENGTH, default=1.0, show_default=True, help="Strength."),
     DIVIDED,
 )
 _SUBSET = zlib.crc32(b"subset with few labels")
@@ -66,7 +51,7 @@ def run(
     layer: int | None = None,
     split: str = "val",
     masks: int | None = None,
-    regularisation: float = STRENGTH,
+    regularisation: float = 1.0,
     ds: str | None = None,
 ) -> Record | None:
     """Few labels a class: a linear classifier of 5 random subsets, mean and standard deviation of its accuracy.
@@ -76,7 +61,6 @@ def run(
         igpt-ds probe RUN --data cifar10
         igpt-ds low-data RUN --data cifar10 --labels 4,25,400 --split test
     """
-    from igpt_ds.features.cache import fingerprint
     from igpt_ds.features.extract import Network, Recipe
     from igpt_ds.features.splits import masks_of
 
@@ -86,8 +70,8 @@ def run(
     wanted = tuple(sorted({int(text) for text in counts}))
     weights, config, splits = subject.labelled(split == "test")
     check(splits.train, wanted)
-    identity = fingerprint(config, weights)
-    chosen = best_layer(subject.folder / "probe.json", identity) if layer is None else layer
+    facts = header("low_data", weights, config, splits)
+    chosen = best_layer(subject.folder / "probe.json", facts["checkpoint"]) if layer is None else layer
     if chosen > config.model.layers:
         raise UserError(f"--layer {chosen}: the network has layers 0 to {config.model.layers}: choose among them")
     network = Network(config, weights, Recipe((chosen,)), subject.ranks, ds)
@@ -97,12 +81,7 @@ def run(
     if subject.ranks.rank:
         return None
     return {
-        "kind": "low_data",
-        "model": config.name,
-        "objective": config.objective.name,
-        "step": weights.step,
-        "checkpoint": identity,
-        "data": str(splits.train.path.parent),
+        **facts,
         "split": scored_set.manifest.split,
         "layer": chosen,
         "regularisation": regularisation,
@@ -207,14 +186,13 @@ def table(record: Record) -> Table:
         masks, subsets = found.get("masks"), len(found["accuracies"])
         lines.append([count, *_cells(found), *(_cells(masks) if masks else ["", ""]), str(subsets), f"{found['n']:,}"])
     headings = ["labels a class", "accuracy", "± std", "modal of masks", "± std", "subsets", "n"]
-    used = [c for c in range(len(headings)) if c not in (3, 4) or any(line[c] for line in lines)]
     note = (
-        f"layer {record.get('layer')}, regularisation {record.get('regularisation', STRENGTH):g}; mean and sample "
+        f"layer {record.get('layer')}, regularisation {record.get('regularisation', 1):g}; mean and sample "
         f"standard deviation (n - 1) over subsets; n images of {record.get('split', 'val')}"
     )
     if not all(found.get("converged", True) for found in record["labels_per_class"].values()):
         note += "; some classifiers did not converge"
-    return Table("", [headings[c] for c in used], [[line[c] for c in used] for line in lines], note)
+    return Table("", headings, lines, note).without_empty_columns()
 
 
 def _cells(found: Record) -> list[str]:

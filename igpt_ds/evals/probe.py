@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.evals import DIVIDED, MASKS, Record, Subject
-from igpt_ds.options import Renamed
+from igpt_ds.evals import DIVIDED, MASKS, STRENGTH, Record, Subject, header, val_or_test
 from igpt_ds.text import Table, number
 
 if TYPE_CHECKING:
@@ -35,14 +34,7 @@ OPTIONS = (
     click.Option(
         ["--concatenate"], type=click.IntRange(min=2), multiple=True, help="Also so many layers around the best."
     ),
-    Renamed(
-        ["--split"],
-        flags={"--test": "test"},
-        type=click.Choice(["val", "test"]),
-        default="val",
-        show_default=True,
-        help="What is reported; test: besides DIR/test once, by a classifier of train/ and val/ together.",
-    ),
+    val_or_test("What is reported; test: besides DIR/test once, by a classifier of train/ and val/ together."),
     MASKS,
     click.Option(["--untrained"], is_flag=True, help="Also probe the same network before training."),
     click.Option(
@@ -51,7 +43,7 @@ OPTIONS = (
     click.Option(["--solver"], type=click.Choice(["lbfgs", "sgd"]), default="lbfgs", show_default=True),
     click.Option(
         ["--regularisation", "strengths"],
-        type=click.FloatRange(min=0, min_open=True),
+        type=STRENGTH,
         multiple=True,
         help="lbfgs: strength to try; may be given again.  [default: 1000, 100, ... 0.01]",
     ),
@@ -102,7 +94,6 @@ def run(
     Features are kept in RUN/features (layers x width x images x 4 bytes), so that another probe of the same checkpoint
     and data does not compute them again; delete the folder at will.
     """
-    from igpt_ds.features.cache import fingerprint
     from igpt_ds.features.extract import Network, Recipe, parse_layers
     from igpt_ds.features.splits import masks_of
 
@@ -127,12 +118,7 @@ def run(
     if collected is None:
         return None
     return {
-        "kind": "probe",
-        "model": config.name,
-        "objective": config.objective.name,
-        "step": weights.step,
-        "checkpoint": fingerprint(config, weights),
-        "data": str(splits.train.path.parent),
+        **header("probe", weights, config, splits),
         "norm": norm,
         "precision": precision,
         "solver": solver,
@@ -347,12 +333,7 @@ def table(record: Record) -> Table:
     """Every layer, the pixels and the layers side by side; what they rest on below."""
     before = {result["layer"]: result["accuracy"] for result in record.get("untrained") or ()}
     lines = [
-        _line(
-            str(result["layer"]),
-            result,
-            before.get(result["layer"]),
-            result["layer"] == record["best_layer"] and "best",
-        )
+        _line(str(k := result["layer"]), result, before.get(k), "best" if k == record["best_layer"] else "")
         for result in record["layers"]
     ]
     if record["pixels"] is not None:
@@ -362,7 +343,6 @@ def table(record: Record) -> Table:
         lines.append(_line(f"{result['layers'][0]} to {result['layers'][-1]}", result, None, "side by side"))
     setting = "rate" if record["solver"] == "sgd" else "regularisation"
     headings = ["layer", "accuracy", "untrained", "n", setting, ""]
-    used = [column for column in range(len(headings)) if column != 2 or before]
     notes = [f"trained on {record['train_images']:,} images; accuracy on n of the validation split"]
     notes += _mask_notes("validation", record["masks"])
     for result in filter(None, [record["test"], *(several["test"] for several in record["concatenation"])]):
@@ -373,14 +353,13 @@ def table(record: Record) -> Table:
             f"{result['accuracy']:.4f} (n = {result['n']:,})"
         )
         notes += _mask_notes("test", result["masks"])
-    return Table("", [headings[c] for c in used], [[line[c] for c in used] for line in lines], "\n".join(notes))
+    return Table("", headings, lines, "\n".join(notes)).without_empty_columns()
 
 
-def _line(name: str, result: Record, before: float | None, note: str | bool) -> list[str]:
+def _line(name: str, result: Record, before: float | None, note: str) -> list[str]:
     setting = result["learning_rate"] if result["regularisation"] is None else result["regularisation"]
-    notes = [note] if isinstance(note, str) else []
-    notes += [] if result["converged"] else [f"not converged in {1000} iterations"]
-    return [name, f"{result['accuracy']:.4f}", number(before), f"{result['n']:,}", f"{setting:g}", ", ".join(notes)]
+    notes = ", ".join(filter(None, [note, "" if result["converged"] else "not converged in 1000 iterations"]))
+    return [name, f"{result['accuracy']:.4f}", number(before), f"{result['n']:,}", f"{setting:g}", notes]
 
 
 def _mask_notes(split: str, masks: Record | None) -> list[str]:
@@ -403,9 +382,7 @@ def figure(record: Record) -> "Figure":
     if record.get("untrained"):
         by_layer(axes, record["untrained"], "s--", "C7", "the same network, untrained")
     if record.get("pixels") is not None:
-        pixels = record["pixels"]
-        accuracy = pixels["accuracy"] if isinstance(pixels, dict) else pixels
-        axes.axhline(100 * accuracy, color="C1", linestyle=":", label="raw pixels")
+        axes.axhline(100 * record["pixels"], color="C1", linestyle=":", label="raw pixels")
     axes.set_ylabel(f"accuracy on {record['validation_images']:,} held-out images, %")
     axes.set_title("Linear probe by depth")
     axes.legend()

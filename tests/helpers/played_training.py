@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from igpt_ds.atomic import publish_text
+
 
 def main() -> None:
     plan, words = Path(sys.argv[1]), sys.argv[2:]
@@ -29,7 +31,8 @@ def main() -> None:
     tree = tree.replace("warmup_steps = 10", "warmup_steps = 2").replace(
         "learning_rate = 0.003", f"learning_rate = {rate}"
     )
-    (run / "config.toml").write_text(tree.replace("[data]", "[data]\nresolution = 8\npalette_size = 16"))
+    # Whole or not at all, as a training publishes it: the sweep looks at it meanwhile.
+    publish_text(run / "config.toml", tree.replace("[data]", "[data]\nresolution = 8\npalette_size = 16"))
     lines = [{"step": step, "loss": 2.9 if what == "diverges" else 2.0} for step in range(1, 20)]
     if what == "lost":
         lines.append({"step": 20, "event": "spike", "reason": ""})
