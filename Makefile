@@ -3,11 +3,13 @@
 # make slurm-test  the job scripts on a real Slurm, simulated here; root's only
 # make faults      a training killed a hundred times, and the other fault tests
 # make check       format, lint, types, shell scripts
+# make format      format and mend what ruff can
+# make fresh-test  demo and test in a fresh Debian root; root's only
 PYTHON ?= python3
 BIN := .venv/bin
 SHELL_SCRIPTS := $(shell find slurm tests benchmarks examples .ci -type f \( -name '*.sh' -o -name run \))
 
-.PHONY: demo test slurm-test faults check install clean
+.PHONY: demo test slurm-test faults check format fresh-test install clean
 
 install: .venv/installed
 
@@ -40,6 +42,13 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fresh-test:
+	tests/fresh_root.sh $(SUITE)
 
 clean:
 	rm -rf .venv demo *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -104,7 +104,7 @@ def seconds_a_step(step: Callable[[], object]) -> tuple[float, int]:
 
 def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
     """Measure the harness's step at every setting; one that does not fit is told and left out."""
-    from igpt_ds.distributed.engine import Engine
+    from igpt_ds.distributed.engine import Engine, missing_to_compile
 
     config = configure(preset, micro_batches[0])
     division = divide_batch(config.training.batch, None, 1)
@@ -114,7 +114,10 @@ def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
     model, found = engine.module, list[Measured]()
     eager = [block.forward for block in model.blocks]
     rate = config.training.learning_rate
-    for compiled in (False, True):
+    missing = missing_to_compile()
+    if missing:
+        print(f"  compiled: left out, {' and '.join(missing)} not found")
+    for compiled in (False,) if missing else (False, True):
         if compiled:
             model.compile_blocks()
         for checkpointing in ("full", "selective"):

@@ -42,19 +42,21 @@ T = TypeVar("T")
 
 def require_device(config: Config) -> None:
     """Refuse what this machine cannot do: bfloat16 on a GPU that only emulates it, compiling without a compiler."""
-    if config.training.compile:
-        # On a processor as on a GPU, torch compiles C++ or C against Python's headers, at the first step.
-        missing = [] if Path(sysconfig.get_path("include"), "Python.h").is_file() else ["Python.h"]
-        compiler = os.environ.get("CXX", "g++")
-        missing += [] if shutil.which(compiler) else [compiler]
-        if missing:
-            raise UserError(
-                f"training.compile=true: {' and '.join(missing)} not found: install Python's headers and a compiler "
-                "(python3-dev and g++ on Debian), or set training.compile=false"
-            )
+    if config.training.compile and (missing := missing_to_compile()):
+        raise UserError(
+            f"training.compile=true: {' and '.join(missing)} not found: install Python's headers and a compiler "
+            "(python3-dev and g++ on Debian), or set training.compile=false"
+        )
     wanted = config.training.precision == "bfloat16"
     if wanted and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
+
+
+def missing_to_compile() -> list[str]:
+    """What torch.compile needs and is not here; on a CPU as on a GPU it compiles against Python's headers."""
+    compiler = os.environ.get("CXX", "g++")
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return ([] if headers else ["Python.h"]) + ([] if shutil.which(compiler) else [compiler])
 
 
 class Engine:

@@ -36,16 +36,19 @@ class Ranks:
     local_rank: int = 0
     neighbours: int = 1
     _control: Any = field(default=None, init=False, repr=False)
+    _left: bool = field(default=False, init=False, repr=False)
 
     def join(self) -> "torch.device":
         """Meet the others, unless that is done; return this rank's device.
 
-        Also a single rank gets a process group, which DeepSpeed needs.
+        Also a single rank gets a process group, which DeepSpeed needs. Ranks meet once: the first to come again would
+        find the store of the old meeting, which ends when rank 0 leaves it.
         """
         import torch
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
+        assert not (self._left and self.world > 1), "ranks meet once in a process"
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank)
         else:
@@ -69,7 +72,7 @@ class Ranks:
         """Leave the process group: the last thing that a rank does, since DeepSpeed cannot join a second one."""
         import torch.distributed as dist
 
-        self._control = None
+        self._control, self._left = None, True
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,5 +1,7 @@
 """Small networks with weights that matter (a fresh one has a zero head), and checkpoints of them without DeepSpeed."""
 
+import shutil
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +12,10 @@ from igpt_ds.config.file import load_config, to_tree
 from igpt_ds.config.schema import Config
 from igpt_ds.model.transformer import ImageGPT, initialise
 from tests.helpers.checkpoints import save
+
+# What torch.compile needs on any device beside a C++ compiler (python3-dev on Debian).
+_HEADERS = Path(sysconfig.get_path("include"), "Python.h")
+CAN_COMPILE = shutil.which("g++") is not None and _HEADERS.is_file()
 
 
 def small_config(*overrides: str, resolution: int = 4, palette_size: int = 8) -> Config:

@@ -29,13 +29,13 @@ def main() -> None:
     tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     divided = folder / f"zero3-{ranks.rank}.json"
     divided.write_text(json.dumps(tree))
-    for name, ds in (("whole", None), ("divided", str(divided))):
-        network = Network(config, checkpoint, recipe, ranks, ds, batch=7)
-        with ranks.meeting():
+    with ranks.meeting():
+        for name, ds in (("whole", None), ("divided", str(divided))):
+            network = Network(config, checkpoint, recipe, ranks, ds, batch=7)
             for _ in range(2):  # the second time from the cache, which only rank 0 looks at
                 found = cached(network, dataset, folder / name, name, images=60, mask_seed=11)
             network.close()
-        assert (found is None) == (ranks.rank > 0)
+            assert (found is None) == (ranks.rank > 0)
     sys.stdout.flush()
     # DeepSpeed's threads and hooks need seconds to wind up.
     os._exit(0)

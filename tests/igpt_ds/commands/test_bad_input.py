@@ -337,6 +337,16 @@ def test_bfloat16_on_a_gpu_without_it(
     assert message.startswith("training.precision=bfloat16: this GPU has no bfloat16")
 
 
+def test_compiling_without_what_it_needs(
+    refused: Refused, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    message = refused(*pretrain(digits, tmp_path / "run", "--set", "training.compile=true"))
+    assert message.startswith("training.compile=true: Python.h and no-such-compiler not found: install ")
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_are_held_against_the_data_named(refused: Refused, digits: Path, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     message = refused(*pretrain(digits, tmp_path / "run", "--set", "data.weights=[1,2]"))

@@ -1,7 +1,6 @@
 """The network against the paper's formulas in NumPy float64, its figures, and what each position may see."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from igpt_ds.config.schema import Config
 from igpt_ds.config.size import parameter_count
 from igpt_ds.model.transformer import Cache, ImageGPT, initialise
 from igpt_ds.objectives import load_objective
+from tests.helpers.models import CAN_COMPILE
 
 AUTO_REGRESSIVE = "objective.name=next_pixel"
 BERT = "objective.name=masked_pixel"
@@ -265,7 +265,7 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(objective: 
 
 
 @torch._dynamo.config.patch(disable=False)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs g++ and Python.h (apt install g++ python3-dev)")
 def test_compiled_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     config = small_config(AUTO_REGRESSIVE, "training.activation_checkpointing=selective")
