@@ -25,11 +25,9 @@ mount --bind "$root" "$root" # so that all that is mounted below goes at once
 debootstrap --variant=minbase "$suite" "$root" >"$root.log" || { tail "$root.log" >&2; exit 1; }
 rm "$root.log"
 
-mkdir -p "$root/project" "$root/etc/ssl/certs"
+mkdir "$root/project"
 git archive HEAD | tar -x -C "$root/project"
-for file in /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt; do
-  [ ! -e "$file" ] || cp "$file" "$root$file"
-done
+cp /etc/resolv.conf "$root/etc/resolv.conf"
 for folder in /proc /dev /dev/shm ${FRESH_BIND:-}; do
   mkdir -p "$root$folder"
   mount --bind "$folder" "$root$folder"
@@ -43,6 +41,9 @@ inside() {
 inside apt-get update -qq
 # shellcheck disable=SC2086 # a list of words
 inside apt-get install --yes --quiet=2 --no-install-recommends $packages
+# Whom this machine trusts, which a package may just have written anew.
+certificates=/etc/ssl/certs/ca-certificates.crt
+[ ! -e "$certificates" ] || install -D "$certificates" "$root$certificates"
 inside python3 --version
 inside make demo
 inside make test
