@@ -38,7 +38,7 @@ for objective in next_pixel masked_pixel; do
   igpt-ds finetune "$run-tuned" --from "$run" --data "$out/data" --split test "${masks[@]}"
 done
 igpt-ds finetune "$out/scratch" --from "$out/next_pixel" --from-scratch --data "$out/data" --split test
-igpt-ds sample "$out/next_pixel" --n 16 --out "$out/next_pixel/samples.png"
+igpt-ds sample "$out/next_pixel" --images 16 --out "$out/next_pixel/samples.png"
 igpt-ds figures "$out/next_pixel" "$out/masked_pixel" "$out/next_pixel-tuned" "$out/masked_pixel-tuned" "$out/scratch" \
   --out "$out/paper"
 igpt-ds report "$out/next_pixel"
