@@ -15,21 +15,28 @@ from igpt_ds.run.directory import LOGGER
 from igpt_ds.samples.sheet import COMPLETIONS, completion_tiles, contact_sheet, decoded, prefixes, save_png
 
 if TYPE_CHECKING:
-    from igpt_ds.train.trainer import Trainer
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from igpt_ds.distributed.engine import Engine
+    from igpt_ds.run.metrics import Metrics
+    from igpt_ds.train.job import Job
 
 FREE = 2 * (COMPLETIONS + 2)  # two lines, as wide as the completions'
 COMPLETED = 4
 SEED = 0
 
 
-def draw_sheet(trainer: "Trainer") -> None:
-    """Draw one sheet; a collective. What goes wrong in writing it, or too little memory, is told and no more."""
-    engine, job, metrics, step = trainer.engine, trainer.job, trainer.metrics, trainer.progress.step
+def draw_sheet(
+    engine: "Engine", job: "Job", folder: "Path", metrics: "Metrics | None", step: int, beat: "Callable[[], None]"
+) -> None:
+    """Draw one sheet; a collective. What goes wrong in writing it, or too little memory, is told and no more.
+
+    Args:
+        metrics: rank 0's.
+        beat: called as tokens are drawn.
+    """
     n, palette, drawing = job.config.sequence_length, job.train_sets[0].palette, Drawing(SEED)
-
-    def beat() -> None:
-        trainer.watchdog.beat("drawing samples", step)
-
     free = engine.sample(torch.empty(FREE, 0, dtype=torch.int64), drawing, beat)
     images = job.validation_set.images(COMPLETED) if job.validation_set is not None else np.empty((0, n), np.uint16)
     rows = round(n**0.5) // 2
@@ -44,7 +51,7 @@ def draw_sheet(trainer: "Trainer") -> None:
         below, marked_below = completion_tiles(images, completed.numpy(), palette, rows)
         tiles, marked = np.concatenate([tiles, below]), marked + marked_below
     sheet = contact_sheet(tiles, COMPLETIONS + 2, marked)
-    path = trainer.run.samples / f"step-{step:08d}.png"
+    path = folder / f"step-{step:08d}.png"
     try:
         save_png(sheet, path)
     except UserError as error:

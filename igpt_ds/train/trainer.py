@@ -249,7 +249,9 @@ class Trainer:
         if able and every and self.progress.step % every == 0:
             from igpt_ds.train.sheets import draw_sheet
 
-            draw_sheet(self)
+            step = self.progress.step
+            beat = functools.partial(self.watchdog.beat, "drawing samples", step)
+            draw_sheet(self.engine, self.job, self.run.samples, self.metrics, step, beat)
             self.meter.restart()
 
     def _validate(self) -> tuple[bool, bool]:

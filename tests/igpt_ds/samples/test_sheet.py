@@ -356,22 +356,18 @@ def test_a_sheet_is_drawn_or_what_is_in_its_way_told(
         train_sets=[Dataset.open(digits / "train")],
         validation_set=None if case == "without" else validation,
     )
-    engine, beats, run = Drawn(case != "no memory"), [], Run(tmp_path)
-    watchdog = SimpleNamespace(beat=lambda doing, step: beats.append((doing, step)))
+    engine, beats, folder = Drawn(case != "no memory"), list[bool](), Run(tmp_path).samples
     metrics = Metrics(tmp_path, 0, {})
     if case == "no room on the disk":
         (tmp_path / "samples").write_text("a file where the folder is to be")
     monkeypatch.setattr(sheets.LOGGER, "propagate", True)
     with caplog.at_level("INFO", logger="igpt_ds"):
         for told in (metrics, None):
-            progress = SimpleNamespace(step=20)
-            sheets.draw_sheet(
-                SimpleNamespace(engine=engine, job=job, run=run, progress=progress, metrics=told, watchdog=watchdog)
-            )
+            sheets.draw_sheet(engine, job, folder, told, 20, lambda: beats.append(True))
     metrics.close()
     both = [(12, 0), (16, 32)]
     assert engine.asked == 2 * (both[:1] if case == "without" else both)
-    assert set(beats) == {("drawing samples", 20)} and len(beats) == len(engine.asked)
+    assert len(beats) == len(engine.asked)
     path = tmp_path / "samples" / "step-00000020.png"
     if case in ("with validation", "without"):
         with Image.open(path) as sheet:
@@ -382,12 +378,15 @@ def test_a_sheet_is_drawn_or_what_is_in_its_way_told(
         assert ("no memory is left" if case == "no memory" else "going on without these samples") in caplog.text
 
 
-def test_a_sheet_is_due_of_a_next_pixel_training_that_does_well(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sheet_is_due_of_a_next_pixel_training_that_does_well(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from igpt_ds.train.trainer import Trainer
 
     drawn = []
-    monkeypatch.setattr(sheets, "draw_sheet", lambda trainer: drawn.append(trainer.progress.step))
-    meter = SimpleNamespace(restart=lambda: None)
+    monkeypatch.setattr(sheets, "draw_sheet", lambda *given: drawn.append(given[4]))
+    meter, watchdog = SimpleNamespace(restart=lambda: None), SimpleNamespace(beat=print)
+    rest: dict[str, Any] = {"engine": None, "run": Run(tmp_path), "metrics": None, "meter": meter, "watchdog": watchdog}
 
     def steps(*sets: str, bad: int = 0) -> list[int]:
         drawn.clear()
@@ -395,7 +394,7 @@ def test_a_sheet_is_due_of_a_next_pixel_training_that_does_well(digits: Path, mo
         for step in range(1, 31):
             progress = SimpleNamespace(step=step, stability=SimpleNamespace(bad=bad))
             job: Any = SimpleNamespace(config=config)
-            Trainer._draw_samples(SimpleNamespace(job=job, progress=progress, meter=meter))  # type: ignore[arg-type]
+            Trainer._draw_samples(SimpleNamespace(job=job, progress=progress, **rest))  # type: ignore[arg-type]
         return list(drawn)
 
     assert steps("training.sample_every=10") == [10, 20, 30]

@@ -1,4 +1,4 @@
-"""Weights of any format as a beginning and as a subject: pretrain --init-from, finetune --from, the evaluations."""
+"""Weights of any format as a beginning and as a subject: pretrain --from, finetune --from, the evaluations."""
 
 import json
 import math
