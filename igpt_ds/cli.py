@@ -10,6 +10,7 @@ import click
 
 from igpt_ds import __version__
 from igpt_ds.commands import CONTEXT, Verbs
+from igpt_ds.cores import wait_asleep
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.memory import keep_freed_memory
 from igpt_ds.train.signals import tell_job_script
@@ -34,6 +35,7 @@ def cli(local_rank: int | None) -> None:
 def main() -> None:
     """Run a verb. Exit status: 0 done, 2 bad input (one line says what to do), 1 a fault of the run."""
     keep_freed_memory()
+    wait_asleep()
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("igpt_ds").setLevel(logging.ERROR)  # rank 0 warns for all; a training's files hear every rank
     try:

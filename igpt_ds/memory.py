@@ -3,11 +3,14 @@
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def available_bytes() -> int:
@@ -23,7 +26,7 @@ def machine_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def group_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+def group_bytes(root: Path = GROUPS, membership: Path = MEMBERSHIP) -> int | None:
     """Bytes that the control groups (schedulers and containers set them) leave to this process; None: no limit.
 
     A group counts its page cache as used, which it gives back when asked: what is idle of it is free here.
@@ -33,26 +36,36 @@ def group_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/p
         membership: the groups that the process is in.
     """
     least = None
-    for line in membership.read_text().splitlines() if membership.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, limit_name, used_name, cached = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base = root / "memory"
+    for level, version in group_levels("memory", root, membership):
+        if version == 2:
+            limit_name, used_name, cached = "memory.max", "memory.current", "inactive_file"
+        else:
             limit_name, used_name = "memory.limit_in_bytes", "memory.usage_in_bytes"
             cached = "total_inactive_file"
-        else:
+        limit, used = _number_in(level / limit_name), _number_in(level / used_name)
+        if limit is not None and used is not None and limit < 2**60:
+            left = max(0, limit - used + _statistic(level / "memory.stat", cached))
+            least = left if least is None else min(least, left)
+    return least
+
+
+def group_levels(controller: str, root: Path = GROUPS, membership: Path = MEMBERSHIP) -> Iterator[tuple[Path, int]]:
+    """The control groups that this process is in, each with its version; a limit on any level binds.
+
+    Args:
+        controller: "memory" or "cpu".
+        root, membership: see `group_bytes`.
+    """
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
             continue
+        base = root / controller if controllers else root
         folder = base / path.strip("/")
-        # A limit on any level binds.
         for level in (folder, *folder.parents):
-            limit, used = _number_in(level / limit_name), _number_in(level / used_name)
-            if limit is not None and used is not None and limit < 2**60:
-                left = max(0, limit - used + _statistic(level / "memory.stat", cached))
-                least = left if least is None else min(least, left)
+            yield level, 1 if controllers else 2
             if level == base:
                 break
-    return least
 
 
 def _number_in(path: Path) -> int | None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[str, list[set[str]]] = {
     "igpt_ds": [
         # The leaves: one file each, which may know one another.
-        {"errors", "atomic", "hashing", "memory", "options", "plots", "text"},
+        {"errors", "atomic", "cores", "hashing", "memory", "options", "plots", "text"},
         {"checkpoint", "dataset", "objectives"},
         {"config"},
         {"loading", "model", "planner", "run"},

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from igpt_ds.cores import share
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ class Ranks:
         assert not (self._left and self.world > 1), "ranks meet once in a process"
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank)
-        else:
-            limit_threads(self.neighbours)
+        limit_threads(self.neighbours)
         if not dist.is_initialized():
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             if "RANK" not in os.environ:
@@ -81,6 +81,8 @@ class Ranks:
         """Join, and leave at the end; a single rank joins only if DeepSpeed is called within."""
         if self.world > 1:
             self.join()
+        else:
+            limit_threads(1)
         yield self
         self.leave()
 
@@ -176,7 +178,7 @@ def limit_threads(neighbours: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+        torch.set_num_threads(share(neighbours))
 
 
 def _whole(name: str, default: str) -> int:

@@ -75,8 +75,7 @@ def _together(request: Request, where: Ranks, planned_ranks: int, limit: float) 
         sources, validated = group.tell("data", [planned.sources or request.data, _validated(planned)])
         mine.facts = local_facts(request, planned, own, where.rank, group.leads, sources, validated)
         group.gather("the end of each node's checks", None)
-        if not devices.visible():
-            limit_threads(group.neighbours)
+        limit_threads(group.neighbours)
         mine.facts["matmul"] = attempt(lambda: speed.matmul(device))
         collective, hangs = _collectives(group, device)
         mine.facts |= collective
@@ -152,7 +151,7 @@ def local_facts(
     run = request.run
     sources = sources if sources is not None else (planned.sources or request.data)
     validated = validated if validated is not None else _validated(planned)
-    facts = {"threads": attempt(lambda: machine.read_cores(bool(gpus)))}
+    facts = {"threads": attempt(machine.read_cores)}
     if gpus:
         facts["gpu_memory"] = attempt(lambda: devices.read_gpu_memory(list(gpus)))
     if leads:

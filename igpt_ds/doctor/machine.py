@@ -158,10 +158,10 @@ def judge_open_files(fact: dict[str, Any]) -> Check:
     )
 
 
-def read_cores(on_gpus: bool) -> dict[str, Any]:
-    """The cores that this process may use, OMP_NUM_THREADS as it is set, and whether a run would compute on GPUs."""
+def read_cores() -> dict[str, Any]:
+    """The cores that this process may use, and OMP_NUM_THREADS as it is set."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return {"cores": sorted(allowed), "threads": os.environ.get("OMP_NUM_THREADS"), "on_gpus": on_gpus}
+    return {"cores": sorted(allowed), "threads": os.environ.get("OMP_NUM_THREADS")}
 
 
 def judge_threads(facts: Sequence[tuple[str, dict[str, Any]]]) -> Check:
@@ -189,12 +189,7 @@ def _judge_threads_of_node(facts: Sequence[dict[str, Any]]) -> Check:
     if cores < ranks:
         return Check("threads", "FAIL", on, "give each rank cores of its own: srun --cpus-per-task")
     if None in texts:
-        if ranks == 1 or not any(fact["on_gpus"] for fact in facts):
-            return Check(
-                "threads", "OK", f"{on}, OMP_NUM_THREADS not set: ranks on a CPU divide the cores by themselves"
-            )
-        remedy = f"export OMP_NUM_THREADS={max(1, cores // ranks)} in the job script"
-        return Check("threads", "WARN", f"{on}, OMP_NUM_THREADS not set: each rank uses all cores", remedy)
+        return Check("threads", "OK", f"{on}, OMP_NUM_THREADS not set: ranks divide the cores by themselves")
     threads = sum(int(fact["threads"]) for fact in facts)
     value = f"{on}, {threads} threads by OMP_NUM_THREADS"
     if threads > cores:

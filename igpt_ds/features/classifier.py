@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 
+from igpt_ds.cores import threads_for
 from igpt_ds.errors import UserError
 from igpt_ds.memory import available_bytes
 
@@ -91,9 +93,10 @@ class Classifier:
     def predict(self, rows: Rows) -> np.ndarray:
         """Labels: int64 [I]. Reads a few thousand rows at a time."""
         found = [np.empty(0, np.int64)]
-        for block in rows.blocks(_CHUNK):
-            x_ID = (rows.read(*block).astype(np.float64) - self.mean_D) / self.scale_D
-            found.append(self.classes_C[(x_ID @ self.weights_DC + self.bias_C).argmax(axis=1)])
+        with threadpool_limits(threads_for(2 * min(len(rows), _CHUNK) * self.weights_DC.size)):
+            for block in rows.blocks(_CHUNK):
+                x_ID = (rows.read(*block).astype(np.float64) - self.mean_D) / self.scale_D
+                found.append(self.classes_C[(x_ID @ self.weights_DC + self.bias_C).argmax(axis=1)])
         return np.concatenate(found)
 
     def accuracy(self, rows: Rows) -> float:
@@ -152,9 +155,10 @@ def _by_scikit_learn(
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(solver="lbfgs", max_iter=MAX_ITERATIONS, tol=tolerance, warm_start=True)
+    threads = threads_for(2 * x_ID.size * (int(targets_I.max()) + 1))
     for strength in strengths:
         model.set_params(C=1 / strength)
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, threadpool_limits(threads):
             warnings.simplefilter("always", ConvergenceWarning)
             model.fit(x_ID, targets_I)
         weights_DC, bias_C = model.coef_.T.copy(), model.intercept_.copy()

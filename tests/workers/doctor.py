@@ -35,7 +35,7 @@ def slow_and_late_and_blind(port: str) -> None:
     if launched().rank == 1:
         speed.matmul = lambda device: RATE | {"rate": 20e9}
         ranks.time = SimpleNamespace(time=lambda: time.time() + 5, monotonic=time.monotonic, sleep=time.sleep)
-        machine.read_cores = lambda on_gpus: 1 / 0
+        machine.read_cores = lambda: 1 / 0
     found = checks(port, 60)
     if found:
         assert found["ranks"].status == "OK"

@@ -52,8 +52,8 @@ def sums(*seconds: float, wrong: int | None = None) -> list[tuple[str, dict[str,
     return [(f"rank {i}", {"right": i != wrong, "seconds": s, "bytes": 2**28}) for i, s in enumerate(seconds)]
 
 
-def cores(count: int, threads: str | None, first: int = 0, on_gpus: bool = True) -> dict[str, Any]:
-    return {"cores": list(range(first, first + count)), "threads": threads, "on_gpus": on_gpus}
+def cores(count: int, threads: str | None, first: int = 0) -> dict[str, Any]:
+    return {"cores": list(range(first, first + count)), "threads": threads}
 
 
 def versions(**found: str | None) -> Check:
@@ -105,8 +105,7 @@ JUDGEMENTS: list[tuple[Callable[[], Check], str, str]] = [
     # Each bound to cores of its own: they add up.
     (lambda: machine.judge_threads([("a", cores(8, "8")), ("a", cores(8, "8", 8))]), "OK", "on 16 cores"),
     (lambda: machine.judge_threads([("a", cores(16, "9"))] * 2), "WARN", "a: 2 ranks on 16 cores, 18 threads"),
-    (lambda: machine.judge_threads([("a", cores(16, None))] * 2), "WARN", "not set"),
-    (lambda: machine.judge_threads([("a", cores(16, None, on_gpus=False))] * 2), "OK", "divide the cores"),
+    (lambda: machine.judge_threads([("a", cores(16, None))] * 2), "OK", "divide the cores"),
     (lambda: machine.judge_threads([("a", cores(16, "40"))] * 2), "FAIL", "80 threads"),
     (
         lambda: machine.judge_threads([("a", cores(16, "1")), ("b", cores(1, "1")), ("b", cores(1, "1"))]),
