@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[str, list[set[str]]] = {
     "igpt_ds": [
         # The leaves: one file each, which may know one another.
-        {"errors", "atomic", "cores", "hashing", "lock", "memory", "options", "plots", "text"},
+        {"errors", "atomic", "cores", "hashing", "lock", "memory", "options", "plots", "reading", "text"},
         {"checkpoint", "dataset", "objectives"},
         {"config"},
         {"loading", "model", "planner", "run"},
@@ -41,12 +41,12 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
 }
 # Where the two packages meet: the format of a dataset directory, and the leaves.
-MEETING = {"igpt_ds.dataset", "igpt_ds.errors", "igpt_ds.atomic", "igpt_ds.hashing", "igpt_ds.lock", "igpt_ds.text"}
+MEETING = {f"igpt_ds.{each}" for each in ("dataset", "errors", "atomic", "hashing", "lock", "reading", "text")}
 OPTIONS = {"igpt_ds.options"}  # of both command lines, which need click
 # Pure arithmetic and records, and what tells in a moment, on any machine, what a job will need: none of these may load
 # torch, not even through another.
 WITHOUT_TORCH = {
-    *("errors", "atomic", "cores", "hashing", "lock", "text"),
+    *("errors", "atomic", "cores", "hashing", "lock", "reading", "text"),
     *("objectives", "config", "dataset", "planner", "commands.plan"),
     *("loading.order", "train.schedule", "train.signals", "distributed.ranks"),
 }
