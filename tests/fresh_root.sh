@@ -27,7 +27,7 @@ rm "$root.log"
 
 mkdir "$root/project"
 git archive HEAD | tar -x -C "$root/project"
-cp /etc/resolv.conf "$root/etc/resolv.conf"
+cp /etc/resolv.conf /etc/hosts "$root/etc/" # an installed system knows its own name
 for folder in /proc /dev /dev/shm ${FRESH_BIND:-}; do
   mkdir -p "$root$folder"
   mount --bind "$folder" "$root$folder"

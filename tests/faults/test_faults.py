@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
+from igpt_ds.checkpoint.names import list_checkpoints
+from igpt_ds.checkpoint.read import Checkpoint
 from tests.faults.kills import kill_at_random
 from tests.faults.ranks import events, losses, ranks, run_to_its_end, whole_steps
 from tests.helpers.commands import descendants, finish, pretrain, started
@@ -210,6 +211,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(small_disk: Path, digits:
     assert steps == list(range(1, steps[-1] + 1)), "lines that found no room were written later"
 
 
+@pytest.mark.skipif(shutil.which("chattr") is None, reason="no chattr here (apt install e2fsprogs)")
 def test_a_run_directory_that_becomes_read_only_ends_the_run_clearly(digits: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output.txt"
     folders = [str(run), str(run / "checkpoints")]
@@ -218,8 +220,6 @@ def test_a_run_directory_that_becomes_read_only_ends_the_run_clearly(digits: Pat
         wait_for(lambda: len(whole_steps(run)) > 0, output)
         try:
             # Even for root, and while files in it are open for writing.
-            if shutil.which("chattr") is None:
-                pytest.skip("no chattr here (apt install e2fsprogs)")
             if subprocess.run(["chattr", "+i", *folders], capture_output=True, check=False).returncode:
                 pytest.skip("a folder cannot be made immutable here")
             assert finish(process, output) == 2, output.read_text()

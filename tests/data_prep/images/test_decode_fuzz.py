@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -132,7 +133,8 @@ def work() -> None:
     for data in files[:5]:
         exact, fast = (transform.pixels(data, "x", 0) for transform in transforms)
         reduced += not np.array_equal(exact, fast)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    # Not getrusage's, which begins with what the process had that started this one.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
     print(json.dumps({"peak": peak, "reduced": reduced}), flush=True)
 
 
