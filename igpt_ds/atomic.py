@@ -3,7 +3,8 @@
 import errno
 import hashlib
 import os
-import socket
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ _REMEDIES = {
     errno.ENOTEMPTY: "the directory exists already and is not empty: choose another path",
     errno.ENOENT: "a part of the path does not exist: create it or mend the path",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter path",
+    errno.ELOOP: "a symbolic link is in the way: remove it or choose another path",
 }
 
 
@@ -48,16 +50,35 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def unfinished(path: Path) -> Path:
+    """A name beside `path` under which it is written first: nobody can guess it, and no two writers share it.
+
+    What a killed writer left is found as `leftovers`.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What killed writers of `path` left beside it, files and directories."""
+    name = re.compile(re.escape(f".{path.name}") + r"(\.[0-9a-f]{16})?\.tmp")
+    return [each for each in path.parent.glob(".*.tmp") if name.fullmatch(each.name)]
+
+
+def no_link(path: str, flags: int) -> int:
+    """An `opener` for a name that others know: what a symbolic link there leads to is not written."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextmanager
 def publish_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on success it gets its final name, on failure it vanishes."""
     path = Path(path)
-    # Host and process id keep two writers of the same file apart; the last rename wins, whole.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    # Two writers of the same file have two names; the last rename wins, whole.
+    temporary = unfinished(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:  # x: never a file that is there, nor what a link leads to
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -1,11 +1,23 @@
 """Text for people: tables (aligned, Markdown and CSV from the same cells), sizes, durations, counts."""
 
+import contextlib
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MISSING = "missing"  # no record of it; never a guess
+
+
+def visible(text: str) -> str:
+    """One line: what a terminal would obey or hide stands as an escape such as \\x1b or \\n.
+
+    Names come from anywhere, so whatever is printed goes through here; tables and `aligned` do so by themselves.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -18,8 +30,7 @@ class Table:
     note: str = ""
 
     def _padded(self) -> list[list[str]]:
-        # A line break within a cell would break the table.
-        lines = [[" ".join(cell.split()) for cell in line] for line in (self.headings, *self.rows)]
+        lines = [[visible(cell) for cell in line] for line in (self.headings, *self.rows)]
         widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
         numeric = [self.numeric(column) for column in range(len(widths))]
         return [
@@ -29,6 +40,9 @@ class Table:
             ]
             for line in lines
         ]
+
+    def _notes(self) -> list[str]:
+        return [visible(line) for line in self.note.split("\n")] if self.note else []
 
     def numeric(self, column: int) -> bool:
         cells = [row[column] for row in self.rows if row[column] not in ("", MISSING)]
@@ -43,13 +57,11 @@ class Table:
     def text(self) -> str:
         """Aligned columns: words to the left, figures to the right."""
         lines = ["  ".join(line).rstrip() for line in self._padded()]
-        return "\n".join([*([self.title] if self.title else []), *lines, *([self.note] if self.note else [])])
+        return "\n".join([*([visible(self.title)] if self.title else []), *lines, *self._notes()])
 
     def markdown(self) -> str:
         """A Markdown table that is aligned as plain text, too. Cells cannot break out of it."""
-        safe = Table(
-            "", [_markdown(cell) for cell in self.headings], [[_markdown(cell) for cell in row] for row in self.rows]
-        )
+        safe = Table("", [_markdown(cell) for cell in self.headings], [list(map(_markdown, row)) for row in self.rows])
         head, *body = safe._padded()
         rule = [
             "-" * (len(cell) - 1) + ":" if safe.numeric(i) and len(cell) > 1 else "-" * max(len(cell), 1)
@@ -57,23 +69,35 @@ class Table:
         ]
         lines = ["| " + " | ".join(line) + " |" for line in (head, rule, *body)]
         title = [f"## {_markdown(self.title)}", ""] if self.title else []
-        return "\n".join([*title, *lines, *(["", self.note] if self.note else []), ""])
+        return "\n".join([*title, *lines, *(["", *self._notes()] if self.note else []), ""])
 
     def csv(self) -> str:
-        """Headings and rows as CSV (RFC 4180, lines end with a newline)."""
+        """Headings and rows as CSV (RFC 4180, lines end with a newline); no cell is a formula to a spreadsheet."""
         stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows([self.headings, *self.rows])
+        lines = [[_csv(cell) for cell in line] for line in (self.headings, *self.rows)]
+        csv.writer(stream, lineterminator="\n").writerows(lines)
         return stream.getvalue()
 
 
 def _markdown(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    return re.sub(r"([\\`|\[\]!*_])", r"\\\1", visible(cell)).replace("<", "&lt;")
+
+
+def _csv(cell: str) -> str:
+    """With an apostrophe before what a spreadsheet would compute: = + - @, also as wide signs, and not of a number."""
+    text = "\n".join(map(visible, cell.split("\n")))
+    with contextlib.suppress(ValueError):
+        float(cell.replace(",", ""))
+        return text
+    # Some drop white space first.
+    computed = cell.lstrip()[:1] in tuple("=+-@\uff1d\uff0b\uff0d\uff20") or cell[:1] in tuple("\t\r\n")
+    return f"'{text}" if computed else text
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
     """Names and what there is to say of each, aligned."""
-    width = max([10, *(len(name) for name, _ in rows)])
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    width = max([10, *(len(visible(name)) for name, _ in rows)])
+    return "\n".join(f"{visible(name):<{width}}  {visible(value)}" for name, value in rows)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -89,6 +113,12 @@ def percent(value: float | None, digits: int = 1) -> str:
 def counted(count: int, noun: str) -> str:
     """ "1 rank", "2 ranks"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(numbers: Sequence[int], most: int = 5) -> str:
+    """The first of several numbers: "3, 7, 9 and 12 more"."""
+    more = f" and {len(numbers) - most:,} more" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
 
 
 def size_text(count: float) -> str:

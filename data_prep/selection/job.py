@@ -39,7 +39,7 @@ from data_prep.selection.ranking import Cut
 from data_prep.selection.verdicts import FATES, KEPT, Scored, drop_duplicates, judge, threshold
 from data_prep.workers import pool as executors
 from data_prep.workers.run import Meter, Place, Step, nothing
-from igpt_ds.atomic import writing
+from igpt_ds.atomic import no_link, writing
 from igpt_ds.errors import UserError
 
 UNREADABLE = "unreadable"
@@ -271,7 +271,7 @@ def _alone(work: Path) -> Iterator[None]:
     """Keep a second run out of the directory; the lock goes with the process, however it ends."""
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
-        file = (work / "lock").open("w")
+        file = open(work / "lock", "w", opener=no_link)  # noqa: SIM115 (closed below)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

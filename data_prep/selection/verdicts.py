@@ -48,7 +48,7 @@ def drop_duplicates(scored: list[Scored], out: Path, distance: int, scratch: Pat
     total = sum(each.chunk.rows for each in scored)
     with writing(scratch):
         path = scratch / "fates"
-        with path.open("wb") as file:
+        with path.open("xb") as file:
             for each in scored:
                 outside, close = read_arrays(each.scores, "outside", "close")
                 file.write(np.where(outside, OUTSIDE, np.where(close, CLOSE, KEPT)).astype(np.uint8).tobytes())

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt_ds.atomic import fsync_directory, publish_directory, publish_text, writing
+from igpt_ds.atomic import fsync_directory, publish_directory, publish_text, unfinished, writing
 from igpt_ds.config.schema import Config, identity
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
@@ -95,7 +95,7 @@ def cached(
         extract(network, dataset, title, total, mask_seed, None)
         return None
     final = folder / _name(facts)
-    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    temporary = unfinished(final)
     try:
         with writing(temporary):
             temporary.mkdir(parents=True)

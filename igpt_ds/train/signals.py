@@ -1,5 +1,6 @@
 """What people and schedulers ask of a run between two steps: to stop, or to save. And what it tells its job script."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -7,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
+
+from igpt_ds.atomic import no_link
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
@@ -73,7 +76,9 @@ def tell_job_script(outcome: str) -> None:
             loss that is lost for good, which starting again does not cure.
     """
     if path := os.environ.get("IGPT_OUTCOME"):
-        Path(path).write_text(outcome + "\n")
+        # Without it the script takes the end for a failure: no reason to hide the line that tells why.
+        with contextlib.suppress(OSError), open(path, "w", opener=no_link) as file:
+            file.write(outcome + "\n")
 
 
 def _handle(numbers: Iterable[signal.Signals], handler: Handler) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from igpt_ds.atomic import publish_text
+from igpt_ds.atomic import no_link, publish_text
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config, TrainingConfig
 from igpt_ds.errors import RunError, UserError
@@ -206,7 +206,7 @@ def _run(directory: Path, rate: float, command: Sequence[str], end: int) -> Tria
                 # Not by a signal: a launcher would end its ranks before they have saved.
                 stopped_at = time.monotonic()
                 if directory.exists():
-                    stop.touch()
+                    open(stop, "a", opener=no_link).close()
             if stopped_at is not None and time.monotonic() - stopped_at > _TIME_TO_STOP:
                 process.terminate()
     stop.unlink(missing_ok=True)

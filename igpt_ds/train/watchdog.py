@@ -24,7 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from igpt_ds.atomic import leftovers, no_link, unfinished
 from igpt_ds.dataset.manifest import typed
+from igpt_ds.text import visible
 
 T = TypeVar("T")
 
@@ -65,7 +67,8 @@ class Watchdog:
         if not self._timeout:
             return
         self._folder.mkdir(exist_ok=True)
-        self._stopped(self._rank).unlink(missing_ok=True)
+        for left in [self._stopped(self._rank), *leftovers(self._folder / _name(self._rank))]:
+            left.unlink(missing_ok=True)
         # Written by the signal's handler itself, so that a rank stuck in C code, or just continued, obeys.
         faulthandler.register(signal.SIGUSR2, file=self._log, all_threads=True)
         self._show()
@@ -114,9 +117,13 @@ class Watchdog:
 
     def _show(self) -> None:
         path = self._folder / _name(self._rank)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self._mine)))
-        temporary.replace(path)
+        temporary = unfinished(path)
+        try:
+            with open(temporary, "x") as file:
+                json.dump(asdict(self._mine), file)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _stopped(self, rank: int) -> Path:
         """The mark of a rank that a neighbour found stopped."""
@@ -124,7 +131,7 @@ class Watchdog:
 
     def _end_the_run(self, silent: float) -> None:
         stopped, blame = self._diagnose(silent)
-        text = f"hang: no progress for {silent:.0f} s: {blame}; the ranks' stacks are in their logs"
+        text = visible(f"hang: no progress for {silent:.0f} s: {blame}; the ranks' stacks are in their logs")
         print(f"{time.strftime('%F %T')} {text}", file=self._log, flush=True)
         faulthandler.dump_traceback(self._log, all_threads=True)
         if self._rank == min(set(range(self._world)) - stopped.keys(), default=self._rank):
@@ -133,7 +140,7 @@ class Watchdog:
             if other.host == self._mine.host and _born(other.pid) == other.born:
                 # It shows itself when it is made to go on, and who looks then must not take it for alive.
                 with contextlib.suppress(OSError):
-                    self._stopped(rank).touch()
+                    open(self._stopped(rank), "a", opener=no_link).close()
                 _end_neighbour(other.pid)
         time.sleep(2 * self._interval + 0.5)  # the others notice within an interval, and have stacks to write
         os._exit(STATUS)

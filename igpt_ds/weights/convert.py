@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from igpt_ds.atomic import fsync_directory, publish_directory, writing
+from igpt_ds.atomic import fsync_directory, leftovers, publish_directory, unfinished, writing
 from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.palette import Palette
@@ -83,14 +83,15 @@ def convert(
     weights = open_weights(source, step)
     config = config_of(weights)
     palette = _palette(weights, config, palette_path)
-    hidden = destination.with_name(f".{destination.name}.tmp")
+    hidden = unfinished(destination)
     elements = sum(math.prod(facts["shape"]) for facts in weights.tensors.values())
     try:
         with tqdm(
             total=3 * elements, desc="convert", unit=" values", unit_scale=True, leave=False, disable=None
         ) as bar:
-            with writing(hidden):
-                _remove(hidden)
+            with writing(destination):
+                for left in leftovers(destination):
+                    _remove(left)
                 hidden.parent.mkdir(parents=True, exist_ok=True)
                 if form.FOLDER:
                     hidden.mkdir()

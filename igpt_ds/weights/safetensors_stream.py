@@ -47,7 +47,7 @@ def write_safetensors(
     tick: Callable[[int], object],
     metadata: dict[str, str] | None = None,
 ) -> str:
-    """Write a file, synced; return its hex sha256.
+    """Write a new file, synced; return its hex sha256.
 
     Args:
         tick: told the elements as they are written.
@@ -62,7 +62,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with writing(path), open(path, "wb") as file:
+    with writing(path), open(path, "xb") as file:
         _put(file, len(text).to_bytes(8, "little") + text, digest)
         for tensor in tensors:
             written = 0

@@ -99,7 +99,7 @@ def write(
     config = config_of(weights)
     if config.model.bias:
         raise UserError("--to npz: the network has biases, which the released code has not: choose another format")
-    with writing(path), zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with writing(path), zipfile.ZipFile(path, "x", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, shape, blocks in _variables(weights, config):
             with _member(archive, f"model/{name}") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
