@@ -8,7 +8,8 @@ import click
 
 from data_prep import commands
 from igpt_ds import __version__
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
+from igpt_ds.text import visible
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -31,18 +32,21 @@ for module in pkgutil.iter_modules(commands.__path__):  # a verb is a module NAM
 
 
 def main() -> None:
-    """The console script: a user's mistake is one line on stderr and exit status 2."""
+    """The console script. Exit status: 2 bad input (one line says what to do), 1 a fault that one line explains."""
     try:
         sys.exit(cli(prog_name="igpt-data", standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
-    except (UserError, click.ClickException) as error:
+    except (UserError, RunError, click.ClickException) as error:
         message = str(error)
         if isinstance(error, click.UsageError) and error.ctx:
-            message = f"{error.format_message().rstrip('.')}: see {error.ctx.command_path} --help"
-        click.echo(f"igpt-data: {' '.join(message.splitlines())}", err=True)
-        sys.exit(2)
+            message = error.format_message()
+            if isinstance(error, click.MissingParameter):  # click lists what there is to choose from on lines
+                message = " ".join(message.split())
+            message = f"{message.rstrip('.')}: see {error.ctx.command_path} --help"
+        click.echo(f"igpt-data: {visible(message)}", err=True)
+        sys.exit(1 if isinstance(error, RunError) else 2)
     except click.Abort:
         click.echo("igpt-data: interrupted; the same command again continues", err=True)
         sys.exit(130)

@@ -13,6 +13,7 @@ from igpt_ds.commands import CONTEXT, Verbs
 from igpt_ds.cores import wait_asleep
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.memory import keep_freed_memory
+from igpt_ds.text import visible
 from igpt_ds.train.signals import tell_job_script
 
 
@@ -59,7 +60,9 @@ def main() -> None:
         where, verb = "igpt-ds", "usage: "
         if error.ctx:
             where, verb = error.ctx.command_path, f"{error.ctx.info_name}: " if error.ctx.parent else ""
-        message = " ".join(error.format_message().split()).rstrip(".")
+        message = error.format_message().rstrip(".")
+        if isinstance(error, click.MissingParameter):  # click lists what there is to choose from on lines
+            message = " ".join(message.split())
         _tell(f"{verb}{message}: see {where} --help")
         sys.exit(2)
     except click.Abort:
@@ -80,7 +83,7 @@ def _tell(message: str) -> None:
     if rank != "0":
         _let_others_speak()
         message = f"[rank {rank}] {message}"
-    print(f"igpt-ds: {message}", file=sys.stderr, flush=True)
+    print(f"igpt-ds: {visible(message)}", file=sys.stderr, flush=True)
 
 
 def _let_others_speak() -> None:

@@ -42,7 +42,7 @@ def inspect(directory: Path, json_path: Path | None, out: Path | None, images: i
         from data_prep.check.pictures import save_all
 
         pictures = save_all(found, out)
-    rows = [(name, _printable(value)) for name, value in _lines(found.facts)]
+    rows = _lines(found.facts)
     drawn = [(f"{name}.png", path) for name, path in (pictures or {}).items()]
     show(aligned([*rows, *drawn]), {**found.facts, "pictures": pictures}, json_path)
 
@@ -78,8 +78,3 @@ def _class_lines(classes: list[dict[str, Any]] | None) -> list[tuple[str, str]]:
     if (more := len(classes) - _CLASSES_SHOWN) > 0:
         lines.append(("", f"{'':>9}  and {more:,} more: see --json"))
     return lines
-
-
-def _printable(text: str) -> str:
-    """Names come from the images' collection and may hold anything."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -8,7 +8,7 @@ import click
 from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, where_options
 from igpt_ds.errors import UserError
 from igpt_ds.options import Renamed
-from igpt_ds.text import aligned
+from igpt_ds.text import aligned, visible
 
 
 @click.command()
@@ -65,7 +65,7 @@ def palette(
     from data_prep.palette.count import colour_tasks
     from data_prep.palette.fit import check_k
     from data_prep.palette.job import fit_palette
-    from data_prep.sources import names, open_source
+    from data_prep.sources import names, open_source, recorded
 
     check_k(k)
     if not no_crop and resolution is not None and resolution > CROP:
@@ -75,12 +75,13 @@ def palette(
         name, paths = (named[0], named[1:]) if named[0] in names() and len(named) > 1 else ("image_folder", named)
         source = open_source(name, paths, options)
         transform = evaluation(resolution if no_crop else resolution or 32, not no_crop)
+        settled = recorded(name, options)
         tasks = colour_tasks(
-            source, transform, work.resolve(), options=options, sample=share, max_reject_rate=max_reject_rate
+            source, transform, work.resolve(), options=settled, sample=share, max_reject_rate=max_reject_rate
         )
         fitted = fit_palette(tasks, k=k, seed=seed, out=out, place=place, meter=progress)
     if fitted is None:
-        click.echo(f"{out}: {place.pending}")
+        click.echo(visible(f"{out}: {place.pending}"))
         return
     rejected = f", {fitted.rejected:,} rejected ({fitted.reasons})" if fitted.rejected else ""
     rows = [

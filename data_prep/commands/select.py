@@ -8,7 +8,7 @@ import click
 from data_prep.commands import PATH, SOURCE_OPTION, Progress, place_of, where_options
 from igpt_ds.errors import UserError
 from igpt_ds.options import Renamed
-from igpt_ds.text import Table, aligned
+from igpt_ds.text import Table, aligned, visible
 
 if TYPE_CHECKING:
     from data_prep.selection.collections import Collection
@@ -127,7 +127,7 @@ def select(
         )
         selected = job.run(out, place, Progress)
     if selected is None:
-        click.echo(f"{out}: {place.pending}")
+        click.echo(visible(f"{out}: {place.pending}"))
         return
     _show(out, number, job.evaluations, selected)
 
@@ -148,8 +148,11 @@ def _collection(option: str, text: str, pool: "Pool") -> "Collection":
 
 def _where(name: str, paths: tuple[str, ...], options: dict[str, str]) -> str:
     """The same for the same images, from whichever directory the command is given."""
+    from data_prep.sources import recorded
+
     absolute = [path if "://" in path else str(Path(path).absolute()) for path in paths]
-    return " ".join([name, *(f"{key}={value}" for key, value in sorted(options.items())), *absolute])
+    settled = sorted(recorded(name, options).items())
+    return " ".join([name, *(f"{key}={value}" for key, value in settled), *absolute])
 
 
 def _read(collections: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, where_options
+from igpt_ds.text import visible
 
 if TYPE_CHECKING:
     from data_prep.shards.job import Results
@@ -117,7 +118,7 @@ def shards(
     from data_prep.shards.build import build
     from data_prep.shards.job import begin
     from data_prep.shards.plan import Settings
-    from data_prep.sources import open_source
+    from data_prep.sources import open_source, recorded
     from igpt_ds.dataset.palette import Palette
 
     settings = Settings(
@@ -140,7 +141,7 @@ def shards(
             settings,
             splits=tuple(dict.fromkeys(splits)) or None,  # type: ignore[arg-type]
             selection=Selection.open(selection) if selection else None,
-            options=options,
+            options=recorded(source_name, options),
             max_shards=max_shards,
             max_reject_rate=max_reject_rate,
             force=force,
@@ -148,7 +149,7 @@ def shards(
         with Progress("shards") as progress:
             built = build(job, place, progress)
     if built is None:
-        click.echo(f"{out}: {place.pending}")
+        click.echo(visible(f"{out}: {place.pending}"))
         return
     _tell(built, max_shards)
     if not splits and len(built) == 1:
@@ -160,12 +161,10 @@ def shards(
 def _tell(built: "Results", max_shards: int | None) -> None:
     for directory, manifest in built:
         if manifest is None:
-            click.echo(f"{directory}: complete already, built by the same plan; nothing to do")
+            click.echo(visible(f"{directory}: complete already, built by the same plan; nothing to do"))
             continue
         labels = "unlabelled" if manifest.classes is None else f"{len(manifest.classes)} classes"
         skipped = f", {manifest.rejected} rejected (see rejects.jsonl)" if manifest.rejected else ""
         trial = "; a trial: without --max-shards the same command continues" if max_shards else ""
-        click.echo(
-            f"{directory}: {manifest.rows:,} images ({labels}), {manifest.views} view(s), "
-            f"{len(manifest.shards)} shard(s){skipped}{trial}"
-        )
+        told = f"{manifest.rows:,} images ({labels}), {manifest.views} view(s), {len(manifest.shards)} shard(s)"
+        click.echo(visible(f"{directory}: {told}{skipped}{trial}"))

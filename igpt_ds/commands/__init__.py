@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from igpt_ds import evals
+from igpt_ds.text import visible
 
 if TYPE_CHECKING:
     from igpt_ds.run.directory import Run
@@ -106,7 +107,7 @@ def _evaluation(evaluation: evals.Evaluation) -> click.Command:
         if done is not None:
             record, written = done
             click.echo(evaluation.table(record).text())
-            click.echo(f"written: {', '.join(map(str, written))}")
+            click.echo(visible(f"written: {', '.join(map(str, written))}"))
 
     path = click.Path(path_type=Path)
     name = evals.stem(evaluation)

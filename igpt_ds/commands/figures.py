@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from igpt_ds.commands import CONTEXT
+from igpt_ds.text import visible
 
 
 @click.command(context_settings=CONTEXT)
@@ -23,4 +24,4 @@ def figures(run_paths: tuple[Path, ...], out: Path) -> None:
     """
     from igpt_ds.results.paper import write_all
 
-    click.echo("written: " + ", ".join(map(str, write_all(run_paths, out))))
+    click.echo(visible("written: " + ", ".join(map(str, write_all(run_paths, out)))))

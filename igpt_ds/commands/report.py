@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from igpt_ds.commands import CONTEXT
+from igpt_ds.text import visible
 
 
 @click.command(context_settings=CONTEXT)
@@ -24,4 +25,4 @@ def report(run_path: Path, out: Path | None) -> None:
 
     out = out or run_path / "report.html"
     publish_text(out, page(read_run(run_path)))
-    click.echo(f"written: {out}")
+    click.echo(visible(f"written: {out}"))

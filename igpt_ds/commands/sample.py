@@ -7,6 +7,7 @@ import click
 
 from igpt_ds.commands import CONTEXT
 from igpt_ds.options import Renamed
+from igpt_ds.text import visible
 
 
 @click.command(context_settings=CONTEXT)
@@ -59,4 +60,4 @@ def sample(
 
     step = draw(run_path, out, Drawing(seed, temperature, top_k, top_p), **options)
     if step is not None:
-        click.echo(f"written: {out} (step {step})")
+        click.echo(visible(f"written: {out} (step {step})"))

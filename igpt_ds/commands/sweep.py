@@ -7,6 +7,7 @@ import click
 
 from igpt_ds.commands import CONTEXT
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.text import visible
 
 if TYPE_CHECKING:
     from igpt_ds.config.schema import Config
@@ -67,7 +68,7 @@ def sweep(
         click.echo(sweep_table(sweeps.summary(trials)).text())
     if best is None:
         raise RunError(f"{out}: no rate gave a result: see the runs' logs, or try smaller --rates")
-    click.echo(f"best rate   {best.rate:g} (table written: {out / 'sweep.json'})")
+    click.echo(visible(f"best rate   {best.rate:g} (table written: {out / 'sweep.json'})"))
     if not sweeps.rose(trials) and best == trials[-1]:
         click.echo("the smallest rate is the best: smaller ones may be better still (--rates)")
 

@@ -77,7 +77,8 @@ def to_toml(config: Config) -> str:
     tree = to_tree(config)
     # TOML wants plain keys before tables.
     tree = {k: v for k, v in tree.items() if not isinstance(v, dict)} | tree
-    return tomli_w.dumps(tree)
+    # It is printed, too: what a terminal would obey or hide is escaped, as TOML does it.
+    return "".join(c if c == "\n" or c.isprintable() else f"\\U{ord(c):08x}" for c in tomli_w.dumps(tree))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

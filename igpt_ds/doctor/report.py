@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from igpt_ds.text import counted
+from igpt_ds.text import counted, visible
 
 Status = Literal["OK", "WARN", "FAIL"]
 _BAD: tuple[Status, ...] = ("OK", "WARN", "FAIL")  # from good to bad
@@ -130,10 +130,12 @@ def table(report: Report, paint: Callable[[Status], str] = str) -> str:
     width = max(len(check.name) for check in report.checks)
     lines = []
     for check in report.checks:
-        lines.append(f"{paint(check.status)}{' ' * (6 - len(check.status))}{check.name:<{width}}  {check.value}")
+        lines.append(
+            f"{paint(check.status)}{' ' * (6 - len(check.status))}{check.name:<{width}}  {visible(check.value)}"
+        )
         if check.remedy:
-            lines.append(f"{'':{width + 8}}-> {check.remedy}")
+            lines.append(f"{'':{width + 8}}-> {visible(check.remedy)}")
     counts = ", ".join(f"{report.count(status)} {status}" for status in _BAD)
     on = f"{counted(report.ranks, 'rank')} on {named(sorted(set(report.hosts)))}"
-    lines += [f"not checked: {text}" for text in report.unchecked]
-    return "\n".join([*lines, f"{counts} ({on})"])
+    lines += [visible(f"not checked: {text}") for text in report.unchecked]
+    return "\n".join([*lines, visible(f"{counts} ({on})")])

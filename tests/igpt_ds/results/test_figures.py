@@ -104,14 +104,14 @@ def test_a_tables_three_forms_agree() -> None:
     assert table.text().splitlines() == [
         "Title",
         "name             n",
-        "a|b <i>          5",
+        "a|b\\n<i>         5",
         "long name    1,234",
         "c          missing",
         "note",
     ]
     lines = table.markdown().splitlines()
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
-    assert "| a\\|b &lt;i>" in table.markdown()
+    assert "| a\\|b\\\\n&lt;i>" in table.markdown()
     assert lines[3].split("|")[2].strip().endswith(":")  # figures to the right
     assert list(csv.reader(table.csv().splitlines(keepends=True)))[1] == ["a|b\n<i>", "5"]
 
