@@ -235,7 +235,7 @@ def test_a_full_disk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from tests.helpers.places import build_here
 
     def full(file: Path, mode: str = "r") -> object:
-        return open("/dev/full" if "x" in mode else file, mode)
+        return open("/dev/full", "wb") if "x" in mode else open(file, mode)
 
     monkeypatch.setattr("igpt_ds.atomic.open", full, raising=False)
     source = open_source("image_folder", [str(small / "images")])
