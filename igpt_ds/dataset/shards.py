@@ -241,21 +241,40 @@ class Dataset:
         return np.concatenate(parts)
 
     def labels(self) -> np.ndarray:
-        """Labels of view 0 in shard order: int64 [rows]."""
-        return np.concatenate(list(self._members("labels")))
+        """Labels of view 0 in shard order: int64 [rows]; raises as `shard_labels`."""
+        return np.concatenate([self.shard_labels(k) for k, shard in enumerate(self.manifest.shards) if shard.view == 0])
+
+    def shard_labels(self, shard: int) -> np.ndarray:
+        """Labels of one shard: int64 [rows], from 0 to classes - 1.
+
+        Raises:
+            UserError: there are none, or others than that.
+        """
+        labels, classes = self._members("labels", shard), len(self.manifest.classes or ())
+        if labels.min() < 0 or labels.max() >= classes:
+            raise damaged(self._path(shard), f"a label is outside the {classes} classes")
+        return labels
 
     def ids(self) -> np.ndarray:
         """Image ids (UTF-8) of view 0 in shard order: bytes [rows]."""
-        return np.concatenate(list(self._members("ids")))
+        shards = [k for k, shard in enumerate(self.manifest.shards) if shard.view == 0]
+        return np.concatenate([self._members("ids", shard) for shard in shards])
 
-    def _members(self, kind: str) -> Iterator[np.ndarray]:
-        for record in self.manifest.shards:
-            if record.view == 0:
-                path = self.path / f"{record.name}.tar"
-                for block in blocks(path, (kind,)):
-                    if kind not in block:
-                        raise UserError(f"{path}: no {kind}: build the shards from a labelled source")
-                    yield block[kind]
+    def _members(self, kind: str, shard: int) -> np.ndarray:
+        """The labels or ids of a shard's rows, one each and of their type."""
+        path, left, parts = self._path(shard), int(self._rows[shard]), []
+        for block in blocks(path, (kind,)):
+            if kind not in block:
+                raise UserError(f"{path}: no {kind}: build the shards from a labelled source")
+            part, rows = block[kind], min(left, self.manifest.rows_per_block)
+            typed = part.dtype.kind == "S" if kind == "ids" else part.dtype.str == "<i8"
+            if part.shape != (rows,) or not typed:
+                raise damaged(path, f"{kind} of {part.dtype} {list(part.shape)}, expected {[rows]}")
+            parts.append(part)
+            left -= rows
+        if left:
+            raise damaged(path, f"{left} rows are missing")
+        return np.concatenate(parts)
 
     def _path(self, shard: int) -> Path:
         return self.path / f"{self.manifest.shards[shard].name}.tar"

@@ -29,7 +29,7 @@ from igpt_ds.config.batch import Division
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.distributed.zero_state import ZeroState
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 from igpt_ds.memory import free_bytes
 from igpt_ds.model import classify
 from igpt_ds.model.sampling import Drawing, images_at_once, sample
@@ -174,28 +174,39 @@ class Engine:
 
         `batches` must count the same on every rank, since a ZeRO-3 forward pass is a collective; rows that only
         fill up a batch have weight 0.
+
+        Raises:
+            RunError: what is measured of an image is not finite; on every rank alike.
         """
         self.deepspeed.eval()
         sums_and_count = torch.zeros(len(self.measures) + 1, dtype=torch.float64, device=self.device)
+        beyond = torch.iinfo(torch.int64).max
+        first = torch.tensor(beyond, device=self.device)  # of the images whose measures are not finite
         for batch in batches:
-            weight_B = batch["weight"].to(self.device)
-            sums = [(measured_B * weight_B).sum() for measured_B in self._measure(batch)]
-            sums_and_count += torch.stack([*sums, weight_B.sum()])
+            weight_B, positions_B = batch["weight"].to(self.device), batch["positions"].to(self.device)
+            measured_MB = torch.stack(self._measure(batch))
+            sums_and_count += torch.cat([(measured_MB * weight_B).sum(dim=1), weight_B.sum()[None]])
+            first = torch.minimum(first, positions_B.where(~measured_MB.isfinite().all(dim=0), beyond).min())
         self.deepspeed.train()
+        if (image := self.ranks.least(int(first))) < beyond:
+            raise RunError(f"the loss of a held-out image is not finite, first that of image {image}")
         # Ranks that share an image have each counted it, with a loss whose mean over them is the image's.
         *totals, count = self.ranks.sum((sums_and_count / self.division.sequence_parallel).tolist())
         return totals, count
 
     @torch.no_grad()
     def predict(self, batch: Batch, seeds: Sequence[int]) -> Tensor:
-        """The class of each image under the masks of each seed, int64 [len(seeds), B] on the CPU; a collective."""
+        """The class of each image under the masks of each seed, int64 [len(seeds), B] on the CPU; a collective.
+
+        It is -1 where the scores are not finite.
+        """
         self.deepspeed.eval()
         tokens_BT = batch["tokens"].to(self.device, torch.int64)
         found = []
         for seed in seeds:
             mask_BT = self._mask(tokens_BT, batch["positions"], seed)
             scores_BC = self.deepspeed(tokens_BT, mask_BT, logits=False).class_logits_BC
-            found.append(scores_BC.argmax(dim=1).cpu())
+            found.append(scores_BC.argmax(dim=1).where(scores_BC.isfinite().all(dim=1), -1).cpu())
         self.deepspeed.train()
         return torch.stack(found)
 

@@ -32,6 +32,7 @@ import click
 
 from igpt_ds.atomic import publish_text
 from igpt_ds.distributed.ranks import Ranks, launched
+from igpt_ds.errors import RunError
 from igpt_ds.options import Renamed
 from igpt_ds.text import Table
 
@@ -142,7 +143,11 @@ def evaluate(
     suffix = getattr(evaluation, "suffix", lambda options: "")(options)
     of_step = "" if step is None else f"-{step}"
     out = json_path or subject.folder / f"{stem(evaluation)}{suffix}{of_step}.json"
-    publish_text(out, json.dumps(record, indent=2) + "\n")
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False)
+    except ValueError:
+        raise RunError(f"{path}: a figure of the {evaluation.NAME} is not finite: nothing was written") from None
+    publish_text(out, text + "\n")
     written = [out]
     if hasattr(evaluation, "figure"):
         from igpt_ds.plots import save

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Ranks
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 from igpt_ds.evals import MASKS, Record, Subject
 from igpt_ds.objectives import load_objective, token_nats
-from igpt_ds.text import Table, number
+from igpt_ds.text import Table, listed, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,6 +114,8 @@ def check(checkpoint: "Weights", config: Config, dataset: "Dataset") -> None:
     from igpt_ds.weights.base import check_palette
 
     resolve_data(config, [dataset])
+    if dataset.manifest.classes is not None:
+        dataset.labels()  # refused before anything is computed
     check_palette(checkpoint, dataset.palette.sha256, dataset.path, LOGGER.warning)
 
 
@@ -129,6 +131,9 @@ def likelihood(
     Args:
         ranks: must have met; all of them get the result.
         masks, mask_seed: of BERT only.
+
+    Raises:
+        RunError: a loss is not finite, or no token of any image is hidden.
     """
     import torch
 
@@ -158,6 +163,14 @@ def likelihood(
                     counts_T += shown_BT.sum(0).cpu().numpy()
                 progress.update()
     ranks.add_up(sums_I, scored_I, sums_T, counts_T)
+    # On every rank alike. An image without a loss is one whose masks are empty, and no other.
+    if len(bad := np.flatnonzero(~np.isfinite(sums_I))):
+        raise RunError(
+            f"{dataset.path}: the loss of {len(bad):,} of {images:,} images is not finite "
+            f"(images {listed(bad.tolist())}): the weights are damaged: take another checkpoint"
+        )
+    if not scored_I.any():
+        raise RunError(f"{dataset.path}: no token of any image is hidden, so none is scored: give more --masks")
     with np.errstate(invalid="ignore"):
         return Likelihood(sums_I / scored_I, sums_T / counts_T, counts_T.astype(np.int64))
 
@@ -168,7 +181,7 @@ def _token_losses(model: "ImageGPT", tokens_BT: "Tensor", mask_BT: "Tensor | Non
     assert logits_BTK is not None
     nats_BT = token_nats(logits_BTK, tokens_BT).double()
     scored_BT = tokens_BT >= 0 if mask_BT is None else mask_BT
-    return nats_BT * scored_BT, scored_BT
+    return nats_BT.where(scored_BT, 0.0), scored_BT
 
 
 def record(

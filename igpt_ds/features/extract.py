@@ -24,6 +24,7 @@ from igpt_ds.errors import RunError, UserError
 from igpt_ds.loading.loader import evaluation_batches
 from igpt_ds.model.transformer import ImageGPT, initialise
 from igpt_ds.objectives import load_objective
+from igpt_ds.text import listed
 from igpt_ds.weights.base import Weights
 
 if TYPE_CHECKING:
@@ -174,8 +175,13 @@ def extract(
                 count = min(batch, images - start)  # what lies beyond only fills the batch up
                 if out_LID is None or count <= 0:
                     break
-                if not torch.isfinite(part_LBD[:, :count]).all():
-                    raise RunError(f"{dataset.path}: features of images {start} to {start + count - 1} are not finite")
+                finite_B = torch.isfinite(part_LBD[:, :count]).all(dim=2).all(dim=0)
+                if not finite_B.all():
+                    bad = (start + torch.nonzero(~finite_B).flatten()).tolist()
+                    raise RunError(
+                        f"{dataset.path}: features of images {listed(bad)} are not finite: the weights are damaged: "
+                        f"take another checkpoint{'' if network.recipe.precision == 'float32' else ', or float32'}"
+                    )
                 out_LID[:, start : start + count] = part_LBD[:, :count].numpy()
             progress.update(min(stride, images - first))
 

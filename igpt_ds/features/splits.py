@@ -41,6 +41,7 @@ class Splits:
                 )
             if not dataset.rows:
                 raise UserError(f"{dataset.path}: no images: build it with a larger share, see igpt-data shards --help")
+            dataset.labels()  # refused before anything is computed
         if len(np.unique(self.train.labels()[:images])) < 2:
             raise UserError(f"{self.train.path}: images of one class only: a classifier needs two or more")
 

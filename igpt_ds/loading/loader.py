@@ -25,7 +25,6 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from igpt_ds.dataset.blocks import blocks, damaged
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.loading.order import NOTHING_LEFT_OUT, LeftOut, Order, SourceRows
@@ -47,19 +46,9 @@ def source_rows(dataset: Dataset) -> SourceRows:
     return SourceRows(f"{manifest.source}/{manifest.split}", shards, digest)
 
 
-def shard_labels(dataset: Dataset, classes: int) -> list[np.ndarray]:
+def shard_labels(dataset: Dataset) -> list[np.ndarray]:
     """The labels of every shard, of all views: int64 [rows] each, in the manifest's order."""
-    found = []
-    for record in dataset.manifest.shards:
-        path = dataset.path / f"{record.name}.tar"
-        parts = [block["labels"] for block in blocks(path, ("labels",)) if "labels" in block]
-        labels = np.concatenate([np.empty(0, np.int64), *parts])
-        if len(labels) != record.rows:
-            raise damaged(path, f"{len(labels)} labels for {record.rows} rows")
-        if labels.min() < 0 or labels.max() >= classes:
-            raise damaged(path, f"labels from {labels.min()} to {labels.max()} of {classes} classes")
-        found.append(labels)
-    return found
+    return [dataset.shard_labels(shard) for shard in range(len(dataset.manifest.shards))]
 
 
 class MicroBatches:
@@ -192,19 +181,21 @@ def train_batches(
     return _stream(micro_batches, indices, workers)
 
 
-def evaluation_batches(dataset: Dataset, micro_batch: int, rank: int, world: int) -> Iterator[Batch]:
+def evaluation_batches(
+    dataset: Dataset, micro_batch: int, rank: int, world: int, labelled: bool = False
+) -> Iterator[Batch]:
     """Every row of view 0 once over all ranks, in the dataset's order; equally many batches on every rank.
 
     Yields:
-        {"tokens": uint16 [m, n], "weight": float32 [m], "positions": int64 [m]} and, where the dataset has
-        classes, "labels": int64 [m]. The position of a row is its index among the rows of view 0. Surplus
+        {"tokens": uint16 [m, n], "weight": float32 [m], "positions": int64 [m]} and, where they are asked for,
+        "labels": int64 [m]. The position of a row is its index among the rows of view 0. Surplus
         places repeat row 0 with weight 0; all other weights are 1.
     """
     if not dataset.rows:
         raise UserError(f"{dataset.path}: the dataset has no rows: build it again")
     shards = [k for k, record in enumerate(dataset.manifest.shards) if record.view == 0]
     starts = list(accumulate((dataset.manifest.shards[k].rows for k in shards), initial=0))
-    labels = dataset.labels() if dataset.manifest.classes is not None else None
+    labels = dataset.labels() if labelled else None
     stride = world * micro_batch
     for first in range(rank * micro_batch, -(-dataset.rows // stride) * stride, stride):
         positions = np.arange(first, first + micro_batch)

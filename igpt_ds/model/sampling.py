@@ -21,6 +21,7 @@ from igpt_ds.errors import UserError
 from igpt_ds.hashing import stable_hash
 from igpt_ds.model.decoding import one_token_step
 from igpt_ds.model.transformer import Cache, ImageGPT
+from igpt_ds.text import listed
 
 MOST_IMAGES = 64  # drawn at once; more at once need no less time each
 
@@ -31,7 +32,7 @@ class Drawing:
 
     Attributes:
         seed: image i has a generator of its own, seeded by (seed, i).
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; 0, or what float32 cannot tell from it, takes the likeliest token.
         top_k: only so many of the likeliest tokens (and those as likely as the last of them); None: all.
         top_p: of these only the likeliest whose probabilities together reach it (Holtzman et al. 2020).
     """
@@ -54,15 +55,18 @@ class Drawing:
 
 def probabilities(logits_BK: Tensor, drawing: Drawing) -> Tensor:
     """The distribution that tokens are drawn from, float32 [B, K]; the temperature must be above 0."""
-    scores_BK = logits_BK.float() / drawing.temperature
+    scores_BK = logits_BK.float()
+    # From the largest down, so that a low temperature gives -inf, whose probability is 0, and no inf.
+    scores_BK = (scores_BK - scores_BK.amax(dim=1, keepdim=True)) / drawing.temperature
     if drawing.top_k is not None and drawing.top_k < scores_BK.shape[1]:
         least_B1 = scores_BK.topk(drawing.top_k, dim=1).values[:, -1:]
         scores_BK = scores_BK.masked_fill(scores_BK < least_B1, -math.inf)
     p_BK = scores_BK.softmax(dim=1)
     if drawing.top_p < 1:
         sorted_BK, order_BK = p_BK.sort(dim=1, descending=True, stable=True)
-        # A token stays while those before it do not reach the sum: the likeliest always does.
+        # A token stays while those before it do not reach the sum; the likeliest always does.
         stays_BK = sorted_BK.cumsum(dim=1) - sorted_BK < drawing.top_p
+        stays_BK[:, 0] = True
         p_BK = torch.zeros_like(p_BK).scatter(1, order_BK, sorted_BK * stays_BK)
         p_BK /= p_BK.sum(dim=1, keepdim=True)
     return p_BK
@@ -70,11 +74,11 @@ def probabilities(logits_BK: Tensor, drawing: Drawing) -> Tensor:
 
 def draw(logits_BK: Tensor, uniform_B: Tensor, drawing: Drawing) -> Tensor:
     """One token an image, int64 [B], from numbers in [0, 1), float64 [B], by the inverse distribution function."""
-    if drawing.temperature == 0:
+    if drawing.temperature < torch.finfo(torch.float32).tiny:
         return logits_BK.argmax(dim=1)
     sums_BK = probabilities(logits_BK, drawing).double().cumsum(dim=1)
     found_B1 = torch.searchsorted(sums_BK, uniform_B[:, None] * sums_BK[:, -1:], right=True)
-    # Beyond the last colour only where a diverging network's logits are not finite.
+    # Beyond the last colour only where logits are not finite, which `sample` tells.
     return found_B1.squeeze(1).clamp(max=logits_BK.shape[1] - 1)
 
 
@@ -112,7 +116,8 @@ def sample(
         beat: called before every position.
 
     Returns:
-        int64 [B, n] on the CPU, beginning with the prefix.
+        int64 [B, n] on the CPU, beginning with the prefix; -1 throughout an image for which the network gave logits
+        that are not finite. That is no exception, since other ranks may be in step with this one.
     """
     if not model.causal:
         raise UserError("sample: this is a BERT model: only next_pixel models draw images token by token")
@@ -121,6 +126,7 @@ def sample(
     uniform_Bn = uniforms(drawing.seed, first, images, n).to(device)
     tokens_Bn = torch.empty(images, n, dtype=torch.int64, device=device)
     tokens_Bn[:, :given] = prefix_BT
+    finite_B = torch.ones(images, dtype=torch.bool, device=device)
     cache = Cache(model, images)
     hidden = None if title else True
     # DeepSpeed's engine takes the steps one by one, as any other call.
@@ -133,5 +139,13 @@ def sample(
             else:
                 chunk_BT = tokens_Bn[:, :given] if position == given else last_B1
                 logits_BK = (network or model)(chunk_BT, cache=cache).logits_BTK[:, -1]
+            finite_B &= torch.isfinite(logits_BK).all(dim=1)
             tokens_Bn[:, position] = draw(logits_BK, uniform_Bn[:, position], drawing)
+    tokens_Bn[~finite_B] = -1
     return tokens_Bn.cpu()
+
+
+def not_finite(tokens_Bn: Tensor) -> str:
+    """What to say of images that `sample` could not draw; "": there are none."""
+    bad = torch.nonzero(tokens_Bn[:, -1] < 0).flatten().tolist()
+    return f"the network's logits are not finite (images {listed(bad)})" if bad else ""

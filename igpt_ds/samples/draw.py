@@ -9,11 +9,11 @@ from PIL import Image
 
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.distributed.ranks import Ranks, launched
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 from igpt_ds.features.extract import Precision, load_model
 from igpt_ds.loading.splits import open_split
 from igpt_ds.memory import free_bytes
-from igpt_ds.model.sampling import Drawing, images_at_once, sample
+from igpt_ds.model.sampling import Drawing, images_at_once, not_finite, sample
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.samples.sheet import (
     COMPLETIONS,
@@ -23,6 +23,7 @@ from igpt_ds.samples.sheet import (
     first_images,
     pictures,
     prefixes,
+    require_room,
     save_png,
 )
 from igpt_ds.weights.base import config_of, palette_of
@@ -70,19 +71,21 @@ def draw(
         raise UserError(f"{weights.path}: no palette.npy: igpt-ds convert adds one: --to native --palette FILE")
     if not config.causal:
         raise UserError(f"{path}: is a BERT model: only next_pixel models draw images token by token")
+    asked = len(paths) or images or IMAGES
+    require_room(asked, COMPLETIONS + 2 if complete or paths else 1, round(config.sequence_length**0.5))
     tokens = None
     if paths:
         tokens = pictures(paths, config.sequence_length, palette)
     elif complete:
         dataset = open_split(complete, split or "val")
-        tokens = first_images(dataset, images or IMAGES, config.sequence_length, palette)
+        tokens = first_images(dataset, asked, config.sequence_length, palette)
     rows = round(config.sequence_length**0.5) // 2 if rows is None else rows
     if tokens is not None:
         prefixes(tokens, rows)  # refused before the ranks meet
     with ranks.meeting():
         model = load_model(config, weights, precision)
         if tokens is None:
-            sheet = free_samples(model, palette, images or IMAGES, drawing, ranks)
+            sheet = free_samples(model, palette, asked, drawing, ranks)
         else:
             sheet = completions(model, tokens, palette, rows, drawing, ranks)
     if sheet is None:
@@ -121,4 +124,6 @@ def _draw(model: ImageGPT, prefix_BT: torch.Tensor, drawing: Drawing, ranks: Ran
         return torch.cat(parts)
 
     found = ranks.share_rows(draw_rows, prefix_BT)
+    if found is not None and (fault := not_finite(found)):
+        raise RunError(f"{title}: {fault}: the weights are damaged, take another checkpoint")
     return None if found is None else found.numpy()

@@ -14,11 +14,13 @@ from igpt_ds.atomic import publish_file
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from igpt_ds.reading import open_regular
 
 COMPLETIONS = 4  # of each image
 GAP = 6  # pixels of white between two pictures
 MARK = 3  # pixels of the gap that a line beside given rows takes
 LEAST_SIDE = 64  # smaller images are enlarged, each pixel to a square
+MOST_PIXELS = 1 << 26  # of a sheet, 200 MB: what other programs open without a question
 HIDDEN = 192  # grey of what the model was not shown
 GIVEN = (230, 80, 0)  # orange: beside what it was shown
 
@@ -30,6 +32,14 @@ def prefixes(tokens: np.ndarray, rows: int) -> torch.Tensor:
         raise UserError(f"--rows {rows}: the images have {side} rows: give at least 1 and leave 1: 1 to {side - 1}")
     given = torch.from_numpy(tokens[:, : rows * side].astype(np.int64))
     return given.repeat_interleave(COMPLETIONS, dim=0)
+
+
+def require_room(images: int, tiles: int, resolution: int) -> None:
+    """Refuse more images than a sheet holds, each of which takes so many tiles, before anything is drawn."""
+    tile = -(-LEAST_SIDE // resolution) * resolution + GAP
+    most = max(1, MOST_PIXELS // (tiles * tile**2))
+    if images > most:
+        raise UserError(f"--images {images}: a sheet holds {most:,} of {resolution} x {resolution}: draw several")
 
 
 def first_images(dataset: Dataset, count: int, sequence_length: int, palette: Palette) -> np.ndarray:
@@ -55,7 +65,7 @@ def pictures(paths: Sequence[Path], sequence_length: int, palette: Palette) -> n
     found = []
     for path in paths:
         try:
-            with Image.open(path, formats=("PNG",)) as image:
+            with open_regular(path) as file, Image.open(file, formats=("PNG",)) as image:
                 if image.size == (side, side):  # looked at before anything is decoded
                     found.append(np.asarray(image.convert("RGB")))
                     continue

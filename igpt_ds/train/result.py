@@ -42,9 +42,12 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
         if not engine.ranks.from_rank_0(directory.exists()):
             raise RunError(f"{directory}: the best checkpoint was not saved, the disk being full, say: --fresh --force")
         engine.state.load(open_verified(engine, directory), weights_only=True)
-    measured = {"accuracy": progress.best[1] if progress.best else 0.0}
-    if job.test_set:
-        totals, images = engine.evaluate(_batches(engine, job, dataset, "test"))
+    measured = {"accuracy": progress.best[1]} if progress.best else {}
+    if job.test_set or not progress.best:
+        try:
+            totals, images = engine.evaluate(_batches(engine, job, dataset, "test"))
+        except RunError as error:
+            raise RunError(f"{dataset.path}: {error}: no result is written") from None
         measured = {name: total / images for name, total in zip(engine.measures, totals, strict=True)}
     masks = {"count": job.masks, "accuracy": _ensemble(engine, job, dataset)} if job.masks else None
     if engine.ranks.rank == 0:
@@ -93,7 +96,7 @@ def _batches(engine: "Engine", job: Job, dataset: Dataset, title: str) -> "Itera
 
     ranks, size = engine.ranks, job.division.micro_batch
     total = -(-dataset.rows // (size * ranks.world))
-    batches = evaluation_batches(dataset, size, ranks.rank, ranks.world)
+    batches = evaluation_batches(dataset, size, ranks.rank, ranks.world, labelled=True)
     quiet = True if ranks.rank else None
     return iter(tqdm(batches, desc=title, total=total, unit=" batches", leave=False, disable=quiet))
 
@@ -104,8 +107,13 @@ def _ensemble(engine: "Engine", job: Job, dataset: Dataset) -> float:
 
     split = "test" if job.test_set else "val"
     seeds = [mask_seed(job.config.seed, split, number) for number in range(job.masks)]
-    right = 0.0
+    right = bad = 0.0
     for batch in _batches(engine, job, dataset, f"{job.masks} masks"):
-        modal_B = vote(engine.predict(batch, seeds), batch["positions"], job.config)
+        found_MB = engine.predict(batch, seeds)
+        modal_B = vote(found_MB, batch["positions"], job.config)
         right += float(((modal_B == batch["labels"]) * batch["weight"]).sum())
-    return engine.ranks.sum([right])[0] / dataset.rows
+        bad += float(((found_MB < 0).any(dim=0) * batch["weight"]).sum())
+    right, bad = engine.ranks.sum([right, bad])
+    if bad:
+        raise RunError(f"{dataset.path}: the scores of {bad:.0f} of {dataset.rows} images are not finite: no result")
+    return right / dataset.rows

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from igpt_ds.errors import UserError
-from igpt_ds.model.sampling import Drawing
+from igpt_ds.model.sampling import Drawing, not_finite
 from igpt_ds.run.directory import LOGGER
 from igpt_ds.samples.sheet import COMPLETIONS, completion_tiles, contact_sheet, decoded, prefixes, save_png
 
@@ -45,6 +45,9 @@ def draw_sheet(
         return
     if free is None:
         LOGGER.warning(f"step {step:>8}  no samples: no memory is left for them")
+        return
+    if fault := not_finite(free if completed is None else torch.cat([free, completed])):
+        LOGGER.warning(f"step {step:>8}  no samples: {fault}")
         return
     tiles, marked = decoded(free.numpy(), palette), [0] * FREE
     if completed is not None:

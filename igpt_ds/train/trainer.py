@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import igpt_ds
 from igpt_ds.atomic import publish_text
 from igpt_ds.checkpoint import read as checkpoints
@@ -16,7 +18,7 @@ from igpt_ds.config.deepspeed import remembered
 from igpt_ds.config.file import to_toml, to_tree
 from igpt_ds.config.schema import replace
 from igpt_ds.distributed.ranks import Ranks
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 from igpt_ds.loading.augment import crop_and_flip
 from igpt_ds.run.directory import LOGGER, Run, log_to
 from igpt_ds.run.metrics import Metrics, require_wandb
@@ -64,12 +66,12 @@ def train(
     if ranks.rank == 0:
         run.require_writable()
     from igpt_ds.distributed.engine import Engine, require_device
-    from igpt_ds.loading.loader import shard_labels, train_batches
+    from igpt_ds.loading.loader import train_batches
 
     require_device(job.config)
     labels, augment = None, None
     if job.config.finetune is not None:
-        labels = [shard_labels(dataset, job.config.classes) for dataset in job.train_sets]
+        labels = _labels(job)
         if job.config.finetune.augmentation == "crop_flip":
             augment = functools.partial(crop_and_flip, seed=job.config.seed)
     ranks.join()
@@ -261,9 +263,18 @@ class Trainer:
         job, engine, progress, division = self.job, self.engine, self.progress, self.job.division
         assert job.validation_set is not None
         replica = division.replica(engine.ranks.rank)
-        batches = evaluation_batches(job.validation_set, division.micro_batch, replica, division.replicas)
+        labelled = job.config.finetune is not None
+        batches = evaluation_batches(job.validation_set, division.micro_batch, replica, division.replicas, labelled)
         watched = self.watchdog.over(batches, "loading validation data", "validating", progress.step)
-        totals, images = engine.evaluate(watched)
+        try:
+            totals, images = engine.evaluate(watched)
+        except RunError as error:
+            self._finish_save()
+            if not progress.stability.bad:
+                raise RunError(f"step {progress.step}: validation: {error}: the checkpoints before it stand") from None
+            # The run is about to be rolled back for it.
+            LOGGER.warning(f"step {progress.step:>8}  no validation: {error}")
+            return False, False
         measured = dict(zip(engine.measures, (total / images for total in totals), strict=True))
         if self.metrics is not None:
             line = {f"val_{name}": value for name, value in _shown(measured).items()}
@@ -328,6 +339,15 @@ class Trainer:
         if last or failed >= self.job.config.checkpoint.max_failures:
             raise UserError(f"{error} ({failed} saves in a row failed; older checkpoints stand)") from error
         LOGGER.warning(f"{error}; going on without this checkpoint")
+
+
+def _labels(job: Job) -> list[list[np.ndarray]]:
+    """The training labels, by source and shard; those held out are refused now, not at the first validation."""
+    from igpt_ds.loading.loader import shard_labels
+
+    for held_out in filter(None, (job.validation_set, job.test_set)):
+        held_out.labels()
+    return [shard_labels(dataset) for dataset in job.train_sets]
 
 
 def _shown(measured: dict[str, float]) -> dict[str, float]:

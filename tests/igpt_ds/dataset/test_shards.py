@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import pytest
 import webdataset as wds
 
 from data_prep.check.verify import verify
+from igpt_ds.dataset.blocks import to_npy
 from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset, read_mark, write_shard
 from igpt_ds.errors import UserError
+from igpt_ds.loading.loader import shard_labels
 
 N, K, ROWS = 16, 64, 11
 
@@ -254,6 +257,36 @@ def test_label_outside_the_classes(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d", classes=["x", "y"])
     with pytest.raises(UserError, match="a label is outside the 2 classes"):
         verify(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda labels: labels - 1, "a label is outside the 3 classes"),
+        (lambda labels: labels + 97, "a label is outside the 3 classes"),
+        (lambda labels: labels.astype(np.float64), r"labels of float64 \[4\], expected \[4\]"),
+        (lambda labels: np.full(len(labels), np.nan), "labels of float64"),
+        (lambda labels: labels.astype("S4"), r"labels of \|S4"),
+        (lambda labels: labels.astype(np.int32), "labels of int32"),
+        (lambda labels: labels.astype(">i8"), "labels of >i8"),
+        (lambda labels: labels.astype([("a", "<i8")]), "labels of "),
+        (lambda labels: labels[:, None], r"labels of int64 \[4, 1\], expected \[4\]"),
+        (lambda labels: labels[:-1], r"labels of int64 \[3\], expected \[4\]"),
+        (lambda labels: labels[0], r"labels of int64 \[\], expected \[4\]"),
+    ],
+)
+def test_labels_are_checked_where_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], np.ndarray], complaint: str
+) -> None:
+    def changed(array: np.ndarray) -> bytes:
+        return to_npy(np.asarray(change(array)) if array.dtype == np.int64 else array)
+
+    monkeypatch.setattr("igpt_ds.dataset.shards.to_npy", changed)
+    make_dataset(tmp_path / "d")
+    dataset = Dataset.open(tmp_path / "d")
+    for act in (dataset.labels, lambda: shard_labels(dataset), lambda: verify(tmp_path / "d")):
+        with pytest.raises(UserError, match=rf"train-00000\.tar: damaged shard \({complaint}"):
+            act()
 
 
 def test_rows_elsewhere_than_recorded(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed.ranks import Ranks
+from igpt_ds.errors import RunError
 from igpt_ds.evals.likelihood import Likelihood, likelihood, record
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.objectives import load_objective
@@ -92,6 +93,29 @@ def test_an_image_without_a_mask_has_no_loss(digits: Path) -> None:
     assert 0 < empty < dataset.rows
     assert found.nats == pytest.approx(found.images_I[~np.isnan(found.images_I)].mean())
     assert 0 < np.isnan(found.positions_T).sum() == (found.counts_T == 0).sum()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("objective", ["next_pixel", "masked_pixel"])
+def test_a_loss_that_is_not_finite_is_an_error_and_no_missing_value(digits: Path, objective: str, value: float) -> None:
+    config, dataset = digits_config(objective), Dataset.open(digits / "val")
+    model, tokens = random_model(config), dataset.images()
+    colour = 7  # of some images only
+    with torch.no_grad():
+        model.token_embedding[colour] = value
+    touched = np.flatnonzero((tokens[:, :-1] == colour).any(1))
+    assert 0 < len(touched) < dataset.rows
+    with pytest.raises(RunError, match=r"the loss of \d+ of 67 images is not finite \(images \d") as caught:
+        likelihood(model, config, dataset, ALONE, masks=3)
+    if objective == "next_pixel":
+        named = ", ".join(map(str, touched[:5]))
+        assert f"of {len(touched)} of 67" in str(caught.value) and f"(images {named} and" in str(caught.value)
+
+
+def test_images_none_of_which_is_masked_are_an_error(digits: Path) -> None:
+    config = small_config("objective.name=masked_pixel", "objective.mask_rate=1e-9", resolution=8, palette_size=16)
+    with pytest.raises(RunError, match="no token of any image is hidden"):
+        likelihood(random_model(config), config, Dataset.open(digits / "val"), ALONE)
 
 
 def test_means_and_standard_errors_by_class(digits: Path) -> None:
@@ -183,6 +207,23 @@ def test_the_command_writes_what_it_prints(
     # Another split has a file of its own.
     assert call("eval", run, "--split", "train") == 0
     assert json.loads((run / "eval-train.json").read_text())["split"] == "train"
+
+
+def test_the_command_writes_nothing_of_damaged_weights(
+    digits: Path, tmp_path: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = make_run(digits, tmp_path / "run", "next_pixel"), digits_config("next_pixel")
+    model = random_model(config)
+    with torch.no_grad():
+        model.token_embedding[7, 0] = math.nan
+    save_model(model, config, run, Dataset.open(digits / "train").palette.sha256, step=8, sources=[str(digits)])
+    before = sorted(run.iterdir())
+    for verb in ("eval", "probe", "low-data"):
+        layer = ["--layer", 2] if verb == "low-data" else []
+        assert call(verb, run, *layer, *(["--labels", 4] if layer else [])) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "not finite" in line and "images " in line, verb
+        assert [path for path in sorted(run.iterdir()) if path.name != "features"] == before
 
 
 def test_the_command_refuses_what_does_not_fit(

@@ -60,7 +60,7 @@ def build(
         views=views,
         transform={},
         seed=0,
-        classes=["any"] if labelled else None,
+        classes=[str(label) for label in range(50)] if labelled else None,
         versions={},
         rejected=0,
         shards=records,
@@ -312,7 +312,8 @@ def test_source_rows_do_not_depend_on_the_place(tmp_path: Path) -> None:
 
 
 def all_ranks(dataset: Dataset, micro_batch: int, world: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-    return (list(evaluation_batches(dataset, micro_batch, rank, world)) for rank in range(world))
+    labelled = dataset.manifest.classes is not None
+    return (list(evaluation_batches(dataset, micro_batch, rank, world, labelled)) for rank in range(world))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

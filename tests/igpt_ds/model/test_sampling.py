@@ -1,6 +1,7 @@
 """Drawing tokens: the cache against the full network and Hugging Face, the distribution against closed forms."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from igpt_ds.model.sampling import (
     Drawing,
     draw,
     images_at_once,
+    not_finite,
     probabilities,
     sample,
     uniforms,
@@ -231,6 +233,38 @@ def test_draw_is_the_inverse_of_the_distribution_function() -> None:
     assert draw(P[:1].log().expand(2, -1), ends, Drawing(top_k=3)).tolist() == [1, 4]
     # A network that diverges must not end the training that looks at it.
     assert draw(torch.full((2, 5), math.nan), ends, Drawing()).max() < 5
+
+
+@pytest.mark.parametrize("temperature", [0, 5e-324, 1e-45, 1e-39, 1e-30, 1e-4])
+@pytest.mark.parametrize("rest", [{}, {"top_k": 2}, {"top_p": 0.5}])
+def test_a_low_temperature_takes_the_likeliest_token(temperature: float, rest: dict[str, Any]) -> None:
+    logits = 40 * torch.randn(50, 16, generator=torch.Generator().manual_seed(2))
+    uniform = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(draw(logits, uniform, Drawing(0, temperature, **rest)), logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("drawing", [Drawing(top_p=5e-324), Drawing(top_p=1e-30), Drawing(top_k=1)])
+def test_the_likeliest_token_always_stays(drawing: Drawing) -> None:
+    assert probabilities(P.log(), drawing)[0].tolist() == [0, 1, 0, 0, 0]
+
+
+def test_a_temperature_beyond_float32_makes_all_as_likely() -> None:
+    torch.testing.assert_close(probabilities(P.log(), Drawing(temperature=1e308)), torch.full((2, 5), 0.2))
+
+
+@pytest.mark.parametrize("drawing", [Drawing(), GREEDY])
+def test_an_image_whose_logits_are_not_finite_is_told(drawing: Drawing) -> None:
+    model = random_model(small_config())
+    given = torch.tensor([[1, 2], [1, 3], [2, 2]])
+    before = sample(model, given, drawing, title=None)
+    assert not not_finite(before)
+    with torch.no_grad():
+        model.token_embedding[3] = math.nan
+    drawn = sample(model, given, drawing, title=None)
+    touched = (before[:, :-1] == 3).any(dim=1)
+    assert touched[1]
+    assert (drawn[touched] == -1).all() and torch.equal(drawn[~touched], before[~touched])
+    assert not_finite(drawn).endswith(f"(images {', '.join(map(str, touched.nonzero().flatten().tolist()))})")
 
 
 @pytest.mark.parametrize("drawing", [Drawing(0, 2.0), Drawing(0, 2.0, top_k=5), Drawing(0, 4.0, top_p=0.8)])

@@ -26,6 +26,7 @@ from igpt_ds.run.metrics import Metrics, read_metrics
 from igpt_ds.samples import draw
 from igpt_ds.samples import sheet as samples
 from igpt_ds.train import sheets
+from tests.helpers import commands
 from tests.helpers.commands import pretrain, run_command
 from tests.helpers.models import random_model, save_model, small_config
 from tests.helpers.ranks import run_ranks
@@ -237,6 +238,12 @@ def test_command_takes_a_step_and_a_precision(
         (["--split", "test"], "--split test: without --complete"),
         (["--complete", "DATA", "--split", "test"], "has no test/ dataset"),
         (["--n", "0"], "0 is not in the range"),
+        (["--n", "99999999999"], "--images 99999999999: a sheet holds 13,695 of 8 x 8"),
+        (["--n", "9" * 400], "a sheet holds"),
+        (["--complete", "DATA", "--n", "2283"], "--images 2283: a sheet holds 2,282"),
+        (["--picture", "/dev/zero"], "/dev/zero: cannot be read as a PNG"),
+        (["--temperature", "nan"], "--temperature nan: is no finite number"),
+        (["--top-p", "nan"], "--top-p nan: is not in (0, 1]"),
     ],
 )
 def test_command_refuses(
@@ -269,6 +276,26 @@ def test_command_refuses_another_palette_and_a_bert_model(
         saved.save(tmp_path / name / "palette.npy")
         (tmp_path / name / "config.toml").write_text(to_toml(config))
         assert named in refused("sample", str(tmp_path / name), "--out", str(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("words", [["--n", "2"], ["--n", "3", "--complete", "DATA"]])
+def test_nothing_is_written_of_damaged_weights(
+    words: list[str],
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, palette = small_config(resolution=8, palette_size=16), Dataset.open(digits / "train").palette
+    model = random_model(config)
+    with torch.no_grad():
+        model.head.weight[3, 0] = math.nan
+    save_model(model, config, tmp_path / "run", palette.sha256)
+    palette.save(tmp_path / "run" / "palette.npy")
+    words = [str(digits) if word == "DATA" else word for word in words]
+    assert commands.call(monkeypatch, "sample", tmp_path / "run", "--out", tmp_path / "x.png", *words) == 1
+    assert "logits are not finite (images 0, 1" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.distributed
@@ -337,16 +364,17 @@ def test_sheets_of_a_training_appear_and_change_nothing(digits: Path, tmp_path: 
 class Drawn:
     """An engine that draws the same token everywhere."""
 
-    def __init__(self, memory: bool):
-        self.memory, self.asked = memory, []  # type: ignore[var-annotated]
+    def __init__(self, memory: bool, token: int = 3):
+        self.memory, self.token, self.asked = memory, token, []  # type: ignore[var-annotated]
 
     def sample(self, prefix: torch.Tensor, drawing: Drawing, beat: Callable[[], None]) -> torch.Tensor | None:
         beat()
         self.asked.append(tuple(prefix.shape))
-        return torch.cat([prefix, torch.full((len(prefix), 64 - prefix.shape[1]), 3)], dim=1) if self.memory else None
+        drawn = torch.full((len(prefix), 64 - prefix.shape[1]), self.token)
+        return torch.cat([prefix, drawn], dim=1) if self.memory else None
 
 
-@pytest.mark.parametrize("case", ["with validation", "without", "no memory", "no room on the disk"])
+@pytest.mark.parametrize("case", ["with validation", "without", "no memory", "no room on the disk", "not finite"])
 def test_a_sheet_is_drawn_or_what_is_in_its_way_told(
     case: str, digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +384,8 @@ def test_a_sheet_is_drawn_or_what_is_in_its_way_told(
         train_sets=[Dataset.open(digits / "train")],
         validation_set=None if case == "without" else validation,
     )
-    engine, beats, folder = Drawn(case != "no memory"), list[bool](), Run(tmp_path).samples
+    engine = Drawn(case != "no memory", -1 if case == "not finite" else 3)
+    beats, folder = list[bool](), Run(tmp_path).samples
     metrics = Metrics(tmp_path, 0, {})
     if case == "no room on the disk":
         (tmp_path / "samples").write_text("a file where the folder is to be")
@@ -375,7 +404,8 @@ def test_a_sheet_is_drawn_or_what_is_in_its_way_told(
         assert str(path) in caplog.text
     else:
         assert not path.exists()
-        assert ("no memory is left" if case == "no memory" else "going on without these samples") in caplog.text
+        told_of = {"no memory": "no memory is left", "not finite": "no samples: the network's logits are not finite"}
+        assert told_of.get(case, "going on without these samples") in caplog.text
 
 
 def test_a_sheet_is_due_of_a_next_pixel_training_that_does_well(

@@ -38,6 +38,7 @@ class PlayedEngine:
     division = SimpleNamespace(world=1, micro_batch=16, accumulation=1)
     ranks = Ranks()
     measures = ("loss",)
+    damaged = False
 
     def __init__(self, norm: Callable[[int], float], loss: Callable[[int], float]):
         self.norm, self.loss = norm, loss
@@ -49,6 +50,8 @@ class PlayedEngine:
         return torch.tensor([self.loss(len(self.rates))]), self.norm(len(self.rates))
 
     def evaluate(self, batches: Any) -> tuple[list[float], float]:
+        if self.damaged:
+            raise RunError("the loss of a held-out image is not finite, first that of image 7")
         return [6.0], 3.0
 
 
@@ -105,6 +108,41 @@ def test_validation_comes_at_its_intervals_and_at_the_end(play: Any) -> None:
     assert [(line["step"], line["val_loss"], line["val_images"]) for line in validations] == [
         (step, 2.0, 3) for step in (4, 8, 10)
     ]
+
+
+def test_a_validation_that_is_not_finite_ends_the_run_unrecorded(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PlayedEngine, "damaged", True)
+    with pytest.raises(
+        RunError, match=r"step 4: validation: .* first that of image 7: the checkpoints before it stand"
+    ):
+        play("training.validate_every=4", "training.log_every=10")
+    # In the midst of bad steps, for which the run may soon be rolled back, it is told only.
+    saved, lines, _ = play(
+        "training.validate_every=5", "training.steps=9", loss=lambda step: math.nan if step in (4, 5, 9) else 2.0
+    )
+    assert saved == [9] and not any("val_loss" in line for line in lines)
+
+
+def test_an_evaluation_names_the_first_image_that_is_not_finite() -> None:
+    from igpt_ds.distributed.engine import Engine
+
+    quiet = SimpleNamespace(eval=lambda: None, train=lambda: None)
+    losses = {0: [2.0, 3.0, 1.0], 3: [math.inf, 2.0, math.nan]}
+    engine: Any = SimpleNamespace(
+        deepspeed=quiet,
+        measures=("loss",),
+        device=torch.device("cpu"),
+        ranks=Ranks(),
+        division=SimpleNamespace(sequence_parallel=1),
+        _measure=lambda batch: [torch.tensor(losses[int(batch["positions"][0])])],
+    )
+
+    def batch(first: int) -> dict[str, torch.Tensor]:
+        return {"positions": torch.arange(first, first + 3), "weight": torch.tensor([1.0, 1.0, 0.0])}
+
+    assert Engine.evaluate(engine, [batch(0)]) == ([5.0], 2.0)
+    with pytest.raises(RunError, match="first that of image 3"):
+        Engine.evaluate(engine, [batch(0), batch(3)])
 
 
 def test_stop_at_ends_with_a_checkpoint(play: Any) -> None:
