@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from igpt_ds.atomic import publish_file
+from igpt_ds.text import visible
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -32,7 +33,7 @@ def new(width: float = 6.4, height: float = 4.0) -> Figure:
 
 def plain(text: str) -> str:
     """A user's string as a label: dollars begin no formula, and a leading underscore does not hide it."""
-    return (" " if text.startswith("_") else "") + text.replace("$", "\\$")
+    return (" " if text.startswith("_") else "") + visible(text).replace("$", "\\$")
 
 
 def by_layer(axes: Axes, results: Sequence[dict[str, Any]], style: str, color: str, label: str) -> None:

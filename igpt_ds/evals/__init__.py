@@ -4,7 +4,7 @@ An evaluation module states
 
     NAME        of its verb; its record is RUN/NAME.json, with _ for -
     TITLE       of its section in the report
-    HOLDS       key -> type: what its record holds at least
+    HOLDS       what its record holds at least, key -> kind; see below
     OPTIONS     of its verb, beside RUN, --data, --step and --json
 
 and has
@@ -14,6 +14,10 @@ and has
     figure(record) -> Figure                     where a picture tells more
     fault(record) -> str                         where HOLDS does not tell all that can be wrong; "": nothing is
     suffix(options) -> str                       where the record's file depends on options: what stands behind NAME
+
+A kind is a type (an int is a count, from 0; a float any number), a pair of numbers between which a number lies, [kind]
+of a list, [kind, None] of a list with gaps, {key: kind} of an object, {"*": kind} of one whose keys are free. A key
+that ends with ? may be missing, or null. Only a record that fits is drawn.
 
 The docstring of `run` is the verb's --help. To import such a module loads neither torch nor matplotlib, so that --help
 answers at once and records are shown on any machine: what is heavy is imported in its functions.
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from igpt_ds.weights.base import Weights
 
 Record = dict[str, Any]
+SHARE = (0, 1)  # a kind: of accuracies
 
 MASKS = click.Option(["--masks"], type=click.IntRange(min=1), help="BERT: independent masks an image.  [default: 5]")
 STRENGTH = click.FloatRange(min=0, min_open=True)  # of regularisation
@@ -59,7 +64,7 @@ class Evaluation(Protocol):
 
     NAME: str
     TITLE: str
-    HOLDS: dict[str, type]
+    HOLDS: dict[str, Any]
     OPTIONS: Sequence[click.Parameter]
 
     def run(self, subject: "Subject", **options: Any) -> Record | None: ...

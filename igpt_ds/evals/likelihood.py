@@ -21,7 +21,7 @@ from tqdm import tqdm
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.evals import MASKS, Record, Subject
+from igpt_ds.evals import MASKS, SHARE, Record, Subject
 from igpt_ds.objectives import load_objective, token_nats
 from igpt_ds.text import Table, listed, number
 
@@ -34,7 +34,24 @@ if TYPE_CHECKING:
     from igpt_ds.weights.base import Weights
 
 NAME, TITLE = "eval", "Likelihood"
-HOLDS = {"step": int, "split": str, "nats_per_token": float, "images": int, "positions": dict}
+_MEAN = {"bits_per_token?": float, "standard_error?": float, "images": int}
+HOLDS = {
+    "step": int,
+    "split": str,
+    "name": str,
+    "nats_per_token": float,
+    **_MEAN,
+    "tokens": int,
+    "masks?": int,
+    "mask_rate?": SHARE,
+    "mask_seed?": int,
+    "images_without_mask?": int,
+    "resolution": (1, 1024),
+    "colours": (1, 65536),
+    "palette_distortion?": float,
+    "classes?": [{"name": str, "nats_per_token?": float, **_MEAN}],
+    "positions": {"nats_per_token": [float, None]},
+}
 OPTIONS = (
     click.Option(["--split"], type=click.Choice(["val", "test", "train"]), default="val", show_default=True),
     MASKS,
@@ -242,9 +259,10 @@ def _mean(images_I: np.ndarray) -> dict[str, Any]:
 def table(record: Record) -> Table:
     """What `igpt-ds eval` found, whole and by class, with what the figures are of and what they are not."""
     rows = [["all", *_cells(record)]]
-    classes = record["classes"] or []
+    classes = record.get("classes") or []
     if len(classes) > _CLASSES_SHOWN:
-        known = sorted((c for c in classes if c["images"]), key=lambda c: c["nats_per_token"])
+        known = [c for c in classes if c.get("nats_per_token") is not None]
+        known.sort(key=lambda c: c["nats_per_token"])
         half = _CLASSES_SHOWN // 2
         rows += [[f"easiest: {c['name']}", *_cells(c)] for c in known[:half]]
         rows += [[f"hardest: {c['name']}", *_cells(c)] for c in known[-half:]]
@@ -258,18 +276,19 @@ def table(record: Record) -> Table:
 
 
 def _cells(part: dict[str, Any]) -> list[str]:
-    values = [number(part[key]) for key in ("nats_per_token", "bits_per_token", "standard_error")]
+    values = [number(part.get(key)) for key in ("nats_per_token", "bits_per_token", "standard_error")]
     return [*values, f"{part['images']:,}"]
 
 
 def _notes(record: Record) -> list[str]:
     lines = ["The standard error is that of the nats, over images."]
-    if record["masks"] is not None:
+    if record.get("masks") is not None:
         lines.append(
-            f"BERT: mean over {record['masks']} masks an image, rate {record['mask_rate']}, "
-            f"mask seed {record['mask_seed']}; {record['images_without_mask']} images were never masked and left out."
+            f"BERT: mean over {record['masks']} masks an image, rate {record.get('mask_rate')}, "
+            f"mask seed {record.get('mask_seed')}; "
+            f"{record.get('images_without_mask')} images were never masked and left out."
         )
-    if (distortion := record["palette_distortion"]) is None:
+    if (distortion := record.get("palette_distortion")) is None:
         lines.append(
             "Palette distortion: unknown, the data's manifest does not record it; "
             "igpt-data palette prints it when it fits a palette to the images."
@@ -305,3 +324,9 @@ def figure(record: Record) -> "Figure":
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     return drawn
+
+
+def fault(record: Record) -> str:
+    """Another number of positions than an image has."""
+    found, side = len(record["positions"]["nats_per_token"]), record["resolution"]
+    return "" if found == side * side else f"{found} positions of {side} x {side}"

@@ -6,6 +6,7 @@ would use many more labels than the subset has.
 """
 
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
-from igpt_ds.evals import DIVIDED, MASKS, STRENGTH, Record, Subject, header, val_or_test
+from igpt_ds.evals import DIVIDED, MASKS, SHARE, STRENGTH, Record, Subject, header, val_or_test
 from igpt_ds.hashing import random_keys, stable_hash
 from igpt_ds.text import Table
 
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
     from igpt_ds.features.splits import Scored
 
 NAME, TITLE = "low-data", "Few labels"
-HOLDS = {"labels_per_class": dict}
+_SPREAD = {"mean": SHARE, "std": SHARE}
+HOLDS = {
+    "labels_per_class": {
+        "*": {**_SPREAD, "accuracies": [SHARE], "n": int, "converged?": bool, "masks?": _SPREAD},
+    },
+    "layer?": int,
+    "regularisation?": float,
+    "split?": str,
+}
 SUBSETS = 5  # and a regularisation of 1, scikit-learn's default
 OPTIONS = (
     click.Option(["--labels"], metavar="N,N", default="4,25,400", show_default=True, help="Labels a class."),
@@ -187,7 +196,7 @@ def table(record: Record) -> Table:
         lines.append([count, *_cells(found), *(_cells(masks) if masks else ["", ""]), str(subsets), f"{found['n']:,}"])
     headings = ["labels a class", "accuracy", "± std", "modal of masks", "± std", "subsets", "n"]
     note = (
-        f"layer {record.get('layer')}, regularisation {record.get('regularisation', 1):g}; mean and sample "
+        f"layer {record.get('layer')}, regularisation {record.get('regularisation') or 1:g}; mean and sample "
         f"standard deviation (n - 1) over subsets; n images of {record.get('split', 'val')}"
     )
     if not all(found.get("converged", True) for found in record["labels_per_class"].values()):
@@ -218,3 +227,9 @@ def figure(record: Record) -> "Figure":
     axes.set_title("Few labels: mean ± standard deviation over subsets")
     axes.grid(alpha=0.3)
     return drawn
+
+
+def fault(record: Record) -> str:
+    """A number of labels that is none."""
+    odd = [key for key in record["labels_per_class"] if not re.fullmatch("[1-9][0-9]{0,8}", key)]
+    return f"{odd[0]!r:.20} labels a class" if odd else ""

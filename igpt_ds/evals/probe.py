@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.evals import DIVIDED, MASKS, STRENGTH, Record, Subject, header, val_or_test
+from igpt_ds.evals import DIVIDED, MASKS, SHARE, STRENGTH, Record, Subject, header, val_or_test
 from igpt_ds.text import Table, number
 
 if TYPE_CHECKING:
@@ -27,7 +27,25 @@ if TYPE_CHECKING:
     from igpt_ds.features.splits import Scored, Splits
 
 NAME, TITLE = "probe", "Probe by depth"
-HOLDS = {"step": int, "layers": list, "validation_images": int}
+_MASKS = {"count": int, "accuracy": SHARE, "n": int, "single_mean": SHARE, "single_std?": SHARE, "unmasked": SHARE}
+_FOUND = {"accuracy": SHARE, "n?": int, "regularisation?": float, "learning_rate?": float, "converged?": bool}
+_TESTED = {"accuracy": SHARE, "n": int, "layers?": [int], "train_images?": int, "masks?": _MASKS}
+HOLDS = {
+    "step": int,
+    "layers": [{"layer": int, **_FOUND}],
+    "validation_images": int,
+    "best_layer?": int,
+    "untrained?": [{"layer": int, "accuracy": SHARE}],
+    "pixels?": SHARE,
+    "pixels_regularisation?": float,
+    "concatenation?": [{"layers": [int], **_FOUND, "test?": _TESTED}],
+    "masks?": _MASKS,
+    "test?": _TESTED,
+    "train_images?": int,
+    "solver?": str,
+    "norm?": str,
+    "data?": str,
+}
 STRENGTHS = (1000.0, 100.0, 10.0, 1.0, 0.1, 0.01)  # of regularisation; see features/classifier.py for the objective
 OPTIONS = (
     click.Option(["--layers"], metavar="LAYERS", help="Only these, e.g. 0,4-7; the last, L, is the final norm's."),
@@ -332,40 +350,49 @@ def centred(layers: Layers, best: int, count: int) -> Layers:
 def table(record: Record) -> Table:
     """Every layer, the pixels and the layers side by side; what they rest on below."""
     before = {result["layer"]: result["accuracy"] for result in record.get("untrained") or ()}
+    n, several = record["validation_images"], record.get("concatenation") or []
     lines = [
-        _line(str(k := result["layer"]), result, before.get(k), "best" if k == record["best_layer"] else "")
+        _line(str(k := result["layer"]), result, n, before.get(k), "best" if k == record.get("best_layer") else "")
         for result in record["layers"]
     ]
-    if record["pixels"] is not None:
-        n, strength = record["validation_images"], record["pixels_regularisation"]
-        lines.append(["pixels", f"{record['pixels']:.4f}", "", f"{n:,}", f"{strength:g}", ""])
-    for result in record["concatenation"]:
-        lines.append(_line(f"{result['layers'][0]} to {result['layers'][-1]}", result, None, "side by side"))
-    setting = "rate" if record["solver"] == "sgd" else "regularisation"
+    if (pixels := record.get("pixels")) is not None:
+        lines.append(_line("pixels", {"accuracy": pixels, "regularisation": record.get("pixels_regularisation")}, n))
+    for result in several:
+        lines.append(_line(_span(result["layers"]), result, n, None, "side by side"))
+    setting = "rate" if record.get("solver") == "sgd" else "regularisation"
     headings = ["layer", "accuracy", "untrained", "n", setting, ""]
-    notes = [f"trained on {record['train_images']:,} images; accuracy on n of the validation split"]
-    notes += _mask_notes("validation", record["masks"])
-    for result in filter(None, [record["test"], *(several["test"] for several in record["concatenation"])]):
-        name = "layer" if len(result["layers"]) == 1 else "layers"
-        which = " to ".join(str(layer) for layer in dict.fromkeys((result["layers"][0], result["layers"][-1])))
+    notes = [f"trained on {_count(record, 'train_images')} images; accuracy on n of the validation split"]
+    notes += _mask_notes("validation", record.get("masks"))
+    for result in filter(None, [record.get("test"), *(each.get("test") for each in several)]):
+        name = "layer" if len(layers := result.get("layers") or []) == 1 else "layers"
         notes.append(
-            f"test, {name} {which}, trained on {result['train_images']:,} images (validation folded in): "
+            f"test, {name} {_span(layers)}, trained on {_count(result, 'train_images')} images (validation folded in): "
             f"{result['accuracy']:.4f} (n = {result['n']:,})"
         )
-        notes += _mask_notes("test", result["masks"])
+        notes += _mask_notes("test", result.get("masks"))
     return Table("", headings, lines, "\n".join(notes)).without_empty_columns()
 
 
-def _line(name: str, result: Record, before: float | None, note: str) -> list[str]:
-    setting = result["learning_rate"] if result["regularisation"] is None else result["regularisation"]
-    notes = ", ".join(filter(None, [note, "" if result["converged"] else "not converged in 1000 iterations"]))
-    return [name, f"{result['accuracy']:.4f}", number(before), f"{result['n']:,}", f"{setting:g}", notes]
+def _line(name: str, result: Record, n: int, before: float | None = None, note: str = "") -> list[str]:
+    setting = result.get("regularisation")
+    setting = result.get("learning_rate") if setting is None else setting
+    notes = ", ".join(filter(None, [note, "" if result.get("converged", True) else "not converged in 1000 iterations"]))
+    shown = "" if setting is None else f"{setting:g}"
+    return [name, f"{result['accuracy']:.4f}", number(before), f"{result.get('n') or n:,}", shown, notes]
+
+
+def _span(layers: list[int]) -> str:
+    return " to ".join(map(str, dict.fromkeys((layers[0], layers[-1])))) if layers else "unknown"
+
+
+def _count(record: Record, key: str) -> str:
+    return "an unknown number of" if record.get(key) is None else f"{record[key]:,}"
 
 
 def _mask_notes(split: str, masks: Record | None) -> list[str]:
     if masks is None:
         return []
-    spread = "" if masks["single_std"] is None else f" ± {masks['single_std']:.4f} (standard deviation)"
+    spread = "" if masks.get("single_std") is None else f" ± {masks['single_std']:.4f} (standard deviation)"
     return [
         f"{split}, modal prediction over {masks['count']} masks: {masks['accuracy']:.4f}; one mask: "
         f"{masks['single_mean']:.4f}{spread}; nothing hidden: {masks['unmasked']:.4f} (n = {masks['n']:,})"
@@ -390,6 +417,5 @@ def figure(record: Record) -> "Figure":
 
 
 def fault(record: Record) -> str:
-    """A layer without its accuracy."""
-    whole = all(isinstance(layer, dict) and {"layer", "accuracy"} <= layer.keys() for layer in record["layers"])
-    return "" if whole and record["layers"] else "a layer has no accuracy"
+    """No layer at all."""
+    return "" if record["layers"] else "no layer was probed"

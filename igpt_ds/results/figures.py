@@ -48,11 +48,11 @@ def _both(axes: Axes, metrics: Sequence[Record], key: str, scale: float = 1) -> 
 
 def course(metrics: Sequence[Record], key: str, title: str, unit: str, log: bool = False) -> Figure:
     """One quantity of the training lines that have it by step."""
-    points = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), int | float)]
+    points = [(line["step"], line[key]) for line in metrics if key in line]
     figure = new(6.4, 3)
     axes = figure.subplots()
     axes.plot(*zip(*points, strict=True), color="C0", linewidth=1, marker="." if len(points) < 50 else "")
-    if log and all(value > 0 for _, value in points):
+    if log and not any(value <= 0 for _, value in points):  # nan is a gap
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)

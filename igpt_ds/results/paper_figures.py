@@ -4,6 +4,7 @@ Drawn from records alone. What has no record is named in the picture as missing;
 drawn that it printed. Accuracies are per cent.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from igpt_ds.evals import Record
 from igpt_ds.plots import by_layer, new, plain
 from igpt_ds.results import paper_numbers as paper
+from igpt_ds.results.paper_tables import probed
 from igpt_ds.results.records import RunRecords, best_layer
 
 # The paper's colours of figure 4: bold is what ensembling masks adds.
@@ -22,13 +24,15 @@ PROBE, PROBE_BOLD, TUNED, TUNED_BOLD = "#9ecae1", "#1f6fb4", "#fdbe85", "#e6550d
 
 @dataclass(frozen=True)
 class Bars:
-    """A group of figure 4: accuracies in per cent, None where there is no record."""
+    """A group of figure 4: accuracies in per cent, None where there is no record; and what they are of, "60 val"."""
 
     name: str
     probe: float | None
     tuned: float | None
     probe_masks: float | None = None
     tuned_masks: float | None = None
+    probe_n: str = ""
+    tuned_n: str = ""
 
 
 def figure_2(runs: Sequence[RunRecords]) -> Figure:
@@ -52,7 +56,8 @@ def figure_3(runs: Sequence[RunRecords]) -> Figure:
     drawn = 0
     for run in runs:
         losses = run.validation
-        points = [(losses[p["step"]][0], 100 * best_layer(p)["accuracy"], p) for p in run.probes if p["step"] in losses]
+        probes = [p for p in run.probes if p["step"] in losses and math.isfinite(losses[p["step"]][0])]
+        points = [(losses[p["step"]][0], 100 * best_layer(p)["accuracy"], p) for p in probes]
         if not points:
             continue
         label = f"{plain(run.label)} (n = {points[-1][2]['validation_images']:,})"
@@ -105,18 +110,23 @@ def groups_of(runs: Sequence[RunRecords]) -> list[Bars]:
     groups = []
     for run in runs:
         results = [each.result for each in tuned.get(run.label, []) if each.result]
-        best = max(results, key=lambda result: result["accuracy"], default=None)
+        # On test/ where there is such a result, as of the probe: an accuracy that settings were chosen by flatters.
+        best = max(results, key=lambda result: (result.get("split") == "test", result["accuracy"]), default=None)
         probe = run.probe if run.config.finetune is None else None
+        tested = (probe or {}).get("test")
+        shown = tested or (probe and best_layer(probe))
         if best is None and probe is None:
             continue
         scratch = run.config.finetune is not None and not run.config.init_from
         groups.append(
             Bars(
-                f"{run.label}\n{'from scratch' if scratch else run.objective}",
-                100 * best_layer(probe)["accuracy"] if probe else None,
+                f"{plain(run.label)}\n{'from scratch' if scratch else run.objective}",
+                100 * shown["accuracy"] if shown else None,
                 100 * best["accuracy"] if best else None,
-                ensembled(probe),
+                ensembled(tested or probe),
                 ensembled(best),
+                probed(probe)[1] if probe else "",
+                f"{best['n']:,} {best.get('split') or 'val'}" if best else "",
             )
         )
     return groups
@@ -148,11 +158,13 @@ def _conclude(axes: Axes, drawn: bool, otherwise: str, columns: int = 1) -> None
 
 def _draw_groups(axes: Axes, groups: Sequence[Bars], missing: str) -> None:
     for place, group in enumerate(groups):
-        for x, value, masks, color, bold in (
-            (place - 0.2, group.probe, group.probe_masks, PROBE, PROBE_BOLD),
-            (place + 0.2, group.tuned, group.tuned_masks, TUNED, TUNED_BOLD),
+        for x, value, masks, n, color, bold in (
+            (place - 0.2, group.probe, group.probe_masks, group.probe_n, PROBE, PROBE_BOLD),
+            (place + 0.2, group.tuned, group.tuned_masks, group.tuned_n, TUNED, TUNED_BOLD),
         ):
             _bar(axes, x, 0.38, value, color, missing, masks, bold)
+            if n and value is not None:
+                axes.text(x, 2, f"n = {n}", rotation=90, ha="center", va="bottom", fontsize="x-small")
     # Drawn outside of the axes, for the legend alone.
     kinds = [("linear probe", PROBE, True), ("fine-tuned", TUNED, True)]
     kinds.append(("probe, masks ensembled", PROBE_BOLD, any(group.probe_masks for group in groups)))
@@ -160,7 +172,7 @@ def _draw_groups(axes: Axes, groups: Sequence[Bars], missing: str) -> None:
     for label, color, shown in kinds:
         if shown:
             axes.bar(-9, 0, color=color, label=label)
-    _name_bars(axes, [plain(group.name) for group in groups])
+    _name_bars(axes, [group.name for group in groups])
     axes.set_xlim(-0.6, max(len(groups), 2) - 0.4)
 
 

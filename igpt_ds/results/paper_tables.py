@@ -76,7 +76,7 @@ def table_3(runs: Runs) -> Table:
         scratch = "none" if from_scratch(run) else "pre-trained"
         accuracy, n = percent(None), ""
         if run.result:
-            accuracy, n = percent(run.result["accuracy"]), f"{run.result['n']:,} {run.result.get('split', 'val')}"
+            accuracy, n = percent(run.result["accuracy"]), f"{run.result['n']:,} {run.result.get('split') or 'val'}"
         rows.append([run.data, run.label, accuracy, n, scratch, OURS])
     if not any(run.config.finetune for run in runs):
         rows.append([MISSING, "no fine-tuning given", MISSING, "", "", OURS])
@@ -98,7 +98,7 @@ def table_4(runs: Runs) -> Table:
         cells = [_error(mine.get(count)) for count in columns]
         subsets = sorted({len(result["accuracies"]) for result in mine.values()})
         images = sorted({result["n"] for result in mine.values()})
-        split = f" {(run.low_data or {}).get('split', 'val')}" if images else ""
+        split = f" {(run.low_data or {}).get('split') or 'val'}" if images else ""
         counted = [", ".join(f"{n:,}" for n in numbers) for numbers in (subsets, images)]
         rows.append([run.label, *cells, counted[0], counted[1] + split, OURS])
     headings = ["model", *(f"{count} a class" for count in columns), "subsets", "n", "from"]
@@ -121,7 +121,7 @@ def table_5(runs: Runs) -> Table:
         rate = f"{run.config.training.learning_rate:g}"
         tried = ", ".join(f"{trial['rate']:g}" for trial in (run.sweep or {}).get("rates", []))
         if run.sweep:
-            tried += f": best {run.sweep.get('winner')}"
+            tried += f": best {run.sweep.get('winner') or 'none'}"
         rows.append([run.label, run.objective, resolution(run), rate, tried, loss, n, OURS])
     headings = ["model", "objective", "input", "learning rate", "searched", "validation loss, nats", "n", "from"]
     note = "The paper searched 0.01, 0.003, 0.001, ... until the final validation loss rose, and names the best."

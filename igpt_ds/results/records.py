@@ -9,16 +9,19 @@
 Whatever is not there is empty here; what is there and is not what it should be is refused.
 """
 
-import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from igpt_ds import evals
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
-from igpt_ds.evals import Record
+from igpt_ds.evals import SHARE, Record
+from igpt_ds.reading import read_json
 from igpt_ds.run.metrics import read_metrics
 
 
@@ -28,7 +31,7 @@ class RunRecords:
 
     Attributes:
         label: what the run is called in figures: its directory's name, with its parent's where two have the same.
-        metrics: lines of metrics.jsonl.
+        metrics: lines of metrics.jsonl: numbers, nan for what cannot be drawn, and the words of decisions.
         evaluations: of each evaluation, by its module's name, the records by file name.
     """
 
@@ -91,7 +94,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecords]:
 
 def read_run(path: Path, label: str = "") -> RunRecords:
     """Read all that a run has recorded."""
-    if not (path / "config.toml").is_file():
+    if not os.path.isfile(path / "config.toml"):  # noqa: PTH113 (False as well of a name that is too long)
         raise UserError(
             f"{path}: no run directory (no config.toml): name that of a training (of a search: one of its lr-*)"
         )
@@ -99,11 +102,26 @@ def read_run(path: Path, label: str = "") -> RunRecords:
         path=path,
         label=label or path.resolve().name,
         config=load_config(path / "config.toml"),
-        metrics=read_metrics(path / "metrics.jsonl"),
+        metrics=[_numbers(line) for line in read_metrics(path / "metrics.jsonl")],
         evaluations={name: _read_all(path, evals.load(name)) for name in evals.names()},
-        result=_if_there(path / "result.json", {"accuracy": float, "n": int}, "igpt-ds finetune"),
-        sweep=_if_there(path.resolve().parent / "sweep.json", {"rates": list}, "igpt-ds sweep"),
+        result=_if_there(path / "result.json", _RESULT, "igpt-ds finetune"),
+        sweep=_if_there(path.resolve().parent / "sweep.json", _SWEEP, "igpt-ds sweep"),
     )
+
+
+_MOST = 1e30  # an axis of far greater numbers cannot be divided
+_RESULT = {"accuracy": SHARE, "n": int, "split?": str, "masks?": {"accuracy": SHARE}}
+_TRIAL = {"rate": float, "status?": str, "step?": int, "val_loss?": float, "val_accuracy?": SHARE, "n?": int}
+_SWEEP = {"rates": [_TRIAL], "winner?": float}
+
+
+def _numbers(line: Record) -> Record:
+    kept = {key: value for key, value in line.items() if key in ("event", "reason") or _drawable(value)}
+    return {key: math.nan for key, value in line.items() if type(value) in (int, float, type(None))} | kept
+
+
+def _drawable(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _MOST
 
 
 def _read_all(path: Path, evaluation: evals.Evaluation) -> dict[str, Record]:
@@ -115,23 +133,44 @@ def _read_all(path: Path, evaluation: evals.Evaluation) -> dict[str, Record]:
     return found
 
 
-def _if_there(path: Path, keys: dict[str, type], command: str) -> Record | None:
-    return _read(path, keys, command) if path.exists() else None
+def _if_there(path: Path, holds: Record, command: str) -> Record | None:
+    return _read(path, holds, command) if os.path.lexists(path) else None
 
 
-def _read(path: Path, keys: dict[str, type], command: str) -> Record:
+def _read(path: Path, holds: Record, command: str) -> Record:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable JSON: write it anew with {command}") from error
-    for key, kind in keys.items():
-        value = record.get(key) if isinstance(record, dict) else None
+    if fault := _misfit(record, holds, ""):
+        raise UserError(f"{path}: no record of {command} ({fault}): write it anew")
+    found: Record = record
+    return found
+
+
+def _misfit(value: Any, kind: Any, name: str) -> str:
+    """What of a record is not of its kind, see `igpt_ds.evals`; "": nothing."""
+    if isinstance(kind, dict):
+        if not isinstance(value, dict):
+            return f"{name or 'it'} is missing or no object"
+        parts = []
+        for key, inner in dict.fromkeys(value, kind["*"]).items() if "*" in kind else kind.items():
+            plain = key if "*" in kind else key.removesuffix("?")
+            if plain == key or value.get(plain) is not None:
+                parts.append((value.get(plain), inner, f"{name}.{plain:.40}".lstrip(".")))
+    elif isinstance(kind, list):
+        if not isinstance(value, list):
+            return f"{name} is missing or no list"
+        gaps = None in kind
+        parts = [(item, kind[0], f"{name}[{i}]") for i, item in enumerate(value) if item is not None or not gaps]
+    elif isinstance(kind, tuple):
+        right = type(value) in (int, float) and kind[0] <= value <= kind[1]
+        return "" if right else f"{name} is missing or no number from {kind[0]} to {kind[1]}"
+    else:
         # JSON writes 1.0 as 1 in other hands; true is no number.
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-            raise UserError(f"{path}: no record of {command} ({key} is missing or no {kind.__name__}): write it anew")
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: no record of {command}: write it anew")
-    return record
+        right = _drawable(value) if kind is float else type(value) is kind and not (kind is int and value < 0)
+        return "" if right else f"{name} is missing or no {kind.__name__}"
+    return next(filter(None, (_misfit(*part) for part in parts)), "")
 
 
 def best_layer(probe: Record) -> Record:

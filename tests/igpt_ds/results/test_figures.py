@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -144,13 +145,14 @@ def test_figure_3_pairs_probes_and_losses_of_a_step(runs: list[RunRecords]) -> N
 def test_figure_4_puts_fine_tunings_beside_their_pre_training(runs: list[RunRecords]) -> None:
     groups = paper_figures.groups_of(runs)
     assert [(g.name, g.probe, g.tuned, g.probe_masks) for g in groups] == [
-        ("ar\nauto-regressive", 87.5, 90, None),
+        ("ar\nauto-regressive", 81.25, 90, None),
         ("bert\nBERT", 75, None, 78),
         ("scratch\nfrom scratch", None, 70, None),
     ]
     axes, theirs = paper_figures.figure_4(runs).axes
     heights = [(round(bar.get_y(), 6), round(bar.get_height(), 6)) for bar in axes.patches if bar.get_x() > -5]
-    assert heights == [(0, 87.5), (0, 90), (0, 75), (75, 3), (0, 70)]
+    assert heights == [(0, 81.25), (0, 90), (0, 75), (75, 3), (0, 70)]
+    assert [words(axes).count(f"n = {n}") for n in ("320 test", "60 val")] == [1, 3]
     assert words(axes).count("no record") == 2 and words(theirs).count("not printed") == 2
     assert "missing" in words(paper_figures.figure_4(runs[-1:]).axes[0])
 
@@ -186,11 +188,31 @@ def test_records_that_are_none_are_refused(tmp_path: Path) -> None:
 
     assert "probe.json: not readable JSON: write it anew with igpt-ds probe" in refused("probe.json", "{")
     assert "layers is missing" in refused("probe.json", json.dumps({"step": 3}))
-    assert "layer has no accuracy" in refused("probe.json", json.dumps(records.probe(3, 0.5) | {"layers": [{}]}))
-    assert "accuracy is missing or no float" in refused("result.json", json.dumps({"accuracy": True, "n": 3}))
+    for facts, fault in (
+        ({"layers": [{}]}, "layers[0].layer is missing or no int"),
+        ({"layers": []}, "no layer was probed"),
+        ({"layers": [{"layer": 0, "accuracy": "0.5"}]}, "layers[0].accuracy is missing or no number from 0 to 1"),
+        ({"layers": [{"layer": 0, "accuracy": 1.5}]}, "layers[0].accuracy is missing or no number from 0 to 1"),
+        ({"layers": [{"layer": 0, "accuracy": math.nan}]}, "not readable JSON"),
+        ({"step": "3"}, "step is missing or no int"),
+        ({"step": -3}, "step is missing or no int"),
+        ({"untrained": {}}, "untrained is missing or no list"),
+        ({"test": {"accuracy": 0.5}}, "test.n is missing or no int"),
+        ({"concatenation": [{"layers": [None], "accuracy": 1}]}, "concatenation[0].layers[0] is missing or no int"),
+    ):
+        assert fault in refused("probe.json", json.dumps(records.probe(3, 0.5) | facts))
+    assert "accuracy is missing or no number" in refused("result.json", json.dumps({"accuracy": True, "n": 3}))
+    assert "rates[0].rate" in refused("../sweep.json", json.dumps({"rates": [{"rate": [1]}]}))
+    (tmp_path / "sweep.json").unlink()
     assert "igpt-ds eval" in refused("eval.json", "[]")
-    with pytest.raises(UserError, match="no run directory"):
-        read_run(tmp_path)
+    assert "5 positions of 2 x 2" in refused(
+        "eval.json", json.dumps(records.likelihood() | {"positions": {"nats_per_token": [1.0] * 5}})
+    )
+    found = {"four": {"accuracies": [0.5], "mean": 0.5, "std": 0, "n": 6}}
+    assert "'four' labels a class" in refused("low_data.json", json.dumps({"labels_per_class": found}))
+    for path in (tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="no run directory"):
+            read_run(path)
 
 
 def test_the_command_writes_all_of_it(
