@@ -162,9 +162,7 @@ def _draw_groups(axes: Axes, groups: Sequence[Bars], missing: str) -> None:
             (place - 0.2, group.probe, group.probe_masks, group.probe_n, PROBE, PROBE_BOLD),
             (place + 0.2, group.tuned, group.tuned_masks, group.tuned_n, TUNED, TUNED_BOLD),
         ):
-            _bar(axes, x, 0.38, value, color, missing, masks, bold)
-            if n and value is not None:
-                axes.text(x, 2, f"n = {n}", rotation=90, ha="center", va="bottom", fontsize="x-small")
+            _bar(axes, x, 0.38, value, color, missing, masks, bold, n)
     # Drawn outside of the axes, for the legend alone.
     kinds = [("linear probe", PROBE, True), ("fine-tuned", TUNED, True)]
     kinds.append(("probe, masks ensembled", PROBE_BOLD, any(group.probe_masks for group in groups)))
@@ -185,6 +183,7 @@ def _bar(
     missing: str,
     masks: float | None = None,
     bold: str = "",
+    n: str = "",
 ) -> None:
     if value is None:
         axes.text(x, 1, missing, rotation=90, ha="center", va="bottom", fontsize="x-small", color="C7")
@@ -196,6 +195,9 @@ def _bar(
         axes.bar(x, abs(masks - value), width, bottom=min(masks, value), color=bold)
         top, text = max(masks, value), f"{value:.1f}\n→ {masks:.1f}"
     axes.text(x, top + 0.5, text, ha="center", va="bottom", fontsize="small")
+    if n:  # within the bar, or above the number where the bar is too low
+        y = 2 if value > 40 else top + (8 if masks is None else 15)
+        axes.text(x, y, f"n = {n}", rotation=90, ha="center", va="bottom", fontsize="x-small")
 
 
 def _name_bars(axes: Axes, names: Sequence[str]) -> None:

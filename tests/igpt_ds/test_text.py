@@ -1,11 +1,18 @@
 """Text for people: what a terminal, a spreadsheet or a Markdown reader would obey stands as text."""
 
 import csv
+import dataclasses
 import io
 import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+import data_prep.cli
+import igpt_ds.cli
+from igpt_ds.config.file import load_config, to_toml
 from igpt_ds.run.directory import LOGGER
 from igpt_ds.text import Table, aligned, visible
 
@@ -43,3 +50,39 @@ def test_a_cell_is_no_markdown() -> None:
     text = Table("![t](x)", ["a"], [["![x](http://a/b) [y](z) *b* _i_ `c` <b> | \\"]]).markdown()
     assert text.splitlines()[0] == r"## \!\[t\](x)"
     assert r"| \!\[x\](http://a/b) \[y\](z) \*b\* \_i\_ \`c\` &lt;b> \| \\ |" in text
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (igpt_ds.cli.main, ["report", f"run{OBEYED}"]),
+        (igpt_ds.cli.main, [f"verb{OBEYED}"]),
+        (igpt_ds.cli.main, ["report", "run", f"extra{OBEYED}"]),
+        (igpt_ds.cli.main, ["pretrain", "--preset", "tiny", "--set", f"name{OBEYED}=1", "--print-config"]),
+        (data_prep.cli.main, ["verify", f"data{OBEYED}"]),
+        (data_prep.cli.main, ["shards", f"source{OBEYED}", "images", "--palette", "p", "--out", "out"]),
+        (data_prep.cli.main, ["shards", "image_folder", f"images{OBEYED}", "--palette", "p", "--out", "out"]),
+        (data_prep.cli.main, ["verify", f"--option{OBEYED}"]),
+    ],
+)
+def test_a_fault_is_told_in_one_line(
+    main: Callable[[], None],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.endswith("\n") and error[:-1].isprintable(), error
+    assert r"\x1b[2J" in error
+
+
+def test_a_printed_configuration_is_read_back(tmp_path: Path) -> None:
+    name = "a\x1b\x9b\u202e\u2028\x7f\\x1b \n\t\U000e0001 猫"
+    text = to_toml(dataclasses.replace(load_config("tiny"), name=name))
+    assert text.replace("\n", "").isprintable()
+    (tmp_path / "config.toml").write_text(text)
+    assert load_config(tmp_path / "config.toml").name == name
