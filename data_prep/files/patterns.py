@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.files.folders import files_below, is_left_out
 from data_prep.files.remote import PROTOCOLS, existing, filesystem, is_there, scheme, unreadable
 from igpt_ds.errors import UserError
 
@@ -75,8 +76,9 @@ class FileSet:
             return [(_pipe_name(command, self.suffix), command) for command in _expand(path)]
         base = _base(path, self.suffix)
         urls: list[str] = []
-        for each in [path] if base == path or _is_local(path) else _expand(path):
-            urls += self._below(each)
+        whole = _literal(path)
+        for each in [path] if base == path or whole == len(path) else _expand(path[whole:]):
+            urls += self._below(each if each is path else path[:whole] + each)
         return [(url[len(base) :].lstrip("/"), url) for url in urls]
 
     def _below(self, path: str) -> list[str]:
@@ -85,35 +87,36 @@ class FileSet:
             if path.endswith(self.suffix) and not _MAGIC.search(path):
                 return [path]
             return _remote_files(path, self.suffix)
-        if not is_there(path) and _MAGIC.search(path):
-            matches = sorted(glob.glob(path))  # noqa: PTH207 (absolute patterns, too)
+        if _MAGIC.search(path, whole := _literal(path)):
+            matches = sorted(glob.glob(glob.escape(path[:whole]) + path[whole:]))  # noqa: PTH207 (absolute ones, too)
             return [url for match in matches if _wanted(match, self.suffix) for url in self._below(match)]
         if not Path(path).is_dir():
-            if not path.endswith(self.suffix):
+            if not path.lower().endswith(self.suffix):
                 what = "no such folder" if not is_there(path) else f"not a {self.suffix} file"
                 raise UserError(f"{path}: {what}: give a folder, a {self.suffix} file or a pattern of them")
             return [path]
-        found = []
-        for folder, folders, names in os.walk(path, onerror=_unlistable):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            files = [name for name in names if name.endswith(self.suffix) and not name.startswith(".")]
-            found += [os.path.join(folder, name) for name in files]  # noqa: PTH118 (keeps the path as it was given)
-        return found
+        below = files_below(path, (self.suffix,))
+        return [os.path.join(path, name) for name, _ in below]  # noqa: PTH118 (keeps the path as it was given)
 
 
-def _is_local(path: str) -> bool:
-    """Is the path, read literally, a local file or folder?"""
-    return scheme(path) is None and is_there(path)
+def _literal(path: str) -> int:
+    """How much of a local path is no pattern: all of it where it is there as it is written, else whole folders."""
+    if scheme(path) or not _MAGIC.search(path):
+        return 0
+    if is_there(path):
+        return len(path)
+    slashes = [match.end() for match in re.finditer("/+", path)]
+    return next((end for end in reversed(slashes) if is_there(path[:end])), 0)
 
 
 def _wanted(path: str, suffix: str) -> bool:
     name = os.path.basename(path.rstrip("/"))  # noqa: PTH119
-    return not name.startswith(".") and (name.endswith(suffix) or Path(path).is_dir())
+    return not is_left_out(name) and (name.lower().endswith(suffix) or Path(path).is_dir())
 
 
 def _base(path: str, suffix: str) -> str:
     """The folder that names are relative to."""
-    magic = None if _is_local(path) else _MAGIC.search(path)
+    magic = _MAGIC.search(path, _literal(path))
     if magic:
         return path[: magic.start()].rpartition("/")[0] or ("/" if path.startswith("/") else "")
     if scheme(path):
@@ -162,7 +165,3 @@ def _pipe_name(command: str, suffix: str) -> str:
     if not names:
         raise UserError(f"{command}: names no {suffix} file: let the command's words say which file it yields")
     return names[-1]
-
-
-def _unlistable(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot list ({error.strerror}): mend its permissions") from error

@@ -4,23 +4,29 @@ A remote file is fetched into an anonymous temporary file (in TMPDIR) before it 
 be whole, its members can be read in any order, and a connection that broke can be taken up by beginning again.
 """
 
+import ipaddress
 import os
 import re
+import socket
 import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from igpt_ds.errors import UserError
 
 PROTOCOLS = ("http", "https", "s3", "gs")
 _ATTEMPTS = 3
+_PASSING = {408, 425, 429}  # of the statuses 400 to 499, those that mean: later
 _CHUNK = 8 << 20
+
+Found = TypeVar("Found")
 
 
 def existing(urls: Iterable[str]) -> list[str]:
@@ -35,12 +41,7 @@ def existing(urls: Iterable[str]) -> list[str]:
 def opened(url: str) -> BinaryIO:
     """Open a file for reading at will; a remote one is read piece by piece, as it is asked for."""
     if scheme(url):
-        remote, path = filesystem(url)
-        try:
-            file: BinaryIO = remote.open(path, "rb")
-        except Exception as error:
-            raise unreadable(url, error) from error
-        return file
+        return _tried(url, lambda: _remote(url))
     with reading(url):
         # Opening a named pipe would wait for ever.
         if not stat.S_ISREG(Path(url).stat().st_mode):
@@ -58,25 +59,53 @@ def fetched(url: str) -> BinaryIO:
         return _output(url)
     if not scheme(url):
         return opened(url)
+    return _tried(url, lambda: _copied(url))
+
+
+def _remote(url: str) -> BinaryIO:
+    remote, path = filesystem(url)
+    file: BinaryIO = remote.open(path, "rb")
+    return file
+
+
+def _copied(url: str) -> BinaryIO:
+    file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    try:
+        with _remote(url) as remote:
+            size = getattr(remote, "size", None)
+            while chunk := remote.read(_CHUNK):
+                file.write(chunk)
+        if size is not None and file.tell() != size:
+            raise OSError(f"{file.tell()} of {size} bytes came")
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _tried(url: str, action: Callable[[], Found]) -> Found:
+    """What the action gives; what may be a passing fault of the network or of the server is tried again.
+
+    Raises:
+        UserError: it failed, and once more would not help.
+    """
     for attempt in range(1, _ATTEMPTS + 1):
-        file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
         try:
-            with opened(url) as remote:
-                size = getattr(remote, "size", None)
-                while chunk := remote.read(_CHUNK):
-                    file.write(chunk)
-            if size is not None and file.tell() != size:
-                raise OSError(f"{file.tell()} of {size} bytes came")
-            file.seek(0)
-            return file
+            return action()
         except Exception as error:
-            file.close()
-            cause = error.__cause__ if isinstance(error, UserError) else error
-            hopeless = isinstance(cause, PermissionError | ImportError) or _is_missing(cause)
-            if hopeless or attempt == _ATTEMPTS:
+            if attempt == _ATTEMPTS or _is_final(error):
                 raise unreadable(url, error) from error
-            time.sleep(4.0 ** (attempt - 1))
+        time.sleep(4.0 ** (attempt - 1))
     raise AssertionError
+
+
+def _is_final(error: BaseException) -> bool:
+    """Would it be the same once more?"""
+    cause = error.__cause__ or error
+    status = getattr(cause, "status", 0)
+    told = isinstance(error, PermissionError | ImportError) or isinstance(cause, UserError)
+    return told or _is_missing(error) or (400 <= status < 500 and status not in _PASSING)
 
 
 @contextmanager
@@ -100,7 +129,7 @@ def read_text(path: str, what: str) -> str:
     if len(data) > limit:
         raise UserError(f"{path}: too large for {what}: mend the path")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not the text of {what}: mend the path") from None
 
@@ -115,13 +144,17 @@ def is_there(url: str) -> bool:
     """Is there a file or folder?"""
     if not scheme(url):
         return os.path.lexists(url)
+    return _tried(url, lambda: _has(url))
+
+
+def _has(url: str) -> bool:
     remote, path = filesystem(url)
     try:
         remote.info(path)  # `exists` takes a failing server for a missing file
     except Exception as error:
         if _is_missing(error):
             return False
-        raise unreadable(url, error) from error
+        raise
     return True
 
 
@@ -130,7 +163,8 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        remote, path = fsspec.core.url_to_fs(url)
+        options = {"client_kwargs": {"trace_configs": [_redirects()]}} if scheme(url) in {"http", "https"} else {}
+        remote, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         raise UserError(
             f'{url}: remote files need fsspec and the library of their protocol: pip install "igpt-ds[remote]"'
@@ -138,6 +172,31 @@ def filesystem(url: str) -> tuple[Any, str]:
     except Exception as error:
         raise unreadable(url, error) from error
     return remote, path
+
+
+@cache
+def _redirects() -> Any:
+    """Refuse to be sent by a server of the internet to an address of this machine or of its network."""
+    import aiohttp
+
+    async def refuse(_session: Any, _context: Any, params: Any) -> None:
+        answer = params.response.headers
+        target = params.url.join(type(params.url)(answer.get("Location") or answer.get("URI") or ""))
+        if _is_public(params.url.host) and not _is_public(target.host):
+            raise UserError(f"{params.url}: leads to {target}, which is not of the internet: give that URL itself")
+
+    config = aiohttp.TraceConfig()
+    config.on_request_redirect.append(refuse)
+    return config
+
+
+def _is_public(host: str | None) -> bool:
+    """Are all addresses of a host of the internet? One that is not known is: nothing can be asked of it."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return True
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)
 
 
 def _output(command: str) -> BinaryIO:
@@ -163,11 +222,11 @@ def _is_missing(error: BaseException | None) -> bool:
 
 def unreadable(url: str, error: BaseException) -> UserError:
     """What to tell the user of an error in reading `url`."""
-    if isinstance(error, UserError):
-        return error
     if _is_missing(error):
         return UserError(f"{url}: no such file: mend the path")
     if isinstance(error, FileNotFoundError) and error.__cause__:
         error = error.__cause__
+    if isinstance(error, UserError):
+        return error
     text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return UserError(f"{url}: cannot be read ({text}): mend the path, the rights or the connection")

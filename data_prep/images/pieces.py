@@ -63,7 +63,7 @@ def stream(source: Source, piece: Piece) -> Iterator[Encoded]:
 
 def pixels(encoded: Encoded, transform: Transform, view: int = 0) -> np.ndarray | Rejected:
     """Decode and transform one image: uint8 [height, width, 3], or why not."""
-    item, data = encoded
+    item, data = encoded.item, encoded.data
     if isinstance(data, UnusableError):
         return Rejected(item.id, data.reason, data.detail)
     if isinstance(data, OSError):

@@ -1,8 +1,9 @@
 """Where images come from: one module a source, found by its name.
 
 A source module has a docstring that says which layout it reads, and `open_source(paths, **options) -> Source`,
-whose keyword arguments (all `str | None = None`) are the options that `--option name=value` sets. To add a source
-is to add a file here; nothing else changes.
+whose keyword arguments (all `str | None = None`) are the options that `--option name=value` sets. Options that name
+a file of classes stand in its `CLASS_FILES`, if it has such. To add a source is to add a file here; nothing else
+changes.
 
 A source holds up to two pools of images, as they were published: "train", of which a share can be held out as the
 validation split, and "test". There are two kinds of sources:
@@ -17,6 +18,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from igpt_ds.errors import UserError
@@ -32,10 +34,16 @@ class Item(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """One streamed image: what it is, and its file's bytes, or why they are not there."""
+    """One streamed image: what it is, and its file's bytes, or why they are not there.
+
+    Attributes:
+        sample: the id by which it is held out or not: one for all images that must lie in the same split; None where
+            it is the image's own.
+    """
 
     item: Item
     data: bytes | OSError
+    sample: str | None = None
 
 
 class UnusableError(OSError):
@@ -102,7 +110,7 @@ def open_source(name: str, paths: Sequence[str], options: Mapping[str, str] | No
     """Open the source called `name` on `paths`."""
     if name not in names():
         raise UserError(f"{name}: no such source: choose from {', '.join(names())}")
-    opener = importlib.import_module(f"{__name__}.{name}").open_source
+    opener = _module(name).open_source
     known = [p.name for p in inspect.signature(opener).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options or {}:
         if option not in known:
@@ -110,3 +118,14 @@ def open_source(name: str, paths: Sequence[str], options: Mapping[str, str] | No
             raise UserError(f"--option {option}: {name} has no such option: {choice}")
     source: Source = opener(list(paths), **(options or {}))
     return source
+
+
+def recorded(name: str, options: Mapping[str, str]) -> dict[str, str]:
+    """A source's options as a plan records them: wherever a file of classes lies, they and the labels are the same."""
+    return {
+        option: value for option, value in options.items() if option not in getattr(_module(name), "CLASS_FILES", ())
+    }
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,22 +1,30 @@
 """image_folder: a folder a class with images at any depth below it, or one folder of unlabelled images.
 
-    IMAGES/cat/1.png                IMAGES/1.png
-    IMAGES/cat/holiday/2.jpg        IMAGES/2.jpg
+    IMAGES/cat/1.png                IMAGES/1.png        IMAGES/train/cat/1.png      or  IMAGES/train/1.png
+    IMAGES/cat/holiday/2.jpg        IMAGES/2.jpg        IMAGES/test/cat/2.jpg           IMAGES/test/2.jpg
     IMAGES/dog/3.webp
-    labelled: cat 0, dog 1          unlabelled
+    labelled: cat 0, dog 1          unlabelled          labelled, in two pools          unlabelled, in two pools
 
-The classes are the sorted names of the folders. Files are images by their suffix; other files and whatever
-starts with a dot are passed over. A folder does not say whether its images are for training or for testing: both
-pools are all of them, so that a folder of test images is built with --split test.
+The classes are the sorted names of the folders that hold images. Files are images by their suffix; other files,
+whatever starts with a dot, and the folders that systems make for themselves (`data_prep.files.folders`) are passed
+over. Links to folders are followed.
+
+Where all folders are called after splits (`data_prep.sources._splits`: train, training, test, eval, val, valid, ...)
+they are no classes: the first is the pool "train"; the second, or where there is none the third, or what
+`--option test=test` or `test=validation` says, is the pool "test"; its classes are those of the training images.
+Otherwise the folder does not say whether its images are for training or for testing: both pools are all of them, so
+that a folder of test images is built with --split test.
 """
 
-import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.files import MAX_BYTES
+from data_prep.files.folders import Identity, files_below, identity, is_file, is_folder, refuse_lost, visible
 from data_prep.sources import Item, Pool
+from data_prep.sources._splits import split_of_word, splits_named, test_split
 from igpt_ds.errors import UserError
 
 _JPEG, _PNM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")
@@ -25,21 +33,40 @@ SUFFIXES = (*_JPEG, *_PNM, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images below `root`; see `data_prep.sources.ListedSource`."""
+    """Images below `root`; see `data_prep.sources.ListedSource`.
+
+    Attributes:
+        pools: (pool, its folder below the root) of all pools; the folder is "" where it is the root.
+    """
 
     root: Path
     classes: list[str] | None
+    pools: tuple[tuple[Pool, str], ...] = (("train", ""), ("test", ""))
     name: str = "image_folder"
 
     def items(self, pool: Pool) -> list[Item]:
-        """All images, whatever the pool, sorted by id within a class."""
-        if self.classes is None:
-            items = [Item(i, None) for i in sorted(_images(self.root, ""))]
+        """All images of a pool, sorted by id within a class."""
+        folder = dict(self.pools).get(pool)
+        if folder is None:
+            return []
+        top, prefix = self.root / folder, f"{folder}/" if folder else ""
+        classes = _classes(top)
+        if (classes is None) != (self.classes is None):
+            which = "no class folders" if classes is None else f"class folders such as {classes[0]}"
+            raise UserError(f"{top}: {which}, unlike the training images: give each by itself")
+        labels = {name: label for label, name in enumerate(self.classes or ())}
+        if unknown := sorted(set(classes or ()) - set(labels)):
+            raise UserError(f"{top / unknown[0]}: no class of the training images: mend its name or move it away")
+        folders = _folders(top)
+        if classes is None:
+            items = [Item(prefix + i, None) for i in sorted(_images(top, set(folders.values())))]
         else:
-            labelled = enumerate(self.classes)
-            items = [Item(i, n) for n, c in labelled for i in sorted(_images(self.root / c, f"{c}/"))]
+            items = [
+                Item(f"{prefix}{c}/{i}", labels[c]) for c in classes for i in sorted(_class_images(top, c, folders))
+            ]
         if not items:
-            raise UserError(f"{self.root}: no images: give a folder of images or of class folders")
+            raise UserError(f"{top}: no images: give a folder of images or of class folders")
+        _refuse_splits(self.root, (item.id for item in items))
         return items
 
     def read(self, item_id: str) -> bytes:
@@ -48,8 +75,12 @@ class ImageFolder:
             return file.read(MAX_BYTES + 1)
 
 
-def open_source(paths: list[str]) -> ImageFolder:
-    """Look at the top of the folder: are there classes?"""
+def open_source(paths: list[str], *, test: str | None = None) -> ImageFolder:
+    """Look at the top of the folder: are there classes, or splits?
+
+    Args:
+        test: which split is the pool "test": "test" or "validation".
+    """
     if len(paths) != 1:
         raise UserError(f"{' '.join(paths[1:])}: image_folder reads one folder: give one")
     path = paths[0]
@@ -57,34 +88,93 @@ def open_source(paths: list[str]) -> ImageFolder:
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"
         raise UserError(f"{path}: {what}: give a folder of images or of class folders")
-    entries = _entries(root)
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
-    loose = sorted(entry.name for entry in entries if _is_image(entry))
-    if classes and loose:
+    classes = _classes(root)
+    splits = _splits(root, classes or [])
+    wanted = test_split(splits, test)
+    if not splits:
+        if test:
+            raise UserError(f"--option test={test}: {path} holds no folders of splits: leave it out")
+        return ImageFolder(root, classes)
+    of_pools: tuple[tuple[Pool, str], ...] = (("train", "train"), ("test", wanted))
+    pools = tuple((pool, splits[split]) for pool, split in of_pools if split in splits)
+    if not pools:
+        raise UserError(f"{path}: holds neither training images nor {wanted} ones: give one of its folders")
+    return ImageFolder(root, _classes(root / pools[0][1]), pools)
+
+
+def _splits(root: Path, folders: list[str]) -> dict[str, str]:
+    """The folder of each split; empty where the folders are classes."""
+    splits = {name: split for name in folders if (split := split_of_word(name))}
+    if len(splits) == len(folders):
+        by_split = {split: name for name, split in splits.items()}
+        if len(by_split) < len(folders):
+            raise UserError(f"{root}: {' and '.join(folders)} are not one folder a split: give one of them")
+        return by_split
+    # A class may be called train: it is one of CIFAR-100 and of VOC. Others would be a test set taken for a class.
+    if told := [name for name, split in splits.items() if split != "train"]:
+        other = next(name for name in folders if name not in splits)
+        raise UserError(f"{root / told[0]}: looks like a split, and {other} beside it like a class: move one away")
+    # Names such as seg_train and seg_test may be classes, too: bullet_train, eye_test.
+    named = {name: found for name in folders if (found := splits_named(name))}
+    if len(set().union(*named.values())) > 1 and 2 * len(named) > len(folders):
+        raise UserError(f"{root}: {' and '.join(named)} look like splits: call them train and test, or give one")
+    return {}
+
+
+def _classes(root: Path) -> list[str] | None:
+    """The sorted names of the folders that hold images; None where images lie in `root` itself, or nowhere."""
+    folders = _folders(root)
+    classes = [name for name in folders if any(_class_images(root, name, folders))]
+    loose = [each.name for each in visible(root) if _is_image(each.name) and is_file(each)]
+    if folders and loose:
         raise UserError(
-            f"{path}: images such as {loose[0]} beside folders such as {classes[0]}: "
+            f"{root}: images such as {loose[0]} beside folders such as {next(iter(folders))}: "
             "move all images into class folders, or all out of them"
         )
-    return ImageFolder(root, classes or None)
+    return classes or None
 
 
-def _images(folder: Path, prefix: str) -> Iterator[str]:
-    for entry in _entries(folder):
-        # Links to folders are followed at the top (class folders) only: below, they could run in circles.
-        if entry.is_dir(follow_symlinks=False):
-            yield from _images(Path(entry.path), f"{prefix}{entry.name}/")
-        elif _is_image(entry):
-            yield prefix + entry.name
+def _folders(root: Path) -> dict[str, Identity]:
+    """The folders in `root`, but for links to folders around it."""
+    around = {identity(folder) for folder in (root, *root.resolve().parents)}
+    found: dict[str, Identity] = {}
+    for entry in visible(root):
+        if is_folder(entry):
+            if (this := identity(entry.path)) in around:
+                continue
+            if this in found.values():
+                twin = next(name for name, other in found.items() if other == this)
+                raise UserError(f"{entry.path}: the same folder as {twin}: remove the link")
+            found[entry.name] = this
+        else:
+            refuse_lost(entry)
+    return found
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot list ({error.strerror}): mend its permissions") from error
+def _class_images(root: Path, name: str, folders: dict[str, Identity]) -> Iterator[str]:
+    """The images of a class, by their paths in its folder; links from there to other classes are not followed."""
+    return _images(root / name, {identity(root), *folders.values()} - {folders[name]})
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    # A regular file, too: reading a pipe or a device would hang.
-    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+def _images(top: Path, others: set[Identity]) -> Iterator[str]:
+    return (name for name, entry in files_below(str(top), SUFFIXES, others) if is_file(entry))
+
+
+def _refuse_splits(root: Path, ids: Iterable[str]) -> None:
+    """Test images in folders of their own must not be taken for training images."""
+    splits: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for folder in {i.rpartition("/")[0] for i in ids}:
+        parts = folder.split("/")
+        for depth, part in enumerate(parts):
+            if split := split_of_word(part):
+                splits["/".join(parts[:depth])][split] = part
+    for around, found in sorted(splits.items()):
+        if len(found) > 1:
+            raise UserError(
+                f"{root / around}: holds {' and '.join(sorted(found.values()))}, which look like splits: "
+                "give this folder or one of them, or move them"
+            )
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)

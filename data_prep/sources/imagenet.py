@@ -36,6 +36,7 @@ from data_prep.sources._ilsvrc import WNID, devkit_synsets, validation_synsets
 from data_prep.sources.image_folder import SUFFIXES
 from igpt_ds.errors import UserError
 
+CLASS_FILES = ("truth",)
 _ROLES = {
     "train": ("train", "ILSVRC2012_img_train", "ILSVRC2012_img_train.tar"),
     "val": ("val", "ILSVRC2012_img_val", "ILSVRC2012_img_val.tar"),

@@ -7,7 +7,7 @@
 The path is the folder (or one around several of such folders), a tar, or a pattern such as WEB/{00000..00999}.tar;
 local, http(s), s3 or gs. Only tars whose NNNNN_stats.json is there count, so gaps and a download that goes on are
 fine; the tar must hold as many images as the statistics state. Members may come in any order. All images are in the
-pool "train", unlabelled.
+pool "train", unlabelled; so folders of test or validation images (`data_prep.sources._splits`) are refused.
 
 An image's id is PART/KEY-HASH: the tar's name without .tar, its `__key__`, and 16 digits of the sha256 that its
 metadata states (of the file as it was downloaded), or of the bytes at hand where it states none. So a selection never
@@ -33,6 +33,7 @@ from data_prep.files.remote import existing, fetched
 from data_prep.files.tar import Member, members, read_member, safe_name
 from data_prep.sources import Encoded, Item, Pool, UnusableError
 from data_prep.sources._opt_out import opted_out
+from data_prep.sources._splits import split_of_word
 from data_prep.sources.webdataset import image_bytes
 from igpt_ds.errors import UserError
 
@@ -53,6 +54,9 @@ class Img2Dataset:
         if pool == "test":
             return []
         places = self.tars.places()
+        for name, url in places.items():
+            if told := [part for part in name.split("/")[:-1] if split_of_word(part) in {"test", "validation"}]:
+                raise UserError(f"{url}: in a folder {told[0]}, and not to be trained on: give the other folders")
         stats = {_stats(url): name.removesuffix(".tar") for name, url in places.items()}
         finished = [stats[url] for url in existing(stats)]
         if not finished:

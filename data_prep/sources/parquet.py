@@ -4,9 +4,11 @@
     HUB/data/validation-00000-of-00014.parquet    label: int64, a ClassLabel with its names in the schema
 
 The path is the folder, a file, or a pattern; local, http(s), s3 or gs. Which pool a file is in is told by its name, or
-else by the nearest folder of such a name: `train` is the pool "train"; `test` is the pool "test", or `validation`
-(`valid`, `val`, `dev`) where there are no `test` files or `--option test=validation` says so; a file of no such name is
-in "train". ImageNet on the hub needs `--option test=validation`, since its `test` files have no labels.
+else by the nearest folder of such a name, as on the hub (`data_prep.sources._splits`: `cifar10-test.parquet`,
+`data/my_test_file.parquet`, `val/0.parquet`): `train` is the pool "train"; `test` is the pool "test", or `validation`
+where there are no `test` files or `--option test=validation` says so. Where no file's name tells, all are in "train";
+where some do, the others are refused. `--option pool=train` or `pool=test` says of all files where they are. ImageNet
+on the hub needs `--option test=validation`, since its `test` files have no labels.
 
 The image column is the only one that holds images, or `--option image=COLUMN`: a struct with `bytes`, or plain binary.
 The label column is the only ClassLabel, or `--option label=COLUMN`; with `--option classes=FILE` (one name a line) it
@@ -14,11 +16,11 @@ can be any column of integers. Without a ClassLabel or these options the images 
 `--option label=none`. All files must agree.
 
 An image's id is the file's name, a slash and its row. Rejected: a row without bytes (a path alone is not followed) or,
-with labels, without a class. Read row group by row group, 64 rows at a time. Needs pyarrow.
+with labels, without a class. Read row by row; in memory is a page as its writer cut it, some 1 000 rows maybe. Needs
+pyarrow.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -28,11 +30,11 @@ from data_prep.files.patterns import FileSet
 from data_prep.files.remote import existing, fetched, opened
 from data_prep.sources import Encoded, Item, Pool, UnusableError
 from data_prep.sources._class_names import read_classes
+from data_prep.sources._splits import check_pool, files_of, split_named, test_split
 from igpt_ds.errors import UserError
 
-_SPLITS = {"train": "train", "test": "test", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation")}
-_SPLIT_NAME = re.compile(rf"({'|'.join(_SPLITS)})(?=[-_.]|$)")
-_ROWS = 64  # read at a time
+CLASS_FILES = ("classes",)
+_LARGE, _MOST_PACKED = 256 << 20, 100  # a row group's images of more bytes cannot be packed more than so many times
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,12 @@ class Parquet:
     classes: list[str] | None
     chosen: tuple[str | None, str | None, str | None]  # the options image, label and classes
     test: str | None
+    pool: str | None = None
     name: str = "parquet"
 
     def parts(self, pool: Pool) -> list[str]:
         """The names of the pool's files."""
-        split = {name: split_of(name) for name in self.files.names()}
-        wanted = "train"
-        if pool == "test":
-            wanted = self.test or ("test" if "test" in split.values() else "validation")
-        return [name for name, found in split.items() if found == wanted]
+        return files_of(pool, self.files.places(), self.pool, self.test)
 
     def stream(self, part: str) -> Iterator[Encoded]:
         """The images of one file, by row."""
@@ -82,8 +81,8 @@ class Parquet:
             for row, (image, label) in enumerate(_rows(table, columns, url)):
                 found = Item(f"{part}/{row:08d}", label)
                 data: bytes | OSError = UnusableError("no image", "the row has no bytes")
-                if isinstance(image, bytes):
-                    data = image[: MAX_BYTES + 1]
+                if image is not None:
+                    data = image
                 if self.classes is not None and (label is None or not 0 <= label < len(self.classes)):
                     found, data = Item(found.id, None), UnusableError("no valid class", str(label))
                 yield Encoded(found, data)
@@ -96,6 +95,7 @@ def open_source(
     label: str | None = None,
     classes: str | None = None,
     test: str | None = None,
+    pool: str | None = None,
 ) -> Parquet:
     """Look at the columns of the first file.
 
@@ -104,9 +104,10 @@ def open_source(
         label: the column of class numbers, or "none".
         classes: a file of class names, one a line.
         test: which files are the pool "test": "test" or "validation".
+        pool: "train" or "test": that of all files, whatever their names.
     """
-    if test not in {None, "test", "validation"}:
-        raise UserError(f"--option test={test}: no such files: choose test or validation")
+    check_pool(pool)
+    test_split((), test)
     files = FileSet(tuple(paths), ".parquet")
     first = files.url(files.names()[0])
     if not existing([first]):
@@ -115,16 +116,13 @@ def open_source(
         columns = _columns(_table(file, first).schema_arrow, first, image, label, classes)
     names = read_classes(classes) if classes else columns.names
     if columns.label is None or names is None:
-        return Parquet(files, columns, None, (image, label, classes), test)
-    return Parquet(files, columns, list(names), (image, label, classes), test)
+        return Parquet(files, columns, None, (image, label, classes), test, pool)
+    return Parquet(files, columns, list(names), (image, label, classes), test, pool)
 
 
 def split_of(name: str) -> str:
     """ "train", "test" or "validation": of the file's name, else of the nearest folder that says so."""
-    for part in reversed(name.split("/")):
-        if match := _SPLIT_NAME.match(part):
-            return _SPLITS[match[1]]
-    return "train"
+    return split_named(name) or "train"
 
 
 def _table(file: BinaryIO, url: str) -> Any:
@@ -142,8 +140,10 @@ def _columns(schema: Any, url: str, image: str | None, label: str | None, classe
     import pyarrow
     from pyarrow import types
 
+    is_view = getattr(types, "is_binary_view", lambda _: False)  # not in old versions
+
     def holds_bytes(kind: Any) -> bool:
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+        return bool(types.is_binary(kind) or types.is_large_binary(kind) or is_view(kind))
 
     def is_nested(kind: Any) -> bool:
         at = kind.get_field_index("bytes") if types.is_struct(kind) else -1
@@ -165,17 +165,17 @@ def _columns(schema: Any, url: str, image: str | None, label: str | None, classe
     if chosen is None or not types.is_integer(kinds.get(chosen, pyarrow.null())):
         what = "--option classes needs --option label" if chosen is None else f"column {chosen} holds no class numbers"
         raise UserError(f"{url}: {what}: choose --option label=COLUMN from {', '.join(kinds)}")
-    if not classes and chosen not in names:
+    if not classes and not names.get(chosen):
         raise UserError(f"{url}: column {chosen} has no class names: give them with --option classes=FILE")
     return Columns(fitting[0], fitting[0] in nested, chosen, names.get(chosen))
 
 
-def _class_labels(schema: Any) -> dict[str, tuple[str, ...]]:
-    """The names of each column that the schema's own description calls a ClassLabel."""
+def _class_labels(schema: Any) -> dict[str, tuple[str, ...] | None]:
+    """The names of each column that the schema's own description calls a ClassLabel; None: not a list of names."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
-            column: tuple(str(name) for name in feature["names"])
+            column: _names(feature.get("names"))
             for column, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
@@ -183,20 +183,41 @@ def _class_labels(schema: Any) -> dict[str, tuple[str, ...]]:
         return {}
 
 
-def _rows(table: Any, columns: Columns, url: str) -> Iterator[tuple[object, int | None]]:
+def _names(found: object) -> tuple[str, ...] | None:
+    if not isinstance(found, list) or not all(isinstance(name, str) and name for name in found):
+        return None
+    return tuple(found) if len(set(found)) == len(found) else None
+
+
+def _rows(table: Any, columns: Columns, url: str) -> Iterator[tuple[bytes | None, int | None]]:
+    """Each row's image, the first MAX_BYTES + 1 bytes at most, and its label."""
     wanted = [columns.image, *([columns.label] if columns.label else [])]
+    path = f"{columns.image}.bytes" if columns.nested else columns.image
     try:
-        for batch in table.iter_batches(batch_size=_ROWS, columns=wanted, use_threads=False):
-            images = batch.column(columns.image)
+        _refuse_bombs(table.metadata, path, url)
+        # One by one: a dictionary may hold the same 60 MiB for every row.
+        for batch in table.iter_batches(1, columns=wanted, use_threads=False):
+            image = batch.column(columns.image)
             if columns.nested:
-                images = images.flatten()[images.type.get_field_index("bytes")]
-            labels = batch.column(columns.label) if columns.label else None
-            for row in range(batch.num_rows):
-                yield images[row].as_py(), None if labels is None else labels[row].as_py()
+                image = image.flatten()[image.type.get_field_index("bytes")]
+            found = image[0].as_buffer()
+            label = batch.column(columns.label)[0].as_py() if columns.label else None
+            yield None if found is None else found[: MAX_BYTES + 1].to_pybytes(), label
     except UserError:
         raise
     except Exception as error:
         raise _damaged(url, error) from error
+
+
+def _refuse_bombs(metadata: Any, path: str, url: str) -> None:
+    """Refuse images that are packed as images cannot be, for a page of them is unpacked as a whole."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in (group.column(i) for i in range(group.num_columns)):
+            size, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
+            if chunk.path_in_schema == path and size > max(_LARGE, _MOST_PACKED * packed):
+                raise UserError(
+                    f"{url}: {packed:,} bytes of images that unpack to {size:,}: no images pack so well: fetch it again"
+                )
 
 
 def _damaged(url: str, error: Exception) -> UserError:

@@ -72,6 +72,33 @@ def test_literal_names_that_look_like_patterns(tmp_path: Path) -> None:
     assert read_all(tars(tmp_path / "w[x]")) == {"a.tar": "w[x]/a.tar"}
 
 
+def test_patterns_below_folders_that_look_like_patterns(tmp_path: Path) -> None:
+    touch(tmp_path, "we[b] 1/a.tar", "we[b] 1/b.tar", "{x,y}/1.tar", "{x,y}/deep/2.tar", "web 1/c.tar")
+    for pattern in ("*.tar", "{a,b}.tar", "[ab].tar"):
+        assert tars(tmp_path / "we[b] 1" / pattern).names() == ["a.tar", "b.tar"], pattern
+        assert read_all(tars(tmp_path / "we[b] 1" / pattern))["a.tar"] == "we[b] 1/a.tar"
+    assert read_all(tars(tmp_path / "{x,y}/{1..1}.tar")) == {"1.tar": "{x,y}/1.tar"}
+    assert tars(tmp_path / "{x,y}/*/2.tar").names() == ["deep/2.tar"]
+    assert tars(tmp_path / "w*/*.tar").names() == ["we[b] 1/a.tar", "we[b] 1/b.tar", "web 1/c.tar"]
+
+
+def test_links_are_followed_and_each_folder_read_once(tmp_path: Path) -> None:
+    touch(tmp_path, "link/part2/b.tar", "store/a.tar", "store/deep/c.TAR", "link/__MACOSX/x.tar", "link/@eaDir/y.tar")
+    link = tmp_path / "link"
+    (link / "part1").symlink_to("../store")
+    expected = ["part1/a.tar", "part1/deep/c.TAR", "part2/b.tar"]
+    assert tars(link).names() == expected
+    for name, target in (("part2/up", "../.."), ("part2/self", "."), ("again", "part2"), ("above", "../..")):
+        (link / name).symlink_to(target)
+    (tmp_path / "store/back").symlink_to(link)
+    (tmp_path / "store/deep/twice").symlink_to("..")
+    assert tars(link).names() == expected
+    assert read_all(tars(link))["part1/a.tar"] == "store/a.tar"
+    (link / "part3").symlink_to("nowhere")
+    assert "part3: a link that leads nowhere" in refusal(tars(link).names)
+    (link / "part3").unlink()
+
+
 def test_bad_paths_are_refused_in_one_line(tmp_path: Path) -> None:
     touch(tmp_path, "empty/readme.txt", "file.txt", "w/1.tar")
     assert "none given" in refusal(tars)
@@ -206,6 +233,8 @@ def test_class_names(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("cat\n großer Hund \n", encoding="utf-8")
     assert read_classes(str(path)) == ["cat", "großer Hund"]
+    path.write_bytes("\ufeffcat\r\nnight\u2028owl\r\n".encode())
+    assert read_classes(str(path)) == ["cat", "night\u2028owl"]
     for text, told in (("", "empty"), ("a\n\nb\n", "line 2: an empty name"), ("a\nb\na\n", "line 3")):
         path.write_text(text)
         assert told in refusal(lambda: read_classes(str(path)))

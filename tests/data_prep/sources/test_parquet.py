@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from data_prep.files import patterns, remote
+from data_prep.sources import parquet
 from data_prep.sources.parquet import split_of
+from igpt_ds.errors import UserError
 from tests.helpers.source_fixtures import decoded, everything, png, random_pixels, reason, refusal, streamed
 
 pa = pytest.importorskip("pyarrow")
@@ -81,6 +83,93 @@ def test_splits_by_name(tmp_path: Path) -> None:
     assert streamed("parquet", tmp_path, test="validation").parts("test") == ["validation-0.parquet"]
     assert streamed("parquet", tmp_path).parts("train") == ["train-0.parquet"]
     assert "choose test or validation" in refusal(lambda: streamed("parquet", tmp_path, test="val"))
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (["plain_text/cifar10-train.parquet"], ["plain_text/cifar10-test.parquet"]),
+        (["data/training-0.parquet"], ["data/Test-1.parquet", "data/evaluation-0.parquet", "data/testing-0.parquet"]),
+        (["data/train-00000-of-00001.parquet"], ["data/eval-00000-of-00001.parquet"]),
+        (
+            ["my train file.parquet", "train1.parquet"],
+            ["my_dataset-test.parquet", "my_test_file.parquet", "test1.parquet"],
+        ),
+        (["a/TRAIN/0.parquet"], ["a/VAL/0.parquet", "a/validation1.parquet"]),
+        (["my_train/0.parquet", "trainset.parquet"], ["2-dev/0.parquet", "cifarVal.parquet"]),
+        (["0.parquet", "contest.parquet", "latest/valley.parquet"], []),
+    ],
+)
+def test_pools_by_names_as_on_the_hub(tmp_path: Path, train: list[str], test: list[str]) -> None:
+    for name in (*train, *test):
+        simple(tmp_path / name, [1])
+    source = streamed("parquet", tmp_path)
+    assert (source.parts("train"), source.parts("test")) == (train, test)
+    every = sorted((*train, *test))
+    for pool, other in (("train", "test"), ("test", "train")):
+        told = streamed("parquet", tmp_path, pool=pool)
+        assert (told.parts(pool), told.parts(other)) == (every, [])  # type: ignore[arg-type]
+
+
+def test_names_that_do_not_tell_the_pool(tmp_path: Path) -> None:
+    for i, (first, second, told) in enumerate(
+        [
+            ("train-0.parquet", "extra-0.parquet", "extra-0.parquet: its name tells no split"),
+            ("test/0.parquet", "0.parquet", "0.parquet: its name tells no split"),
+            ("train-test.parquet", "0.parquet", "names both train and test"),
+            ("test/train-0.parquet", "test/train-1.parquet", "is called train in a folder test"),
+        ]
+    ):
+        root = tmp_path / str(i)
+        simple(root / first, [1])
+        simple(root / second, [2])
+        for pool in ("train", "test"):
+            assert told in refusal(lambda root=root, pool=pool: streamed("parquet", root).parts(pool))
+        assert len(streamed("parquet", root, pool="train").parts("train")) == 2
+        with pytest.raises(UserError, match="choose train or test"):
+            streamed("parquet", root, pool="val")
+    simple(tmp_path / "hub/test/0000.parquet", [1])
+    given = streamed("parquet", tmp_path / "hub/test")
+    assert (given.parts("train"), given.parts("test")) == ([], ["0000.parquet"])
+
+
+def test_columns_of_views(tmp_path: Path) -> None:
+    if not hasattr(pa, "binary_view"):
+        pytest.skip("this pyarrow has no views")
+    write(tmp_path / "x.parquet", {"img": pa.array([png(1), None], pa.binary_view()), "n": [1, 2]})
+    first, second = everything(streamed("parquet", tmp_path))
+    assert (first.data, reason(second)) == (png(1), "no image")
+
+
+@pytest.mark.parametrize("names", [["cat", "cat"], ["cat", ""], "cat", {"0": "cat"}, [1, 2], None, []])
+def test_class_labels_without_names(tmp_path: Path, names: Any) -> None:
+    write(tmp_path / "x.parquet", {"image": images([1]), "label": [0]}, label=names)
+    assert "has no class names" in refusal(lambda: streamed("parquet", tmp_path))
+    assert streamed("parquet", tmp_path, label="none").classes is None
+
+
+def test_a_dictionary_is_not_multiplied(tmp_path: Path) -> None:
+    """64 rows of one value of 16 MB, and a page that packs as no images do."""
+    table = pa.table({"image": pa.array([bytes(16 << 20)] * 64), "label": pa.array([0.5] * 64)})
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30)
+    assert (tmp_path / "x.parquet").stat().st_size < 10_000
+    source, before, highest = streamed("parquet", tmp_path), pa.total_allocated_bytes(), 0
+    for found in source.stream("x.parquet"):
+        assert len(found.data) == 16 << 20  # type: ignore[arg-type]
+        highest = max(highest, pa.total_allocated_bytes() - before)
+    assert highest < 100 << 20
+    (tmp_path / "names").write_text("a\nb\n")
+    told = refusal(lambda: streamed("parquet", tmp_path, label="label", classes=str(tmp_path / "names")))
+    assert "holds no class numbers" in told
+
+
+def test_images_that_pack_as_no_images_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "x.parquet", {"image": pa.array([bytes(1 << 20)] * 8, pa.large_binary()), "label": [0] * 8})
+    source = streamed("parquet", tmp_path)
+    assert len(everything(source)) == 8
+    monkeypatch.setattr(parquet, "_LARGE", 1 << 20)
+    monkeypatch.setattr(parquet, "_MOST_PACKED", 2)
+    assert "pack so well" in refusal(lambda: everything(source))
 
 
 def test_other_columns(tmp_path: Path) -> None:

@@ -4,15 +4,20 @@ import hashlib
 import json
 import pickle
 import random
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from data_prep.cli import cli
 from data_prep.files import patterns, remote
-from data_prep.sources import UnusableError
+from data_prep.shards.plan import belongs
+from data_prep.sources import UnusableError, recorded
 from data_prep.sources._opt_out import opted_out
+from igpt_ds.dataset.palette import Palette
 from tests.helpers.source_fixtures import (
     decoded,
     everything,
@@ -115,6 +120,95 @@ def test_what_is_rejected(tmp_path: Path) -> None:
     assert all(len(name) < 300 and name.isprintable() for name in kept)
 
 
+def test_pools_by_the_names_of_tars(tmp_path: Path) -> None:
+    names = ["imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar", "imagenet1k-validation-00.tar"]
+    for seed, name in enumerate(names):
+        write(tmp_path / "w" / name, [("1.png", png(seed))])
+    source = streamed("webdataset", tmp_path / "w")
+    assert (source.parts("train"), source.parts("test")) == (names[:2], names[2:])
+    given = streamed("webdataset", tmp_path / "w", pool="train")
+    assert (given.parts("train"), given.parts("test")) == (names, [])
+    write(tmp_path / "w/more.tar", [])
+    for pool in ("train", "test"):
+        assert "more.tar: its name tells no split" in refusal(
+            lambda pool=pool: streamed("webdataset", tmp_path / "w").parts(pool)
+        )
+
+
+def test_the_images_of_a_sample_lie_in_one_split(tmp_path: Path) -> None:
+    members = [(f"s/{i:04d}.{kind}", png(i)) for i in range(40) for kind in ("jpg", "thumb.jpg", "seg.png")]
+    alone = [(f"alone/{i}.png", png(i)) for i in range(40)]
+    random.Random(0).shuffle(members)
+    write(tmp_path / "0.tar", [*members, *alone])
+    found = everything(streamed("webdataset", tmp_path))
+    held_out = belongs("val", 0.3)
+    samples: dict[str, set[bool]] = {}
+    for each in found:
+        samples.setdefault(each.item.id.rpartition("/")[2].partition(".")[0], set()).add(
+            held_out(each.sample or each.item.id)
+        )
+    assert [len(where) for where in samples.values()] == [1] * 80
+    assert {True, False} == set().union(*samples.values())
+    # Where a sample is one image its own name decides, as ever.
+    assert all(each.sample in {None, each.item.id} for each in found if "alone" in each.item.id)
+
+
+def test_a_choice_of_members(tmp_path: Path) -> None:
+    names = ["a/1.jpg", "a/1.seg.png", "a/1.depth.png", "a.b/2.JPG", "3.png", "4.tiff", ".h/5.jpg", "__MACOSX/6.jpg"]
+    write(tmp_path / "0.tar", [(f"./{name}", png(1)) for name in names])
+
+    def ids(**options: str) -> list[str]:
+        return [
+            each.item.id.removeprefix("0.tar/./") for each in everything(streamed("webdataset", tmp_path, **options))
+        ]
+
+    assert ids() == names[:6]
+    assert ids(image="jpg") == ["a/1.jpg", "a.b/2.JPG"]
+    assert ids(image="jpg;.png") == ["a/1.jpg", "a.b/2.JPG", "3.png"]
+    assert ids(image="seg.png") == ["a/1.seg.png"]
+    assert "an empty name" in refusal(lambda: ids(image="jpg;"))
+
+
+def test_numbers_of_classes(tmp_path: Path) -> None:
+    (tmp_path / "names").write_bytes(b"\xef\xbb\xbfairplane\r\nbird\r\n")
+    write(tmp_path / "0.tar", [("1.png", png(1)), ("1.CLS", b"1"), ("2.png", png(2)), ("2.cls", b"0" * 64 + b"1")])
+    source = streamed("webdataset", tmp_path, classes=str(tmp_path / "names"))
+    assert source.classes == ["airplane", "bird"]
+    found = everything(source)
+    assert [(each.item.label, reason(each)) for each in found] == [(1, None), (None, "no valid class")]
+
+
+def test_a_file_of_classes_is_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(
+        tmp_path / "w/0.tar",
+        [(f"{i}.{kind}", png(i) if kind == "png" else b"1") for i in range(4) for kind in ("png", "cls")],
+    )
+    (tmp_path / "cls.txt").write_text("a\nb\n")
+    Palette(np.random.default_rng(0).uniform(-1, 1, (8, 3)).astype(np.float32)).save(tmp_path / "p.npy")
+    monkeypatch.chdir(tmp_path)
+
+    def build(classes: object) -> str:
+        command = [
+            "shards",
+            "webdataset",
+            "w",
+            "--palette",
+            "p.npy",
+            "--no-crop",
+            "--resolution",
+            "8",
+            "--holdout",
+            "0",
+        ]
+        result = CliRunner().invoke(cli, [*command, "--out", "out", "--option", f"classes={classes}"])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "4 images (2 classes)" in build("cls.txt")
+    assert "complete already" in build(tmp_path / "cls.txt")
+    assert recorded("imagenet", {"truth": "val.txt", "order": "synset"}) == {"order": "synset"}
+
+
 def test_damaged_tars_stop_before_their_first_image(tmp_path: Path) -> None:
     write(tmp_path / "0.tar", [(f"{i}.png", png(i)) for i in range(20)])
     data = (tmp_path / "0.tar").read_bytes()
@@ -185,6 +279,13 @@ def test_shards_of_img2dataset(tmp_path: Path) -> None:
     assert [tuple(each.item) for each in found] == [(i, None) for i in ids]
     for each, seed in zip(found, (1, 2, 3), strict=True):
         assert np.array_equal(decoded(each.data), random_pixels(seed))
+    for name in ("val", "Test"):
+        shard(tmp_path.parent / "web" / name, 0, [])
+        assert "not to be trained on" in refusal(
+            lambda: streamed("img2dataset", tmp_path.parent / "web").parts("train")
+        )
+        assert streamed("img2dataset", tmp_path.parent / "web" / name).parts("train") == ["00000"]
+        shutil.rmtree(tmp_path.parent / "web")
     pattern = streamed("img2dataset", tmp_path / "{00000..00009}.tar")
     assert pattern.parts("train") == source.parts("train")
     assert everything(pattern) == found
