@@ -11,17 +11,13 @@ checkpoint before all ranks have finished. Ours are plain slices, so a reader at
 what it needs, and an evaluation reads the weights alone, without DeepSpeed.
 
 All ranks write into a hidden directory; rank 0 adds checkpoint.json and renames it (write.py). A directory named
-step-N is therefore whole. Nothing in here knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
+step-N is therefore whole; names.py tells which are a run's own. Nothing in here knows DeepSpeed; what must happen on
+all ranks comes in as `any_rank`.
 """
 
 import bisect
-import hashlib
-import json
 import math
-import os
-import shutil
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from igpt_ds.atomic import sha256_file
+from igpt_ds.checkpoint.names import read_content
 from igpt_ds.errors import UserError
 
-FORMAT = "igpt-checkpoint"
-VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 AnyRank = Callable[[bool], bool]
@@ -72,13 +67,8 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
         """Read checkpoint.json and check that every file is there in its full size."""
+        content = read_content(path)
         try:
-            content = json.loads((path / "checkpoint.json").read_text())
-            recorded = content.pop("sha256", None)
-            if content["format"] != FORMAT or content["version"] != VERSION:
-                raise UserError(f"{path}: format {content['format']} {content['version']} is not known: update igpt-ds")
-            if recorded != content_sha256(content):
-                raise ValueError("checkpoint.json is not as it was written")
             checkpoint = cls(
                 path,
                 content["step"],
@@ -89,13 +79,26 @@ class Checkpoint:
                 content["files"],
                 content.get("progress", {}),
             )
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            checkpoint._check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a whole checkpoint ({error}): remove it or take another") from error
         for name, facts in checkpoint.files.items():
             file = path / name
             if not file.is_file() or file.stat().st_size != facts["bytes"]:
                 raise UserError(f"{file}: missing or cut short: remove this checkpoint, an older one is used then")
         return checkpoint
+
+    def _check(self) -> None:
+        """Refuse what no run has written, though its sha256 is right."""
+        trees = (self.identity, self.config, self.tensors, self.files, self.progress)
+        if not all(isinstance(tree, dict) for tree in trees):
+            raise ValueError("checkpoint.json holds something else than a checkpoint's facts")
+        if self.world != len(self.files) or self.files.keys() != {rank_file(r) for r in range(len(self.files))}:
+            raise ValueError("its files are not those of its ranks")
+        if not all(type(facts["bytes"]) is int for facts in self.files.values()):
+            raise ValueError("its files have no size")
+        for name, facts in self.tensors.items():
+            require_covered(name, facts["shape"], facts["slices"], self.world)
 
     def verify(self, rank: int = 0, world: int = 1) -> None:
         """Compare the sha256 of every `world`-th file, beginning with `rank`."""
@@ -153,19 +156,17 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def content_sha256(content: Mapping[str, Any]) -> str:
-    """What checkpoint.json records of itself: hex sha256 of its other entries, written in one fixed way."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def step_directory(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is published."""
-    return folder / f"step-{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+def require_covered(name: str, shape: Sequence[int], slices: Sequence[Sequence[int]], world: int) -> None:
+    """Refuse, as a ValueError, a tensor whose slices [rank, start, stop] do not cover each element once, in order."""
+    covered = 0
+    for rank, start, stop in slices:
+        if start != covered:
+            raise ValueError(f"{name}: the ranks' slices overlap or leave a gap at element {covered}")
+        if not (type(stop) is int and start < stop and rank in range(world)):
+            raise ValueError(f"{name}: no slice: rank {rank}, elements {start} to {stop}")
+        covered = stop
+    if covered != math.prod(shape):
+        raise ValueError(f"{name}: the ranks' slices end at element {covered}")
 
 
 def newest_valid(
@@ -198,25 +199,3 @@ def newest_valid(
         folder = candidates[0].parent
         raise UserError(f"{folder}: no checkpoint in it is whole; {faults[0]}; to start over use --fresh --force")
     return None
-
-
-def set_aside_newer(folder: Path, step: int, why: str = "damaged") -> None:
-    """Rename the checkpoints beyond `step`: kept for a person, out of the way of `prune`.
-
-    Args:
-        why: "damaged", or "abandoned" by a run that rolled back.
-    """
-    for path in list_checkpoints(folder):
-        if path > step_directory(folder, step):
-            path.rename(path.with_name(f"{why}-{path.name}-{time.time_ns()}"))
-
-
-def prune(folder: Path, keep: int, milestones: Collection[int] = ()) -> None:
-    """Delete all but the `keep` newest checkpoints and the milestones (steps)."""
-    kept = {step_directory(folder, step) for step in milestones}
-    for path in list_checkpoints(folder)[:-keep]:
-        if path not in kept:
-            # Out of sight first: what is half deleted must not look like a checkpoint.
-            doomed = path.with_name(f".{path.name}.old")
-            os.rename(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)

@@ -1,7 +1,6 @@
 """What there is in RUN/checkpoints: published, unfinished, set aside; and what is wrong with each."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,20 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from igpt_ds.checkpoint.names import DAMAGED, DELETED, PUBLISHED, UNFINISHED, own
 from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.reading import read_regular
 from igpt_ds.text import Table, size_text
-
-PUBLISHED, UNFINISHED, DELETED = "published", "unfinished", "half deleted"
-DAMAGED, ABANDONED = "set aside as damaged", "abandoned by a rollback"
-# read.py and write.py publish, write, delete and set aside under these names.
-_NAMES = {
-    PUBLISHED: re.compile(r"step-(\d+)"),
-    DAMAGED: re.compile(r"damaged-step-(\d+)\b.*"),
-    ABANDONED: re.compile(r"abandoned-step-(\d+)\b.*"),
-    UNFINISHED: re.compile(r"\.step-(\d+)\.tmp"),
-    DELETED: re.compile(r"\.step-(\d+)\.old"),
-}
 
 
 @dataclass
@@ -52,12 +42,12 @@ def survey(folder: Path, verify: bool) -> list[Row]:
     """
     rows: list[Row] = []
     settings: dict[str, Any] = {}
-    there = directories(folder)
-    total = sum(size for path, _, _ in there for size in sizes(path).values()) if verify else 0
+    there = own(folder)
+    total = sum(size for _, path, _ in there for size in sizes(path).values()) if verify else 0
     # disable=None: a bar on a terminal only.
     hidden = None if verify else True
     with tqdm(desc="verify", total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
-        for path, step, state in there:
+        for step, path, state in there:
             record = _record(path)
             row = _look(path, step, state, record, verify, bar.update)
             # A run that goes on deletes its oldest and publishes what was unfinished while we read.
@@ -105,17 +95,6 @@ def table(rows: Sequence[Row]) -> Table:
     return Table("", ["step", "written", "size", "ranks", "zero", "version", "kept", "state"], cells, note)
 
 
-def directories(folder: Path) -> list[tuple[Path, int, str]]:
-    """(path, step, state) of all that a run left in a folder, by step."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        for state, pattern in _NAMES.items():
-            match = pattern.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((path, int(match.group(1)), state))
-    return sorted(found, key=lambda entry: (entry[1], entry[0].name))
-
-
 def sizes(path: Path) -> dict[str, int]:
     """Bytes of each file of a directory that may be changing."""
     found = {}
@@ -129,8 +108,8 @@ def sizes(path: Path) -> dict[str, int]:
 
 def _record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads((path / "checkpoint.json").read_text())
-    except (OSError, ValueError):
+        record = json.loads(read_regular(path / "checkpoint.json"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -10,7 +10,6 @@ knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -24,8 +23,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from igpt_ds.atomic import publish_directory, publish_text, sha256_file, writing
-from igpt_ds.checkpoint.read import FORMAT, VERSION, AnyRank, Shard, content_sha256, rank_file, step_directory
-from igpt_ds.errors import UserError
+from igpt_ds.checkpoint.names import (
+    FORMAT,
+    VERSION,
+    clear_unfinished,
+    content_sha256,
+    list_checkpoints,
+    set_aside,
+    step_directory,
+)
+from igpt_ds.checkpoint.read import AnyRank, Shard, rank_file, require_covered
+from igpt_ds.errors import RunError, UserError
+from igpt_ds.lock import Lock
 from igpt_ds.memory import available_bytes
 
 Slices = dict[str, list[Any]]
@@ -38,14 +47,23 @@ class Saver:
         folder: RUN/checkpoints.
         neighbours: ranks on this machine, which share its memory.
         any_rank: tells all ranks whether one of them has a fault; also the barrier.
+        lock: that of the run, on rank 0; who has lost it publishes and deletes nothing.
 
     Attributes:
         pending: the step of the checkpoint that was begun and not concluded.
     """
 
-    def __init__(self, folder: Path, rank: int, world: int, any_rank: AnyRank, neighbours: int = 1):
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        any_rank: AnyRank,
+        neighbours: int = 1,
+        lock: Lock | None = None,
+    ):
         self.rank, self._folder, self._world, self._neighbours = rank, folder, world, neighbours
-        self._any_rank = any_rank
+        self._any_rank, self._lock = any_rank, lock
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
         self._facts: Mapping[str, Any] = {}
@@ -66,7 +84,7 @@ class Saver:
         assert self.pending is None, "the checkpoint before is not concluded"
         final = step_directory(self._folder, step)
         temporary = self._temporary(step)
-        self._agree(step, _attempt(lambda: _clear(self._folder, temporary)) if self.rank == 0 else None)
+        self._agree(step, _attempt(lambda: self._clear(temporary)) if self.rank == 0 else None)
         self.pending, self._facts, self._fault = step, dict(facts), None
         # Gathering the shards may be a collective, so it happens even where writing would fail.
         held = list(shards)
@@ -94,6 +112,7 @@ class Saver:
 
         Raises:
             UserError: a rank could not write; nothing is published then, and older checkpoints are as they were.
+            RunError: the run has another owner.
         """
         assert self.pending is not None
         if self._thread is not None:
@@ -103,9 +122,18 @@ class Saver:
         self._agree(step, self._fault)
         fault = None
         if self.rank == 0:
-            fault = _attempt(lambda: publish_checkpoint(self._temporary(step), final, step, self._world, self._facts))
+            fault = _attempt(
+                lambda: publish_checkpoint(self._temporary(step), final, step, self._world, self._facts, self._lock)
+            )
         self._agree(step, fault)
         return final
+
+    def _clear(self, temporary: Path) -> None:
+        if self._lock is not None:
+            self._lock.require()
+        with writing(self._folder):
+            clear_unfinished(self._folder)
+            temporary.mkdir(parents=True)
 
     def _temporary(self, step: int) -> Path:
         return self._folder / f".{step_directory(self._folder, step).name}.tmp"
@@ -114,6 +142,8 @@ class Saver:
         """Raise on every rank if one has a fault, so that none waits for the others."""
         if not self._any_rank(fault is not None):
             return
+        if isinstance(fault, RunError):  # another owner's files may have these names
+            raise fault
         if self.rank == 0:
             shutil.rmtree(self._temporary(step), ignore_errors=True)
         final = step_directory(self._folder, step)
@@ -127,16 +157,9 @@ class Saver:
 def _attempt(action: Callable[[], None]) -> Exception | None:
     try:
         action()
-    except (OSError, UserError) as error:
+    except (OSError, RunError, UserError) as error:
         return error
     return None
-
-
-def _clear(folder: Path, temporary: Path) -> None:
-    with writing(folder):
-        for left in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
-            shutil.rmtree(left)
-        temporary.mkdir(parents=True)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], slices: Slices) -> None:
@@ -158,11 +181,14 @@ def _os_error(error: Exception) -> tuple[int, str]:
     return number, os.strerror(number)
 
 
-def publish_checkpoint(temporary: Path, final: Path, step: int, world: int, facts: Mapping[str, Any]) -> None:
+def publish_checkpoint(
+    temporary: Path, final: Path, step: int, world: int, facts: Mapping[str, Any], lock: Lock | None = None
+) -> None:
     """Add checkpoint.json to what all ranks have written into `temporary`, and give it its final name.
 
     Args:
         facts: what checkpoint.json holds besides: "identity" and "config" at least.
+        lock: asked before anything gets its name.
     """
     tensors: dict[str, dict[str, Any]] = {}
     files = {}
@@ -177,20 +203,22 @@ def publish_checkpoint(temporary: Path, final: Path, step: int, world: int, fact
                 entry["slices"].append([rank, start, stop])
     for name, entry in tensors.items():
         entry["slices"].sort(key=lambda s: s[1])
-        covered = 0
-        for _, start, stop in entry["slices"]:
-            assert start == covered, f"{name}: the ranks' slices overlap or leave a gap at element {covered}"
-            covered = stop
-        assert covered == math.prod(entry["shape"]), f"{name}: the ranks' slices end at element {covered}"
+        require_covered(name, entry["shape"], entry["slices"], world)
     content = {**facts, "format": FORMAT, "version": VERSION, "step": step, "world": world}
     content |= {"files": files, "tensors": tensors}
     content = json.loads(json.dumps(content))  # as it will be read: tuples are lists then
     publish_text(temporary / "checkpoint.json", json.dumps({"sha256": content_sha256(content), **content}))
+    if lock is not None:
+        lock.require()
     replaced = final.with_name(f".{final.name}.old")
-    if final.exists():  # saved twice at the same step: the new one stands
+    if final in list_checkpoints(final.parent):  # saved twice at the same step: the new one stands
         with writing(final):
             os.rename(final, replaced)
+    elif os.path.lexists(final):
+        set_aside(final, "foreign")
     publish_directory(temporary, final)
     # For people and other programs: we ourselves look for the newest one that is whole.
-    publish_text(final.with_name("latest"), final.name + "\n")
+    latest = final.with_name("latest")
+    if latest.is_symlink() or not latest.is_dir():  # a person's directory stays
+        publish_text(latest, final.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)

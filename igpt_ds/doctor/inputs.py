@@ -188,7 +188,7 @@ def read_run(path: Path, planned: Plan) -> dict[str, Any]:
     Returns:
         "value", "faults" and "warnings"; "present", the bytes of the checkpoints there.
     """
-    from igpt_ds.checkpoint.read import list_checkpoints
+    from igpt_ds.checkpoint.names import list_checkpoints
     from igpt_ds.config.file import load_config
     from igpt_ds.run.directory import Run
 

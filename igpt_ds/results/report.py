@@ -6,11 +6,12 @@ escaped, and a content security policy forbids all that the page does not need. 
 
 import base64
 import functools
+import html
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
 import matplotlib
@@ -18,15 +19,20 @@ from matplotlib.figure import Figure
 
 import igpt_ds
 from igpt_ds import evals
+from igpt_ds.checkpoint.names import list_checkpoints, read_content
 from igpt_ds.config.size import parameter_count
+from igpt_ds.errors import UserError
 from igpt_ds.plots import png
+from igpt_ds.reading import read_regular
 from igpt_ds.results import figures
 from igpt_ds.results.records import RunRecords, best_layer
 from igpt_ds.results.tables import sweep_table
-from igpt_ds.text import Table
+from igpt_ds.text import Table, counted, visible
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _EVENTS_SHOWN = 200
+_SHEET, _SHEETS = 16 << 20, 64 << 20  # bytes of one sheet of samples, and of all
+_PIXELS = 1 << 27  # of a sheet, which a browser unpacks
 _LIGHT = {"savefig.facecolor": "auto", "font.size": 12}  # legible on a phone, where plots shrink
 _DARK = {
     **_LIGHT,
@@ -113,7 +119,9 @@ def _summary(run: RunRecords) -> str:
         n = run.probe["validation_images"]
         facts["linear probe"] = f"{best['accuracy']:.4f} at layer {best['layer']} (n = {n:,})"
     if run.result:
-        facts["fine-tuned"] = f"{run.result['accuracy']:.4f} (n = {run.result['n']:,} {run.result.get('split', '')})"
+        facts["fine-tuned"] = (
+            f"{run.result['accuracy']:.4f} (n = {run.result['n']:,} {run.result.get('split') or 'val'})"
+        )
     return _facts(facts)
 
 
@@ -130,14 +138,10 @@ def _training(run: RunRecords) -> str:
         ("tokens_per_s", "Throughput of all ranks", "tokens a second", False),
         ("data_wait", "Share of the time that data were waited for", "share", False),
     ):
-        if _has(metrics, key):
+        if any(key in line for line in metrics):
             draw = _course(metrics, key, title, unit, log)
             plots.append(_picture(draw, f"{title} by step"))
     return f'<div class="plots">{"".join(plots)}</div>'
-
-
-def _has(metrics: list[evals.Record], key: str) -> bool:
-    return any(isinstance(line.get(key), int | float) for line in metrics)
 
 
 def _course(metrics: list[evals.Record], key: str, title: str, unit: str, log: bool) -> Callable[[], Figure]:
@@ -155,16 +159,26 @@ def _events(run: RunRecords) -> str:
 
 
 def _samples(run: RunRecords) -> str:
-    found = []
-    for path in sorted({*run.path.glob("*.png"), *run.path.glob("samples/*.png")}):
-        # The plots of other evaluations are drawn anew in their own sections.
+    found: list[str] = []
+    room, others = _SHEETS, 0
+    # Newest first, while there is room. The plots of other evaluations are drawn anew in their own sections.
+    for path in sorted({*run.path.glob("*.png"), *run.path.glob("samples/*.png")}, reverse=True):
         if path.parent.name != "samples" and not path.name.startswith(("samples", "completions")):
             continue
-        content = path.read_bytes()
-        if content.startswith(_PNG):
-            name = escape(path.name)
-            found.append(f'<figure><img class="sheet" src="{_uri(content)}" alt="{name}"><figcaption class="faint">')
-            found.append(f"{name}</figcaption></figure>")
+        try:
+            content = read_regular(path, min(_SHEET, room))
+        except (OSError, ValueError):
+            content = b""
+        pixels = int.from_bytes(content[16:20], "big") * int.from_bytes(content[20:24], "big")
+        if not content.startswith(_PNG) or pixels > _PIXELS:
+            others += 1
+            continue
+        room -= len(content)
+        name = escape(path.name)
+        picture = f'<img class="sheet" src="{_uri(content)}" alt="{name}">'
+        found.insert(0, f'<figure>{picture}<figcaption class="faint">{name}</figcaption></figure>')
+    if others:
+        found.append(_missing(f"{counted(others, 'file')} not shown: no PNG, or too large for this page."))
     return "".join(found) or _missing("No sheet in the run.", "igpt-ds sample RUN --out RUN/samples.png")
 
 
@@ -197,22 +211,26 @@ def _configuration(run: RunRecords) -> str:
     parts = []
     for name in ("config.toml", "ds.json"):
         path = run.path / name
-        if path.exists():
+        if os.path.lexists(path):
             opened = " open" if name == "config.toml" else ""
-            text = escape(path.read_text(encoding="utf-8", errors="replace"))
+            try:
+                lines = read_regular(path, _SHEET).decode(errors="replace").splitlines()
+            except (OSError, ValueError):
+                lines = ["cannot be read: no regular file, or too large"]
+            text = "\n".join(map(escape, lines))
             parts.append(f"<details{opened}><summary>{name}</summary><pre>{text}</pre></details>")
     return "".join(parts)
 
 
 def _environment(run: RunRecords) -> str:
     facts = {}
-    newest = sorted((run.path / "checkpoints").glob("step-*/checkpoint.json"))
+    newest = list_checkpoints(run.path / "checkpoints")
     if newest:
         try:
-            content = json.loads(newest[-1].read_text(encoding="utf-8"))
+            content = read_content(newest[-1])
             facts["trained with"] = f"igpt-ds {content.get('code_version', 'of unknown version')}"
             facts["ranks"] = f"{content.get('world', 'unknown')}"
-        except (OSError, ValueError, AttributeError):
+        except UserError:
             facts["trained with"] = "unknown: the newest checkpoint cannot be read"
     packages = {name: _version(name) for name in ("torch", "deepspeed", "numpy", "matplotlib")}
     facts["page made with"] = f"igpt-ds {igpt_ds.__version__}, Python {platform.python_version()}"
@@ -229,6 +247,11 @@ def _version(package: str) -> str:
 
 
 # --- pieces of HTML --------------------------------------------------------------------------------------------
+
+
+def escape(text: str) -> str:
+    """A string of the run as HTML: neither a tag, nor what reorders or hides the text around it."""
+    return html.escape(visible(text))
 
 
 def _anchor(title: str) -> str:

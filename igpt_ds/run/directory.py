@@ -67,9 +67,7 @@ class Run:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            name = f"{self.path}"
-            shown = name if len(name) < 100 else f"{name[:60]}...{name[-20:]}"
-            raise UserError(f"{shown}: cannot be a run directory ({error.strerror}): choose another RUN") from error
+            raise UserError(f"{self.path}: cannot be a run directory ({error.strerror}): choose another") from error
 
     @property
     def config(self) -> Path:
@@ -140,7 +138,9 @@ class Run:
         Returns:
             Names of what is no part of a run, and stays.
         """
-        kept = []
+        kept: list[str] = []
+        if not self.path.exists():
+            return kept
         with writing(self.path):
             names.clear(self.checkpoints)
             # What makes it a run directory goes last, so that a clearing that was killed can be done again.
@@ -148,7 +148,7 @@ class Run:
                 record = path.name.startswith(tuple(records)) and path.suffix in (".json", ".png")
                 if record or _PARTS.fullmatch(path.name):
                     if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path)
+                        shutil.rmtree(path, ignore_errors=path.is_mount())
                     else:
                         path.unlink()
                 elif path != self.checkpoints and path.name[0] != ".":

@@ -2,36 +2,84 @@
 
 Rank 0 writes. A line of metrics.jsonl is one JSON object: training lines have "step", "loss" (nats a token) and
 "lr", validation lines "step" and "val_loss", decisions "step", "event" and "reason". After a resume and after a
-rollback the lines beyond the checkpoint are dropped, so that no step stands there twice; decisions stay.
+rollback the lines beyond the checkpoint are dropped, so that no step stands there twice; decisions stay. A number that
+is not finite is null.
+
+A damaged line is passed over with a warning, and stays where it is; but what a killed run left of its last line goes.
 
 A full disk does not end a run: lines wait in memory until there is room again.
 """
 
 import errno
 import hashlib
+import io
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds.atomic import publish_text, writing
+from igpt_ds.atomic import publish_file, writing
 from igpt_ds.errors import UserError
+from igpt_ds.lock import Lock
+from igpt_ds.reading import parse_json, read_regular
+from igpt_ds.run.directory import LOGGER
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that a killed run left half-written; [] without a file."""
+def read_metrics(path: Path, warn: Callable[[str], None] = LOGGER.warning) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, but for damaged ones, which are named through `warn`; [] without a file.
+
+    Of all lines "step" is a whole number; what a line that tells no decision has besides are numbers or None.
+
+    Raises:
+        UserError: there is something else than a file.
+    """
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    for number, (_, line) in enumerate(_lines(path), 1):
+        if isinstance(line, dict):
+            lines.append(line)
+        elif line is not None:
+            warn(f"{path}: line {number} is passed over: damaged ({line}); mend or delete it")
     return lines
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | ValueError | None]]:
+    """Each line as it stands there, and what it says: None if nothing, a ValueError if it cannot be told.
+
+    A last line that has no end and cannot be read is left out.
+    """
+    try:
+        data = read_regular(path) if os.path.lexists(path) else b""
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): mend it or move it away") from error
+    for raw in io.BytesIO(data):
+        try:
+            yield raw, _parsed(raw)
+        except ValueError as error:
+            if raw.endswith(b"\n"):
+                yield raw, error
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    if not raw.strip():
+        return None
+    line = parse_json(raw)
+    if not isinstance(line, dict) or type(line.get("step")) is not int or line["step"] < 0:
+        raise ValueError('no object with a whole "step"')
+    if "event" not in line:
+        odd = [key for key, value in line.items() if type(value) not in (int, float, type(None))]
+        if odd:
+            raise ValueError(f"{odd[0]!r:.40} is no number")
+    elif line["event"] == "rollback":
+        span = line.get("left_out")
+        if not isinstance(span, list) or [type(each) for each in span] != [int, int] or not 0 <= span[0] <= span[1]:
+            raise ValueError("a rollback that does not tell which batches it leaves out")
+    return line
 
 
 class Metrics:
@@ -41,10 +89,18 @@ class Metrics:
         run: the run directory.
         step: the step that the run goes on from; see `rewind`.
         wandb_project: a Weights & Biases project, or None.
+        lock: that of the run; who has lost it writes nothing.
     """
 
-    def __init__(self, run: Path, step: int, config: dict[str, Any], wandb_project: str | None = None):
-        self._run, self._path = run, run / "metrics.jsonl"
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        config: dict[str, Any],
+        wandb_project: str | None = None,
+        lock: Lock | None = None,
+    ):
+        self._run, self._path, self._lock = run, run / "metrics.jsonl", lock
         self._waiting: list[str] = []
         self._descriptor: int | None = None
         self._events: Any = None
@@ -56,8 +112,15 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         self._shut()
-        kept = [line for line in read_metrics(self._path) if line["step"] <= step or "event" in line]
-        publish_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        if self._lock is not None:
+            self._lock.require()
+        kept = b""
+        for raw, line in _lines(self._path):
+            if not isinstance(line, dict) or line["step"] <= step or "event" in line:
+                kept += raw if raw.endswith(b"\n") else raw + b"\n"
+        if not self._path.exists() or kept != read_regular(self._path):
+            with publish_file(self._path) as file:
+                file.write(kept)
         with writing(self._path):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             # Events beyond the checkpoint are hidden from view by `purge_step`.
@@ -65,7 +128,9 @@ class Metrics:
 
     def write(self, line: dict[str, Any]) -> None:
         """Record one line; it must have "step"."""
-        self._waiting.append(json.dumps(line) + "\n")
+        lost = {key for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+        finite = {key: None if key in lost else value for key, value in line.items()}
+        self._waiting.append(json.dumps(finite, allow_nan=False) + "\n")
         with writing(self._path), _full_disk_allowed():
             self._append()
             for key, value in line.items():
@@ -85,6 +150,8 @@ class Metrics:
 
     def _append(self) -> None:
         assert self._descriptor is not None
+        if self._lock is not None:
+            self._lock.require()
         before = os.fstat(self._descriptor).st_size
         data = "".join(self._waiting).encode()
         try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.checkpoint.read import list_checkpoints
+from igpt_ds.checkpoint.names import list_checkpoints
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import from_tree, load_config
 from igpt_ds.config.schema import Config

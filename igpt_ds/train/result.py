@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from igpt_ds.atomic import publish_text
-from igpt_ds.checkpoint.read import step_directory
+from igpt_ds.checkpoint.names import step_directory
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import RunError
+from igpt_ds.lock import Lock
+from igpt_ds.reading import read_json
 from igpt_ds.run.directory import LOGGER, Run
 from igpt_ds.train.job import Job
 from igpt_ds.train.resume import Progress, open_verified
@@ -19,10 +22,13 @@ if TYPE_CHECKING:
     from igpt_ds.loading.loader import Batch
 
 
-def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
+def conclude(engine: "Engine", job: Job, run: Run, progress: Progress, lock: Lock | None = None) -> None:
     """Write RUN/result.json: the accuracy on test/ where it was asked for, else the best one on val/. A collective.
 
     A result that is there already and tells the same is left: a test split is looked at once.
+
+    Args:
+        lock: that of the run, on rank 0.
 
     Raises:
         RunError: the best checkpoint could not be saved when it was due.
@@ -31,9 +37,10 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
     path = run.path / "result.json"
     best = progress.best[0] if progress.best else progress.step
     facts = {**_facts(job, best), "split": split, "steps": progress.step}
-    recorded = engine.ranks.from_rank_0(json.loads(path.read_text()) if path.exists() else {})
-    masks_recorded = (recorded.get("masks") or {}).get("count", 0)
-    if all(recorded.get(key) == value for key, value in facts.items()) and masks_recorded == job.masks:
+    recorded = engine.ranks.from_rank_0(_recorded(path))
+    masks_recorded = recorded.get("masks")
+    count = masks_recorded.get("count") if isinstance(masks_recorded, dict) else 0
+    if all(recorded.get(key) == value for key, value in facts.items()) and count == job.masks:
         return
     dataset = job.test_set or job.validation_set
     assert dataset is not None, "prepare lets nothing else pass"
@@ -55,12 +62,23 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress) -> None:
         if progress.best and job.validation_set:
             validation = {"accuracy": progress.best[1], "n": job.validation_set.rows}
         result = {**facts, **measured, "n": dataset.rows, "validation": validation, "masks": masks}
+        if lock is not None:
+            lock.require()
         publish_text(path, json.dumps(result, indent=2) + "\n")
         with_masks = f", {masks['accuracy']:.4f} with {job.masks} masks" if masks else ""
         LOGGER.info(
             f"best checkpoint: step {best}: accuracy on {split} {measured['accuracy']:.4f}{with_masks} "
             f"(n = {dataset.rows}); written: {path}"
         )
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The result that is there; {} if it is none."""
+    try:
+        result = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
 
 
 def _facts(job: Job, best: int) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Where a run stands, and how it comes to stand there: resumed from a checkpoint, or rolled back to one."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds.checkpoint import read as checkpoint
-from igpt_ds.checkpoint.read import Checkpoint
+from igpt_ds.checkpoint.names import list_checkpoints, set_aside_newer, step_of
+from igpt_ds.checkpoint.read import Checkpoint, newest_valid
+from igpt_ds.config.file import to_tree
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.hashing import stable_hash
@@ -52,6 +54,7 @@ class Progress:
             "updates": self.step - self.stability.skipped,
             "left_out": [list(span) for span in self.left_out.spans],
             "stability": self.stability.state(),
+            "rollbacks": self.rollbacks,
             **({"best": list(self.best), "stale": self.stale} if self.best else {}),
         }
 
@@ -66,6 +69,11 @@ class Progress:
     def ended_early(self, config: Config) -> bool:
         """Whether so many validations brought nothing better that a fine-tuning ends (paper section 4.5)."""
         return config.finetune is not None and 0 < config.finetune.patience <= self.stale
+
+    def done(self, config: Config) -> bool:
+        """Whether there is nothing to train for now."""
+        recipe = config.training
+        return self.step >= min(recipe.stop_at or recipe.steps, recipe.steps) or self.ended_early(config)
 
 
 def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
@@ -82,7 +90,7 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
         if name in FIXED or name not in mine:
             choice = ", ".join(key for key in mine if key not in FIXED)
             raise UserError(f"--allow-change {name}: not possible: choose from {choice}")
-    for path in reversed(checkpoint.list_checkpoints(run.checkpoints)):
+    for path in reversed(list_checkpoints(run.checkpoints)):
         try:
             found = Checkpoint.open(path)
         except UserError:
@@ -106,23 +114,41 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
 def resume(engine: "Engine", job: Job, run: Run) -> Progress:
     """Load the newest whole checkpoint, if there is one, and remember what was decided after it."""
     # One listing and one reading for all: a network file system may show the ranks different ones.
-    candidates = engine.ranks.from_rank_0(checkpoint.list_checkpoints(run.checkpoints))
+    candidates = engine.ranks.from_rank_0(list_checkpoints(run.checkpoints))
     decisions = engine.ranks.from_rank_0(
         [line for line in read_metrics(run.metrics) if line.get("event") == "rollback"]
     )
     ranks = engine.ranks
-    found = checkpoint.newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
+    found = newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
     if found is None:
         _begin(engine, job.config)
         return Progress(0, LeftOut(), Stability(job.config.health, {}))
     if ranks.rank == 0:
-        checkpoint.set_aside_newer(run.checkpoints, found.step)
+        set_aside_newer(run.checkpoints, found.step)
     progress = _load(engine, job, found)
-    progress.rollbacks = [line["step"] for line in decisions]
+    # Of each as many as either knows: a line may be damaged, and the checkpoint may be older than the last decision.
+    told: Counter[int] = Counter(line["step"] for line in decisions)
+    progress.rollbacks = list((told | Counter(progress.rollbacks)).elements())
     spans = [*progress.left_out.spans, *(line["left_out"] for line in decisions)]
     progress.left_out = LeftOut.of(spans)
     LOGGER.info(f"resumed from {found.path} at step {found.step}")
+    changed = _changes(found.config, to_tree(job.config))
+    if changed and not progress.done(job.config):
+        LOGGER.info(f"changed since then: {', '.join(changed)}")
     return progress
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What of a configuration is another than before, key by key."""
+    found = []
+    for key in dict.fromkeys([*before, *now]):
+        old, new, name = before.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(old, dict) or isinstance(new, dict):
+            found += _changes(old or {}, new or {}, f"{name}.")
+        elif old != new and name != "training.stop_at":
+            what = " (where the cosine of the learning rate ends)" if name == "training.steps" else ""
+            found.append(f"{name} from {'unset' if old is None else old} to {'unset' if new is None else new}{what}")
+    return found
 
 
 def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics: Metrics | None) -> Progress:
@@ -134,12 +160,12 @@ def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics:
     patience = job.config.health.patience
     good = progress.step - progress.stability.bad  # the last step before the first bad one
     what = f"step {progress.step}: {progress.stability.bad} bad steps in a row (loss spikes or non-finite gradients)"
-    candidates = [p for p in checkpoint.list_checkpoints(run.checkpoints) if p <= _directory(run, good)]
+    candidates = [path for path in list_checkpoints(run.checkpoints) if step_of(path) <= good]
     candidates = engine.ranks.from_rank_0(candidates)
     ranks = engine.ranks
     found = None
     if candidates:
-        found = checkpoint.newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
+        found = newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
     if found is None:
         raise RunError(f"{what} and no checkpoint from before them to go back to: {LOWER_RATE}")
     before = sum(step >= found.step for step in progress.rollbacks)
@@ -155,15 +181,11 @@ def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics:
         # In this order: killed in between, the run finds the spike again and decides the same.
         metrics.rewind(found.step)
         metrics.write(decision)
-        checkpoint.set_aside_newer(run.checkpoints, found.step, "abandoned")
+        set_aside_newer(run.checkpoints, found.step, "abandoned")
     LOGGER.warning(f"{what}: back to step {found.step}, leaving out batches {first} to {last}")
     progress = _load(engine, job, found)
     progress.left_out, progress.rollbacks = LeftOut.of([*progress.left_out.spans, *spans]), rollbacks
     return progress
-
-
-def _directory(run: Run, step: int) -> Path:
-    return checkpoint.step_directory(run.checkpoints, step)
 
 
 def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
@@ -180,7 +202,7 @@ def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
         torch.cuda.set_rng_state(device_random_state)
     kept = found.progress
     stability = Stability(job.config.health, kept.get("stability", {}))
-    progress = Progress(found.step, LeftOut.of(kept.get("left_out", ())), stability)
+    progress = Progress(found.step, LeftOut.of(kept.get("left_out", ())), stability, list(kept.get("rollbacks", ())))
     if "best" in kept:
         progress.best, progress.stale = (kept["best"][0], kept["best"][1]), kept["stale"]
     return progress

@@ -22,10 +22,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from igpt_ds.atomic import no_link, publish_text
+from igpt_ds.atomic import no_link, publish_text, writing
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config, TrainingConfig
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.lock import Lock
+from igpt_ds.reading import read_regular
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import read_metrics
 
@@ -72,7 +74,7 @@ def read_trial(directory: Path, rate: float, end: int) -> Trial:
     Args:
         end: the step whose validation counts; a fine-tuning may end earlier.
     """
-    lines = read_metrics(directory / "metrics.jsonl")
+    lines = _lines(directory)
     validations = [line for line in lines if "val_loss" in line]
     last = max((line["step"] for line in lines), default=0)
     finished = (directory / "result.json").exists() or any(line["step"] >= end for line in validations)
@@ -80,11 +82,16 @@ def read_trial(directory: Path, rate: float, end: int) -> Trial:
         return Trial(rate, "diverged" if _diverged(directory, lines) else "unfinished", last)
     chosen = validations[-1]
     if "val_accuracy" in chosen:
-        chosen = max(validations, key=lambda line: line["val_accuracy"])  # the first of equals
-    status: Status = "done" if math.isfinite(chosen["val_loss"]) else "diverged"
-    return Trial(
-        rate, status, chosen["step"], chosen["val_loss"], chosen.get("val_accuracy"), int(chosen["val_images"])
-    )
+        chosen = max(validations, key=lambda line: line.get("val_accuracy") or 0)  # the first of equals
+    status: Status = "diverged" if chosen["val_loss"] is None else "done"
+    images = chosen.get("val_images")
+    n = None if images is None else int(images)
+    return Trial(rate, status, chosen["step"], chosen["val_loss"], chosen.get("val_accuracy"), n)
+
+
+def _lines(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, looked at often: the run itself warns of damaged lines."""
+    return read_metrics(directory / "metrics.jsonl", lambda text: None)
 
 
 def _diverged(directory: Path, lines: Sequence[dict[str, Any]]) -> bool:
@@ -93,7 +100,8 @@ def _diverged(directory: Path, lines: Sequence[dict[str, Any]]) -> bool:
     if not run.config.exists():
         return False
     config = load_config(run.config)
-    losses = [line["loss"] for line in lines if "loss" in line and line["step"] > config.training.warmup_steps]
+    after = (line for line in lines if line["step"] > config.training.warmup_steps)
+    losses = [line["loss"] for line in after if line.get("loss") is not None]
     return len(losses) >= _LOSSES and sum(losses[-_LOSSES:]) / _LOSSES > blind_guess(config)
 
 
@@ -142,8 +150,7 @@ def collect(directory: Path) -> list[Trial]:
     if not found:
         raise UserError(f"{directory}: no run in it: name the folder of the runs lr-0.01, lr-0.003, ...")
     validated = [
-        max((line["step"] for line in read_metrics(path / "metrics.jsonl") if "val_loss" in line), default=0)
-        for path in found.values()
+        max((line["step"] for line in _lines(path) if "val_loss" in line), default=0) for path in found.values()
     ]
     return [read_trial(found[rate], rate, max(validated)) for rate in sorted(found, reverse=True)]
 
@@ -158,6 +165,8 @@ def search(
 ) -> Iterator[list[Trial]]:
     """Run rate after rate; yields the trials so far after each. Finished ones are not run again.
 
+    The directory has one search at a time, and each run in it, which is a process of its own, one owner.
+
     Args:
         command: a verb of igpt-ds and its options, without the rate and without RUN.
         launcher: what `command` is appended to.
@@ -169,16 +178,30 @@ def search(
     """
     if not training.validate_every:
         raise UserError("training.validate_every=0: without validation no rate is better: set an interval")
-    end = max(1, round(share * training.steps))
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    lock = Lock.take(directory)
+    try:
+        yield from _search(directory, rates, command, launcher, max(1, round(share * training.steps)), share)
+    finally:
+        lock.release()
+
+
+def _search(
+    directory: Path, rates: Sequence[float], command: Sequence[str], launcher: Sequence[str], end: int, share: float
+) -> Iterator[list[Trial]]:
     facts = {"command": list(command), "share": share}
     path = directory / "sweep.json"
-    before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**facts, "rates": []}
+    try:
+        before: dict[str, Any] = json.loads(read_regular(path)) if path.exists() else {**facts, "rates": []}
+        known = {trial["rate"]: Trial(**trial) for trial in before["rates"] if trial["status"] != "unfinished"}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: no record of a search ({error}): restore it, or choose another --out") from error
     for key, value in facts.items():
         if before.get(key) != value:
             raise UserError(
                 f"{path}: {key} was {before.get(key)}, but now is {value}: restore it, or choose another --out"
             )
-    known = {trial["rate"]: Trial(**trial) for trial in before["rates"] if trial["status"] != "unfinished"}
     trials: list[Trial] = []
     for rate in rates:
         if rate in known:
@@ -201,7 +224,7 @@ def _run(directory: Path, rate: float, command: Sequence[str], end: int) -> Tria
         stopped_at = None
         while process.poll() is None:
             time.sleep(_LOOK_EVERY)
-            diverged = _diverged(directory, read_metrics(directory / "metrics.jsonl"))
+            diverged = _diverged(directory, _lines(directory))
             if stopped_at is None and (asked or diverged):
                 # Not by a signal: a launcher would end its ranks before they have saved.
                 stopped_at = time.monotonic()
@@ -212,7 +235,7 @@ def _run(directory: Path, rate: float, command: Sequence[str], end: int) -> Tria
     stop.unlink(missing_ok=True)
     if process.returncode == 2:
         raise UserError(f"sweep: rate {rate:g} was refused: see the line above: mend it and give the same command")
-    lines = read_metrics(directory / "metrics.jsonl")
+    lines = _lines(directory)
     lost = process.returncode != 0 and bool(lines) and lines[-1].get("event") in ("spike", "skipped")
     trial = read_trial(directory, rate, end)
     if lost:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
+from igpt_ds.checkpoint.names import list_checkpoints
+from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.errors import UserError
 from igpt_ds.run.metrics import read_metrics
 from tests.helpers.commands import kill_all

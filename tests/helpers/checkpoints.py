@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from igpt_ds.checkpoint import read as checkpoint
-from igpt_ds.checkpoint.read import Shard, step_directory
+from igpt_ds.checkpoint.names import step_directory
+from igpt_ds.checkpoint.read import Shard
 from igpt_ds.checkpoint.write import Saver
+from igpt_ds.lock import Lock
 
 T = TypeVar("T")
 AnyRank = Callable[[bool], bool]
@@ -74,9 +76,10 @@ def save(
     rank: int,
     world: int,
     any_rank: AnyRank,
+    lock: Lock | None = None,
 ) -> Path:
     """Write a checkpoint and wait for it."""
-    saver = Saver(folder, rank, world, any_rank)
+    saver = Saver(folder, rank, world, any_rank, lock=lock)
     saver.begin(step, shards, facts)
     return saver.conclude()
 

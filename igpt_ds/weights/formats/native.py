@@ -13,7 +13,8 @@ from pathlib import Path
 
 import igpt_ds
 from igpt_ds.atomic import publish_text
-from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints, newest_valid, rank_file, step_directory
+from igpt_ds.checkpoint.names import list_checkpoints, step_directory
+from igpt_ds.checkpoint.read import Checkpoint, newest_valid, rank_file
 from igpt_ds.checkpoint.write import publish_checkpoint
 from igpt_ds.config.file import to_toml
 from igpt_ds.dataset.palette import Palette

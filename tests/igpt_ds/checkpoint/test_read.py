@@ -1,6 +1,7 @@
 """Checkpoints of one to three ranks: read back exactly, and refused when damaged."""
 
 import json
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints, newest_valid, step_directory
+from igpt_ds.checkpoint.names import list_checkpoints, step_directory
+from igpt_ds.checkpoint.read import Checkpoint, newest_valid
 from igpt_ds.errors import UserError
 from tests.helpers.checkpoints import FACTS, KINDS, SHAPES, on_ranks, one_rank, originals, save_all
 
@@ -87,6 +89,27 @@ def a_list(path: Path) -> None:
     (path / "checkpoint.json").write_text("[]")
 
 
+def a_word(path: Path) -> None:
+    (path / "checkpoint.json").write_text('"x"')
+
+
+def null(path: Path) -> None:
+    (path / "checkpoint.json").write_text("null")
+
+
+def nested_deep(path: Path) -> None:
+    (path / "checkpoint.json").write_text("[" * 100_000)
+
+
+def a_pipe(path: Path) -> None:
+    (path / "checkpoint.json").unlink()
+    os.mkfifo(path / "checkpoint.json")
+
+
+def no_text(path: Path) -> None:
+    (path / "checkpoint.json").write_bytes(b"\xff\xfe\x00")
+
+
 def flip_a_byte(path: Path) -> None:
     file = path / "rank-00001.safetensors"
     raw = bytearray(file.read_bytes())
@@ -94,7 +117,8 @@ def flip_a_byte(path: Path) -> None:
     file.write_bytes(raw)
 
 
-DAMAGES = [cut_short, remove_a_file, remove_the_mark, half_a_mark, another_version, a_list]
+DAMAGES = [cut_short, remove_a_file, remove_the_mark, half_a_mark, another_version]
+DAMAGES += [a_list, a_word, null, nested_deep, a_pipe, no_text]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

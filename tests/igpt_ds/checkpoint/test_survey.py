@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from igpt_ds.checkpoint import survey as surveys
-from igpt_ds.checkpoint.read import rank_file, set_aside_newer, step_directory
+from igpt_ds.checkpoint.names import set_aside_newer, step_directory
+from igpt_ds.checkpoint.read import rank_file
 from tests.helpers.checkpoints import FACTS, on_ranks, save, shards_of
 from tests.helpers.commands import call
 

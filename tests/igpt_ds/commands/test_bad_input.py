@@ -18,7 +18,8 @@ import pytest
 
 from igpt_ds import cli
 from igpt_ds.atomic import sha256_file
-from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
+from igpt_ds.checkpoint.names import list_checkpoints
+from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
@@ -190,8 +191,9 @@ def test_unknown_option(refused: Refused, arguments: list[str]) -> None:
 def test_world_size_that_does_not_divide_the_batch(
     refused: Refused, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launcher = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     message = refused(*pretrain(digits, tmp_path / "run"))
     assert message.startswith("training.batch=16: 3 ranks cannot share it evenly: start 2 or 4 ranks")
     assert "training.batch=15 or 18" in message

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from igpt_ds import cli
-from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
+from igpt_ds.checkpoint.names import list_checkpoints
+from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.config.file import load_config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset

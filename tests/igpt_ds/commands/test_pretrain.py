@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.checkpoint.read import Checkpoint, list_checkpoints
+from igpt_ds.checkpoint.names import list_checkpoints
+from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.config.file import load_config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.run.metrics import read_metrics

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
+from igpt_ds.lock import Lock
 from igpt_ds.run.metrics import Metrics, read_metrics
 
 LINES = [{"step": step, "loss": 1 / step, "lr": 0.001 * step, "mfu": None} for step in range(1, 8)]
@@ -135,3 +138,89 @@ def test_wandb_writes_a_run_without_a_network(tmp_path: Path, monkeypatch: pytes
     metrics.write({"step": 1, "loss": 0.5})
     metrics.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+ROLLBACK = {"step": 2, "event": "rollback", "reason": "spikes", "left_out": [4, 6]}
+DAMAGED = [
+    b'{"step": 3, "loss": 0.3\x00\x00\n',
+    b"\x00\x00\x00\n",
+    b"\xff\xfe\x00\n",
+    b"42\n",
+    b"null\n",
+    b'{"loss": 1}\n',
+    b'{"step": "3"}\n',
+    b'{"step": true}\n',
+    b'{"step": 3.5}\n',
+    b'{"step": -1}\n',
+    b'{"step": 3, "loss": "low"}\n',
+    b'{"step": 3, "loss": NaN}\n',
+    b'{"step": 3, "loss": 1e999}\n',
+    b'{"step": ' + b"9" * 5000 + b"}\n",
+    b"[" * 100_000 + b"\n",
+    b'{"step": 2, "event": "rollback", "left_out": [4]}\n',
+]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_line_is_named_and_all_others_stay(tmp_path: Path, damaged: bytes) -> None:
+    path, warnings = tmp_path / "metrics.jsonl", list[str]()
+    record(tmp_path, 0, [*LINES, ROLLBACK])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], damaged, b"\n", *lines[3:]]))
+    kept = [*LINES[:2], *LINES[3:], ROLLBACK]
+    assert read_metrics(path, warnings.append) == kept
+    (warning,) = warnings
+    assert warning.startswith(f"{path}: line 3 is passed over: damaged (") and "\n" not in warning
+    before = path.read_bytes()
+    record(tmp_path, 7, [])
+    assert path.read_bytes() == before, "nothing lies beyond the checkpoint: nothing is rewritten"
+    record(tmp_path, 5, [])
+    assert read_metrics(path, lambda text: None) == [line for line in kept if line["step"] <= 5]
+    assert damaged in path.read_bytes(), "it stays for a person to mend"
+
+
+@pytest.mark.parametrize("rest", [b"\xff\xfe\x00", b'{"step": 8, "lo', b"\x00" * 50, b"[" * 100_000])
+def test_what_a_killed_run_left_of_a_line_goes(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record(tmp_path, 0, LINES)
+    with path.open("ab") as file:
+        file.write(rest)
+    assert read_metrics(path, pytest.fail) == LINES
+    record(tmp_path, 7, [{"step": 8, "loss": 0.5}])
+    assert read_metrics(path, pytest.fail) == [*LINES, {"step": 8, "loss": 0.5}]
+    # A whole line that lacks its end alone is a line.
+    path.write_bytes(path.read_bytes()[:-1])
+    record(tmp_path, 8, [])
+    assert read_metrics(path, pytest.fail) == [*LINES, {"step": 8, "loss": 0.5}]
+    assert path.read_bytes().endswith(b"}\n")
+
+
+def test_what_is_no_file_is_told_in_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
+            read_metrics(tmp_path / name)
+
+
+def test_numbers_that_are_not_finite_are_valid_json(tmp_path: Path) -> None:
+    record(tmp_path, 0, [{"step": 1, "val_loss": math.nan, "val_bits": math.inf, "loss": -math.inf, "lr": 0.5}])
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        **dict.fromkeys(("val_loss", "val_bits", "loss")),
+        "step": 1,
+        "lr": 0.5,
+    }
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["val_loss"] is None
+
+
+def test_who_lost_the_run_writes_no_line(tmp_path: Path) -> None:
+    lock = Lock.take(tmp_path)
+    metrics = Metrics(tmp_path, 0, {}, lock=lock)
+    metrics.write(LINES[0])
+    lock.path.unlink()
+    for action in (lambda: metrics.write(LINES[1]), lambda: metrics.rewind(0)):
+        with pytest.raises(RunError, match="owns it no longer"):
+            action()
+    lock.release()
+    assert read_metrics(tmp_path / "metrics.jsonl") == LINES[:1]

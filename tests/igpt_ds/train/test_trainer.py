@@ -194,16 +194,6 @@ def test_before_the_first_step_only_the_schedulers_notice_is_remembered() -> Non
         signal.signal(signal.SIGUSR1, before[1])
 
 
-def test_fresh_clears_a_run_and_nothing_else(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.create()
-    run.config.write_text("name = 'x'")
-    run.require_fresh(force=True)
-    run.clear()
-    assert list(tmp_path.iterdir()) == []
-    run.clear()  # nothing there: fine
-
-
 def test_mixture_is_counted_by_its_quotas(digits: Path, tmp_path: Path) -> None:
     sources = [str(digits), str(digits)]
     config = pretraining("tiny", None, sources, ["data.weights=[1,3]", "training.steps=1000"])
