@@ -6,6 +6,7 @@ A worker keeps a pool's pixels in memory: 154 MB for the training images.
 Source: Krizhevsky 2009; https://www.cs.toronto.edu/~kriz/cifar.html, "Dataset layout".
 """
 
+import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from igpt_ds.errors import UserError
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
+_MOST_NAMES, _LONGEST_NAME = 256, 256  # of classes
 _LARGEST = 1 << 28  # bytes of one file; CIFAR-100's training file is the largest with 155 MB
 
 
@@ -101,8 +103,13 @@ def _places(path: Path, layouts: Sequence[Layout]) -> list[Path]:
 
 def _class_names(path: Path, file: str, key: bytes | None) -> list[str]:
     data = _read(path, file)
-    names = data.split(b"\n") if key is None else unpickle(data, f"{path} {file}").get(key)
-    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    names = lines if key is None else unpickle(data, f"{path} {file}").get(key)
+    if (
+        not isinstance(names, list)
+        or len(names) > _MOST_NAMES
+        or not all(isinstance(name, bytes | str) and len(name) <= _LONGEST_NAME for name in names)
+    ):
         raise UserError(f"{path} {file}: no list of class names: fetch it again")
     text = [name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names]
     return [name.strip() for name in text if name.strip()]
@@ -119,7 +126,9 @@ def _load(path: Path, files: tuple[str, ...], label: bytes | int, header: int) -
             content = unpickle(data, where)
             rows = bytes_array(content.get(b"data"), where)
             values = content.get(label)
-            if rows.ndim != 2 or rows.shape[1] != PIXELS or not isinstance(values, list) or len(values) != len(rows):
+            if not isinstance(values, list):
+                raise UserError(f"{where}: its labels are no list of numbers: fetch it again")
+            if rows.ndim != 2 or rows.shape[1] != PIXELS or len(values) != len(rows):
                 raise UserError(f"{where}: not as many labels as images of 32 x 32: fetch it again")
             if not all(type(value) is int and 0 <= value < 256 for value in values):
                 raise UserError(f"{where}: labels that are no class numbers: fetch it again")

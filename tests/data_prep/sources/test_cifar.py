@@ -218,6 +218,37 @@ def test_damaged_and_made_up_pickles_are_refused() -> None:
             assert "\n" not in str(error)
 
 
+NESTED = b"\x80\x02}(" + b"U\x01a" + b"\x85q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(50))
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (NESTED + b"Nu.", "a key that is no text"),
+        (NESTED + b"Nd.", "a key that is no text"),
+        (NESTED + b"Ns.", "not a pickle"),
+        (b"\x80\x02}" + b"U\x01a\x85Ns.", "a key that is no text"),
+        (b"\x80\x05\x96" + (3 << 30).to_bytes(8, "little"), "operation 150"),
+        (b"\x80\x05}\x97N.", "operation 151"),
+        (b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.", None),
+        (b"\x80\x02}X\x03\x00\x00\x00\xed\xa0\x80Ns.", "surrogates not allowed"),
+        (b"\x80\x02" + b"N" * 4_000_001 + b".", "too many operations"),
+        (b"\x80\x02c_codecs\nencode\n(X\x01\x00\x00\x00a}sb.", "not a pickle"),
+        (b"\x80\x02cnumpy\ndtype\n(" + b"U\xff" + b"a" * 255 + b"tR.", "an array of what is no number"),
+        (
+            b"\x80\x02]q\x00c_codecs\nencode\nq\x01X\x64\x00\x00\x00" + b"a" * 100 + b"X\x06\x00\x00\x00latin1\x86q\x02"
+            + b"h\x01h\x02R" * 50 + b".",
+            "it repeats itself",
+        ),
+    ],
+)  # fmt: skip
+def test_small_pickles_that_ask_for_much(data: bytes, told: str | None) -> None:
+    if told is None:
+        assert unpickle(data, "f") == {}
+    else:
+        assert told in refusal(lambda: unpickle(data, "f"))
+
+
 class Array:
     """Pickles as an array whose state is made up."""
 
@@ -241,9 +272,11 @@ class Array:
         (rows(0), [0, 0, 0, -1]),
         (rows(0), [0, 0, 0, 3]),
         ([1, 2], [0] * 4),
+        (rows(0), np.zeros(4, np.int64)),
+        (Array((1,) * 4 + (4, 3072), "u1", bytes(4 * 3072)), [0] * 4),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(data: object, numbers: list[int], tmp_path: Path) -> None:
+def test_arrays_that_do_not_fit_are_refused(data: object, numbers: object, tmp_path: Path) -> None:
     files = cifar10_files(False, python3_pickle)
     files["data_batch_2"] = python3_pickle({"data": data, "labels": numbers})
     path = laid_out(files, tmp_path, "folder", "cifar-10-batches-py", "")
@@ -255,6 +288,9 @@ def test_other_faults_of_cifar(tmp_path: Path) -> None:
     path = laid_out(cifar10_files(True, python3_pickle), tmp_path, "folder", "cifar-10-batches-bin", "")
     assert "no such file or folder" in refusal(lambda: listed("cifar10", tmp_path / "none"))
     assert "2 paths" in refusal(lambda: listed("cifar10", path, path))
+    names = path / "batches.meta.txt"
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes().replace(b"\n", b"\r\n"))
+    assert listed("cifar10", path).classes == NAMES
     assert "not cifar100" in refusal(lambda: listed("cifar100", path))
     with (path / "test_batch.bin").open("ab") as file:
         file.write(b"x")
