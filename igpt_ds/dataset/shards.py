@@ -23,6 +23,7 @@ cropped copies) has K times as many shards; each belongs to one view, and every 
 NumPy and the standard library only: shard-building workers import this file and must not load torch.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -143,7 +144,7 @@ class Dataset:
         rest = manifest.rows_per_block * self._row_bytes
         facts = [(shard.token_offset, shard.block_bytes - rest, shard.rows) for shard in manifest.shards]
         self._first, self._rest, self._rows = np.array(facts, np.int64).reshape(-1, 3).T.copy()
-        self._files = _Files(self.path, [shard.name for shard in manifest.shards], times)
+        self._files = _Files(self.path, manifest.shards, times)
 
     @classmethod
     def open(cls, directory: Path) -> "Dataset":
@@ -221,7 +222,7 @@ class Dataset:
             try:
                 data = os.pread(self._files[shard], size, int(self._offsets(shard, row)))
             except OSError as error:
-                raise damaged(self._path(shard), f"row {row} cannot be read: {error.strerror}") from error
+                raise _unreadable(self._path(shard), row, error) from error
             if len(data) != size:
                 raise damaged(self._path(shard), f"it ends within row {row + len(data) // self._row_bytes}")
             self._files.require_unchanged()
@@ -292,7 +293,7 @@ class Dataset:
             pieces.extend(map(os.pread, map(files.__getitem__, shards), repeat(size), offsets))
         except OSError as error:
             i = len(pieces)
-            raise damaged(self._path(shards[i]), f"row {rows[i]} cannot be read: {error.strerror}") from error
+            raise _unreadable(self._path(shards[i]), int(rows[i]), error) from error
         data = bytearray().join(pieces)
         if len(data) != size * len(pieces):
             i = next(i for i, piece in enumerate(pieces) if len(piece) != size)
@@ -313,13 +314,15 @@ class Dataset:
 class _Files(dict[int, int]):
     """Descriptors by shard, opened at the first look-up; beyond `_OPEN_FILES` the one opened first is closed."""
 
-    def __init__(self, directory: Path, names: list[str], times: Sequence[int] | None) -> None:
+    def __init__(self, directory: Path, shards: Sequence[ShardRecord], times: Sequence[int] | None) -> None:
         super().__init__()
-        self._directory, self._names, self._times = directory, names, times
+        self._directory, self._shards, self._times = directory, shards, list(times) if times is not None else None
         self._looked = -math.inf
 
     def require_unchanged(self) -> None:
-        """Refuse a shard that was written to since the dataset was opened: what was read may be of either state.
+        """Refuse a shard that was changed since the dataset was opened: what was read may be of either state.
+
+        One that was only written anew with the same bytes, or touched, is as good as before.
 
         To ask about every file that a batch came from takes a fifth of the reading, so each file is asked about when
         it is opened and then once in `_LOOK_EVERY` seconds.
@@ -331,11 +334,23 @@ class _Files(dict[int, int]):
             self._looked = now
 
     def _require_unchanged(self, shard: int, descriptor: int) -> None:
-        if self._times is not None and os.fstat(descriptor).st_mtime_ns != self._times[shard]:
-            raise damaged(self._directory / f"{self._names[shard]}.tar", "it was changed while it was in use")
+        if self._times is None or (time_now := os.fstat(descriptor).st_mtime_ns) == self._times[shard]:
+            return
+        with open(os.dup(descriptor), "rb") as file:
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != self._shards[shard].sha256:
+                # No word of deleting: it may be whole, of a dataset that was built anew.
+                raise UserError(
+                    f"{self._path(shard)}: damaged shard (it was changed while it was in use): restore it, or start "
+                    "again if igpt-data verify finds it whole"
+                )
+        self._times[shard] = time_now
+
+    def _path(self, shard: int) -> Path:
+        return self._directory / f"{self._shards[shard].name}.tar"
 
     def __missing__(self, shard: int) -> int:
-        path = self._directory / f"{self._names[shard]}.tar"
+        path = self._path(shard)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -351,7 +366,7 @@ class _Files(dict[int, int]):
         return descriptor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Files, (self._directory, self._names, self._times)  # an open file stays with its process
+        return _Files, (self._directory, self._shards, self._times)  # an open file stays with its process
 
     def __del__(self) -> None:
         while self:
@@ -360,3 +375,8 @@ class _Files(dict[int, int]):
 
 def _missing(path: Path) -> UserError:
     return UserError(f"{path}: missing shard: restore it or run igpt-data shards again")
+
+
+def _unreadable(path: Path, row: int, error: OSError) -> UserError:
+    # No word of deleting: a file server that is away for a moment makes no shard worse.
+    return UserError(f"{path}: row {row} cannot be read: {error.strerror}: look at the disk, or restore the shard")

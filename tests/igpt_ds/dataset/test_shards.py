@@ -223,6 +223,28 @@ def test_a_shard_that_is_changed_while_in_use(tmp_path: Path, monkeypatch: pytes
             read()
 
 
+def test_a_shard_that_is_only_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_dataset(tmp_path / "d")
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    dataset = Dataset.open(tmp_path / "d")
+    before = dataset.read(1, 3)
+    path = tmp_path / "d" / "train-00001.tar"
+    content = path.read_bytes()
+    os.utime(path, ns=(0, 0))
+    now = 1.0
+    read = pickle.loads(pickle.dumps(dataset)).read(1, 3)  # opened only now
+    assert np.array_equal(dataset.read(1, 3), before) and np.array_equal(read, before)
+    # Restored from a copy, in place.
+    path.write_bytes(content)
+    now = 2.0
+    assert np.array_equal(dataset.read(1, 3), before)
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", None)  # looked at once
+        now = 3.0
+        assert np.array_equal(dataset.read(1, 3), before)
+
+
 def test_missing_shard(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d")
     (tmp_path / "d" / "train-00000.tar").unlink()
