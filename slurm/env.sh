@@ -62,8 +62,9 @@ run_ranks() {
 
 restart_after_crash() {
   local each newest=none last='' count=0
+  # A person's copies beside them, or links, are no progress.
   for each in "$RUN"/checkpoints/step-*; do
-    [[ ! -d $each ]] || newest=${each##*/}
+    [[ ! -d $each || -L $each || ! $each =~ /step-[0-9]{8,}$ ]] || newest=${each##*/}
   done
   [[ ! -f $RUN/.restarts ]] || read -r last count <"$RUN/.restarts" || true
   # Going back to an older checkpoint is no progress.
