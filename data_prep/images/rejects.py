@@ -1,10 +1,10 @@
 """Images that cannot be used: counted by reason, and the job stopped where there are more than allowed.
 
 What is allowed is a share of the whole job's images. A source that lists its images says how many they are, so
-that a job stops as soon as more are rejected than the whole may have. A streamed source does not: the number is
-then estimated from the input files that are done, and the exact share judged at the end. Where none may be
-rejected, the first reject stops the job. Images whose owners opted out are left out and counted with the rest, but
-they are no fault of the data, and never stop a job.
+that a job stops as soon as more are rejected than the whole may have. A streamed source does not: it is judged at
+the end, for all its rejects may be in its first file. Where none may be rejected, the first reject stops the job.
+Images whose owners opted out are left out and counted with the rest, but they are no fault of the data, and never
+stop a job.
 """
 
 from collections import Counter
@@ -62,7 +62,7 @@ class Tally:
 
         Args:
             allowed: the share of images that may be rejected.
-            total: the job's images, an estimate maybe; None where it is unknown: a share of none can be judged.
+            total: the job's images; None where it is not known yet: no share of them can be judged.
         """
         if self.last is None or (allowed > 0 and (total is None or self.faults <= allowed * total)):
             return

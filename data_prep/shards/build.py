@@ -4,11 +4,13 @@ Each slice of a `Build` (see `data_prep.shards.job`) is built by a pure function
 marks (see `data_prep.shards.task`); the marks are merged into the manifests at the end.
 """
 
+import shutil
 from typing import Any
 
 from data_prep.shards.job import Build, Results
-from data_prep.shards.task import build_slice, finished
+from data_prep.shards.task import OWNER, build_slice, finished
 from data_prep.workers.run import Here, Meter, Place, Step
+from data_prep.workers.slurm import Cluster
 from igpt_ds.errors import UserError
 
 
@@ -19,16 +21,29 @@ def build(job: Build, place: Place, meter: Meter) -> Results | None:
         Each split's directory with its manifest, or None where it was there already, complete; None: jobs of a cluster
         have still to end.
     """
-    try:
-        if not place.busy():
-            job.prepare()  # only then, for it clears temporary files away
-        elif other := next((job.directory(p) for p in job.planned if p.difference(job.directory(p))), None):
+    if place.busy():
+        if other := next((job.directory(p) for p in job.planned if p.difference(job.directory(p))), None):
             raise UserError(f"{other}: jobs are still building another dataset there: wait, or end them with scancel")
-        return place.run(_step(job), meter)
-    except UserError:
-        if isinstance(place, Here):
-            job.clean_up()
-        raise
+        return place.run(_step(job.joined()), meter)
+    _refuse_jobs(job, place)
+    with job.owned() as mine:
+        try:
+            mine.prepare()
+            return place.run(_step(mine), meter)
+        except UserError:
+            if isinstance(place, Here):
+                mine.clean_up()
+            raise
+
+
+def _refuse_jobs(job: Build, place: Place) -> None:
+    """Refuse to build here what jobs of a cluster, submitted by an earlier call, are still building."""
+    jobs = Cluster(job.out / "jobs")
+    pending = any((job.directory(plan) / OWNER).exists() for plan in job.planned)
+    if isinstance(place, Here) and pending and shutil.which("squeue") and jobs.running():
+        raise UserError(
+            f"{job.out}: jobs {', '.join(jobs.jobs())} are still building there: wait, or end them with scancel"
+        )
 
 
 def _step(job: Build) -> Step[Results]:

@@ -6,12 +6,18 @@ plan and whose bytes have the recorded hash are kept.
 
 A trial (`max_shards`) builds the first slices of the same plan and a manifest of them, beside which `trial.json`
 says how many they are; a later build of the whole keeps them.
+
+Whoever builds here holds the lock of each split's directory, and has written its text into the file `.build` there.
+Jobs of a cluster outlive the process that submitted them, and its locks: they may publish for as long as `.build` is
+that of their build.
 """
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,7 @@ import PIL
 from data_prep.images.rejects import Tally
 from data_prep.selection.file import Selection
 from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Settings, Split, make_plans, no_images, read_record
-from data_prep.shards.task import ShardTask, committed, records, task_of
+from data_prep.shards.task import OWNER, ShardTask, committed, records, task_of
 from data_prep.sources import Source
 from igpt_ds import __version__
 from igpt_ds.atomic import fsync_directory, publish_file, publish_text, writing
@@ -29,6 +35,8 @@ from igpt_ds.dataset.manifest import Manifest, ShardRecord
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from igpt_ds.lock import NAME, Lock, read, require
+from igpt_ds.text import visible
 
 # A split's directory with its manifest, or None where it was there already, complete.
 Results = list[tuple[Path, Manifest | None]]
@@ -42,6 +50,7 @@ class Build:
         plans: of all splits that were asked for.
         to_do: those splits of them that are not there already, complete.
         created: directories that were not there before.
+        token: of the build; nothing is published once another has begun. "" before it has begun.
     """
 
     out: Path
@@ -53,6 +62,7 @@ class Build:
     max_shards: int | None
     max_reject_rate: float
     force: bool
+    token: str = ""
 
     @property
     def images(self) -> int | None:
@@ -73,18 +83,55 @@ class Build:
         """A split's tasks, made as they are asked for."""
         images = self.images
         for piece in plan.slices(self.max_shards):
-            yield task_of(plan, piece, self.directory(plan), self.palette, images, self.max_reject_rate)
+            yield task_of(plan, piece, self.directory(plan), self.palette, images, self.max_reject_rate, self.token)
+
+    @contextmanager
+    def owned(self) -> Iterator["Build"]:
+        """This build as the only one of its splits.
+
+        Raises:
+            UserError: another process builds one of them.
+        """
+        directories = [self.directory(plan) for plan in self.planned]
+        with ExitStack() as stack:
+            locks: list[Lock] = []
+            try:
+                for directory in [*directories, *([self.stale] if self.stale and self.stale.is_dir() else [])]:
+                    with writing(directory):
+                        directory.mkdir(parents=True, exist_ok=True)
+                    locks.append(Lock.take(directory))
+                    stack.callback(locks[-1].release)
+            except UserError:
+                for path in reversed(self.created):
+                    with suppress(OSError):
+                        path.rmdir()
+                raise
+            yield replace(self, token=locks[0].token if locks else "")
+
+    def joined(self) -> "Build":
+        """This build, whose jobs another process has submitted."""
+        owners = [read(self.directory(plan) / OWNER) for plan in self.planned]
+        return replace(self, token=next((owner.token for owner in owners if owner), ""))
 
     def prepare(self) -> None:
         """Make the splits' directories ready: nothing of another plan in them, and no manifest until the end."""
+        for plan in self.planned if self.token else ():
+            owner = (self.directory(self.planned[0]) / NAME).read_text(encoding="utf-8")
+            publish_text(self.directory(plan) / OWNER, owner)
         if self.stale:
             _clear(self.stale, "val")
         for plan in self.planned:
             directory = self.directory(plan)
-            if self.force or plan.difference(directory):
+            if not self.force:
+                _refuse_other(plan, directory)  # it may have been built since this build was planned
+            difference = plan.difference(directory)
+            shards = len(list(directory.glob(f"{plan.split}-?????*.tar")))
+            if difference and shards and not self.force:
+                told = f"{directory}: {shards} shards of another plan's unfinished build are removed: {difference}"
+                sys.stderr.write(visible(f"igpt-data: {told}") + "\n")
+            if self.force or difference:
                 _clear(directory, plan.split)
             with writing(directory):
-                directory.mkdir(parents=True, exist_ok=True)
                 for name in ("manifest.json", "trial.json"):
                     (directory / name).unlink(missing_ok=True)
                 for path in directory.glob(".*.tmp"):  # what a killed build left behind
@@ -104,6 +151,8 @@ class Build:
             if not merged[plan.split][1]:
                 raise self._nothing(plan, merged[plan.split][0])
         manifests = {plan.split: self._publish(plan, *merged[plan.split]) for plan in self.planned}
+        for plan in self.planned:
+            (self.directory(plan) / OWNER).unlink(missing_ok=True)
         return [(self.directory(plan), manifests.get(plan.split)) for plan in self.plans]
 
     def made(self) -> Results | None:
@@ -119,7 +168,11 @@ class Build:
         # Less than one full shard's work is not worth a half dataset.
         if small or not any(any(path.glob("*.tar")) for path in self.created):
             for path in reversed(self.created):
-                shutil.rmtree(path, ignore_errors=True)
+                if path != self.out:
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    with suppress(OSError):
+                        path.rmdir()  # unless another split is there
 
     def _merge(self, plan: Plan) -> tuple[Tally, list[ShardRecord], float]:
         """What the marks say: images, shards, the palette's squared error in all of them.
@@ -127,6 +180,7 @@ class Build:
         The rejects go into a file, for there may be millions.
         """
         directory, tally = self.directory(plan), Tally()
+        require(directory / OWNER, self.token)
         shards: list[ShardRecord] = []
         squared_error = 0.0
         with publish_file(directory / "rejects.jsonl") as file:
@@ -144,7 +198,7 @@ class Build:
                     tally.reject(rejected)
                     file.write(json.dumps(rejected._asdict()).encode() + b"\n")
         if not tally.rejected:
-            (directory / "rejects.jsonl").unlink()
+            (directory / "rejects.jsonl").unlink(missing_ok=True)
         return tally, sorted(shards, key=lambda shard: shard.view), squared_error
 
     def _nothing(self, plan: Plan, tally: Tally) -> UserError:
@@ -155,6 +209,10 @@ class Build:
                 f"--max-shards {self.max_shards}: no image for {plan.split} in so few: "
                 f"raise it, or leave {plan.split} out with --split"
             )
+        if not any(self._merge(each)[0].seen for each in self.planned):
+            first, more = plan.pieces[0].part, len(plan.pieces) - 1
+            files = f"{first} and {more} more files" if more else first
+            return UserError(f"{plan.source.name}: no images in {files}: mend the path")
         return no_images(plan.split, plan.settings.holdout)
 
     def _publish(self, plan: Plan, tally: Tally, shards: list[ShardRecord], squared_error: float) -> Manifest:
@@ -182,6 +240,7 @@ class Build:
         )
         if _is_trial(plan, self.max_shards):
             publish_text(self.directory(plan) / "trial.json", json.dumps({"max_shards": self.max_shards}) + "\n")
+        require(self.directory(plan) / OWNER, self.token)
         manifest.save(self.directory(plan))
         return manifest
 
@@ -213,7 +272,8 @@ def begin(
     """
     default: tuple[Split, ...] = ("train", "val") if settings.holdout > 0 else ("train",)
     chosen = splits or default
-    plans = make_plans(source, palette, settings, chosen, selection, options)
+    planned = make_plans(source, palette, settings, chosen, selection, options)
+    plans = [plan.as_begun(out / plan.split) for plan in planned]
     stale = out / "val" if "train" in chosen and settings.holdout == 0 else None
     if not force:
         for plan in plans:
@@ -223,7 +283,10 @@ def begin(
                 f"{stale}: is there, but --holdout 0 makes no validation split: "
                 "choose another --out, or --force to replace it"
             )
-        _refuse_overlap(out, chosen, settings)
+    others: list[Split] = [each for each in ("train", "val", "test") if each not in chosen]
+    for other in others:
+        if not (force and stale == out / other):  # that one goes
+            _refuse_mismatch(plans[0], out / other, other)
     return Build(
         out=out,
         palette=palette,
@@ -250,17 +313,37 @@ def _refuse_other(plan: Plan, directory: Path) -> None:
         raise UserError(f"{directory}: is not empty and no unfinished build: choose another --out")
 
 
-def _refuse_overlap(out: Path, splits: tuple[Split, ...], settings: Settings) -> None:
-    """Training and validation images must not overlap when the splits are built one after the other."""
-    for split in ("train", "val"):
-        other = read_record(out / split)
-        if split in splits or not {"train", "val"} & set(splits) or other is None:
-            continue
-        if (held_out := other.get("holdout")) != settings.holdout:
-            raise UserError(
-                f"{out / split}: was built with --holdout {held_out}, not {settings.holdout:g}, so that the splits "
-                "would overlap: give the same share, or choose another --out"
-            )
+def _refuse_mismatch(plan: Plan, there: Path, split: Split) -> None:
+    """The splits of one directory are one data set, also when they are built one after the other."""
+    other = read_record(there)
+    if other is None:
+        return
+    remedy = f"or choose another --out, or remove {there}"
+    held_out, resolution = other.get("holdout"), (other.get("transform") or {}).get("resolution")
+    if "test" not in (split, plan.split) and held_out != plan.settings.holdout:
+        raise UserError(
+            f"{there}: was built with --holdout {held_out}, not {plan.settings.holdout:g}, so that the splits "
+            f"would overlap: give the same share, {remedy}"
+        )
+    if other.get("palette_sha256") != plan.record["palette_sha256"]:
+        raise UserError(f"{there}: was built with another palette: give --palette {there}/palette.npy, {remedy}")
+    if resolution != plan.settings.resolution:
+        raise UserError(
+            f"{there}: was built with --resolution {resolution}, not {plan.settings.resolution}: "
+            f"give the same, {remedy}"
+        )
+    if other.get("classes") != plan.record["classes"]:
+        raise UserError(
+            f"{there}: has {_listed(other.get('classes'))}, but {plan.split} would have "
+            f"{_listed(plan.record['classes'])}: give both the same classes in the same order "
+            f"(folders: as train/ and test/ of one folder), {remedy}"
+        )
+
+
+def _listed(classes: list[str] | None) -> str:
+    if not classes:
+        return "no classes"
+    return f"{len(classes)} classes ({', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''})"
 
 
 def _is_trial(plan: Plan, max_shards: int | None) -> bool:
@@ -286,6 +369,6 @@ def _clear(directory: Path, split: str) -> None:
     with writing(directory):
         (directory / "manifest.json").unlink(missing_ok=True)
         for path in [*directory.glob(f"{split}-?????*.tar"), *directory.glob(f"{split}-?????*.json")]:
-            path.unlink()
+            path.unlink(missing_ok=True)
         for name in ("palette.npy", "plan.json", "rejects.jsonl", "trial.json"):
             (directory / name).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ the same images.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -26,6 +26,8 @@ from igpt_ds.dataset.storage import storage_for
 from igpt_ds.errors import UserError
 
 ROWS_PER_BLOCK = 256
+_CLASS_FILES = {"classes", "truth"}  # options of sources
+_MOST_SHARDS = 1_000_000  # of a split, each with its file and its mark
 
 Split = Literal["train", "val", "test"]
 
@@ -110,18 +112,31 @@ class Plan:
         other = read_record(directory)
         if other is None:
             return "it holds no readable plan.json"
-        mine = self.record
+        mine, other = _meaning(self.record), _meaning(other)
         differing = [key for key in sorted({**mine, **other}) if mine.get(key) != other.get(key)]
         return (
             ", ".join(f"{key} was {_short(other.get(key))} and is {_short(mine.get(key))}" for key in differing) or None
         )
+
+    def as_begun(self, directory: Path) -> "Plan":
+        """This plan in the words of the one in a directory, if that means the same: its shards bear its fingerprint."""
+        other = read_record(directory)
+        return self if other is None or _meaning(other) != _meaning(self.record) else replace(self, record=other)
+
+
+def _meaning(record: dict[str, Any]) -> dict[str, Any]:
+    """Without the names of files that are read for what they say of classes and labels, which the plan holds."""
+    options = record.get("options")
+    if not isinstance(options, dict):
+        return record
+    return {**record, "options": {name: value for name, value in options.items() if name not in _CLASS_FILES}}
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The plan that stands in a dataset directory; None where there is none."""
     try:
         record = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else {}
 
@@ -253,6 +268,13 @@ def _plan(
         mine = belongs(split, settings.holdout)
         order = f"order {settings.seed}"
         items = sorted((item for item in every if mine(item.id)), key=lambda item: (unit_hash(order, item.id), item.id))
+        if not every and selection:
+            raise UserError(f"{selection.path}: keeps no image: select again")
+        if (shards := -(-len(items) // settings.rows_per_shard) * views) > _MOST_SHARDS:
+            raise UserError(
+                f"--rows-per-shard {settings.rows_per_shard}: {shards:,} shards in {views} view(s) for {split}: "
+                "choose larger shards, or fewer views"
+            )
         if not items:
             raise no_images(split, settings.holdout, len(every))
         for item in items:

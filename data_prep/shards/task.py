@@ -3,13 +3,19 @@
 A slice of a source that lists its images is one shard. An input file of a streamed source is read once, and
 becomes as many shards as its rows need; each is committed by its mark, and the mark of the last one says that it
 is the last. A task that was stopped goes on after the last committed shard: it passes over the images before it
-without decoding them. A slice in which no image can be used leaves a mark without a shard.
+without decoding them. Each mark carries a hash of all images up to its end; where those that are passed over are
+others, the input has changed, and the slice is built anew. A slice in which no image can be used leaves a mark
+without a shard.
 """
 
+import hashlib
 import json
+import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,8 +34,11 @@ from igpt_ds.dataset.manifest import ShardRecord
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import read_mark, write_shard
 from igpt_ds.errors import UserError
+from igpt_ds.lock import require
+from igpt_ds.text import visible
 
-_FIRST_ROWS = 1024  # of a shard's buffer, which doubles as it fills
+OWNER = ".build"  # names the build that may publish in a split's directory: the text of its lock
+_FIRST_BYTES = 1 << 20  # of a shard's buffer, which doubles as it fills
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class ShardTask:
         palette_sha256: of the palette that the directory must hold.
         selection: reduced to the slice's part.
         images: of the whole job, for the share of rejects; None where it is not known.
+        token: of the build that the task belongs to: once another has begun, nothing more is published.
     """
 
     slice: Slice
@@ -58,6 +68,7 @@ class ShardTask:
     selection: Selection | None
     images: int | None
     max_reject_rate: float
+    token: str
 
 
 @dataclass(frozen=True)
@@ -69,15 +80,19 @@ class Mark:
         seen: images of the slice up to the end of this shard, the rejected ones included.
         rejected: those within this shard's images.
         last: is it the slice's last shard?
+        passed: hash of the images seen, see `_Passed`; None in marks of older versions.
     """
 
     record: ShardRecord | None
     seen: int
     rejected: list[Rejected]
     last: bool
+    passed: str | None
 
 
-def task_of(plan: Plan, piece: Slice, directory: Path, palette: Palette, images: int | None, rate: float) -> ShardTask:
+def task_of(
+    plan: Plan, piece: Slice, directory: Path, palette: Palette, images: int | None, rate: float, token: str
+) -> ShardTask:
     """The task that builds one slice of a plan."""
     selection = None
     if plan.selection and piece.piece.part:
@@ -96,6 +111,7 @@ def task_of(plan: Plan, piece: Slice, directory: Path, palette: Palette, images:
         selection=selection,
         images=images,
         max_reject_rate=rate,
+        token=token,
     )
 
 
@@ -107,16 +123,30 @@ def build_slice(task: ShardTask) -> Done:
             a shard cannot be written.
     """
     marks = committed(task, thorough=True)
-    tally = _tally(marks)
-    # The other views have the same images and reject the same ones.
-    kept, again = tally.seen, task.slice.views[0] != 0
     if marks and marks[-1].last:
-        return Done(tally, kept, again)
+        tally = _tally(marks)
+        return Done(tally, tally.seen, _again(task))
+    done = _go_on(task, marks)
+    if done is None:
+        told = f"{task.slice.piece.part}: holds other images than when {len(marks)} of its shards were built"
+        sys.stderr.write(visible(f"igpt-data: {told}: they are built anew for {task.split}") + "\n")
+        done = _go_on(task, [])
+    return cast(Done, done)
+
+
+def _go_on(task: ShardTask, marks: list[Mark]) -> Done | None:
+    """Build the slice's shards after those that have marks; None: these are of other images."""
+    tally, passed = _tally(marks), _Passed()
+    kept = tally.seen
     palette = _palette(task.directory / "palette.npy", task.palette_sha256)
+    images = _images(task)
+    for encoded in islice(images, kept):
+        passed.add(encoded)
+    if marks and marks[-1].passed != passed.hex:
+        return None
+    _remove_from(task, len(marks))
     shard = _Shard(task, len(marks))
-    for position, encoded in enumerate(_images(task)):
-        if position < kept:
-            continue
+    for position, encoded in enumerate(images, kept):
         rows = _encode(encoded, task, palette)
         if isinstance(rows, Rejected):
             shard.rejected.append(rejected := rows)
@@ -125,13 +155,32 @@ def build_slice(task: ShardTask) -> Done:
         else:
             # A full shard waits for the next row, for until then it may be the last.
             if shard.rows == shard.capacity:
-                shard.publish(seen=position, last=False)
+                shard.publish(seen=position, last=False, passed=passed.hex)
                 shard = _Shard(task, shard.number + 1)
             shard.add(encoded, rows)
         tally.seen += 1
+        passed.add(encoded)
         count(1, int(isinstance(rows, Rejected)))
-    shard.publish(seen=tally.seen, last=True)
-    return Done(tally, kept, again)
+    shard.publish(seen=tally.seen, last=True, passed=passed.hex)
+    return Done(tally, kept, _again(task))
+
+
+def _again(task: ShardTask) -> bool:
+    """The other views have the same images as the first and reject the same ones."""
+    return task.slice.views[0] != 0
+
+
+def _remove_from(task: ShardTask, start: int) -> None:
+    """Remove what an earlier run left of an input file's shards from this one on: there may be fewer of them now."""
+    if task.slice.piece.items is not None:
+        return
+    first = start * len(task.slice.views)
+    for suffix in ("json", "tar"):  # the marks first
+        for path in task.directory.glob(f"{task.slice.name}-*.{suffix}"):
+            number = path.stem.rpartition("-")[2]
+            if number.isdecimal() and int(number) >= first:
+                require(task.directory / OWNER, task.token)
+                path.unlink(missing_ok=True)
 
 
 def finished(task: ShardTask) -> Done | None:
@@ -140,7 +189,7 @@ def finished(task: ShardTask) -> Done | None:
     if not marks or not marks[-1].last:
         return None
     tally = _tally(marks)
-    return Done(tally, tally.seen, task.slice.views[0] != 0)
+    return Done(tally, tally.seen, _again(task))
 
 
 def committed(task: ShardTask, *, thorough: bool) -> list[Mark]:
@@ -175,13 +224,30 @@ def records(task: ShardTask, marks: list[Mark]) -> list[tuple[ShardRecord, float
     return [(record, float(note["squared_error"])) for record, note in found]
 
 
+class _Passed:
+    """A hash of the images that a task has seen, in their order: ids, labels, sizes and checksums."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, encoded: Encoded) -> None:
+        item, data = encoded.item, encoded.data
+        what = f"{len(data)}\0{zlib.crc32(data)}" if isinstance(data, bytes) else str(data)
+        self._hash.update(f"{item.id}\0{item.label}\0{what}\0".encode("utf-8", "surrogateescape"))
+
+    @property
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+
 class _Shard:
     """The rows of one shard, in all views, until it is published."""
 
     def __init__(self, task: ShardTask, number: int) -> None:
         self.task, self.number, self.rows = task, number, 0
         self.capacity = task.rows_per_shard
-        shape = (min(self.capacity, _FIRST_ROWS), cast(int, task.transform.resolution) ** 2)
+        tokens = cast(int, task.transform.resolution) ** 2
+        shape = (min(self.capacity, max(1, _FIRST_BYTES // (2 * tokens))), tokens)
         self.tokens = {view: np.empty(shape, np.uint16) for view in task.slice.views}
         self.ids: list[bytes] = []
         self.labels: list[int | None] = []
@@ -199,14 +265,17 @@ class _Shard:
         self.labels.append(encoded.item.label)
         self.rows += 1
 
-    def publish(self, *, seen: int, last: bool) -> None:
+    def publish(self, *, seen: int, last: bool, passed: str) -> None:
         task = self.task
-        note = {"plan": task.plan, "seen": seen, "last": last, "rejected": [list(each) for each in self.rejected]}
+        rejected = [list(each) for each in self.rejected]
+        note = {"plan": task.plan, "seen": seen, "last": last, "passed": passed, "rejected": rejected}
         if not self.rows:
+            require(task.directory / OWNER, task.token)
             mark = json.dumps({"rows": 0, "note": note}, indent=1) + "\n"
             publish_text(task.directory / f"{_name(task, self.number, task.slice.views[0])}.json", mark)
             return
         for view, tokens in self.tokens.items():
+            require(task.directory / OWNER, task.token)
             write_shard(
                 task.directory,
                 _name(task, self.number, view),
@@ -234,7 +303,7 @@ def _images(task: ShardTask) -> Iterator[Encoded]:
             if encoded.item.id.encode("utf-8", "surrogateescape") not in kept:
                 continue
             met += 1
-        if mine(encoded.item.id):
+        if mine(encoded.sample or encoded.item.id):
             yield encoded
     if task.selection and kept is not None and met != len(kept):
         raise missing_selected(task.selection, piece.part, len(kept) - met, len(kept))
@@ -279,8 +348,8 @@ def _read(task: ShardTask, name: str, thorough: bool) -> Mark | None:
         if note["plan"] != task.plan:
             return None
         rejected = [Rejected(*each) for each in note["rejected"]]
-        return Mark(record, int(note["seen"]), rejected, bool(note["last"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Mark(record, int(note["seen"]), rejected, bool(note["last"]), note.get("passed"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 

@@ -211,7 +211,7 @@ class _Progress:
         if not done.again:
             self._tally.add(done.tally)
         self._show()
-        self._tally.judge(self._step.max_reject_rate, self._step.images or self._total())
+        self._tally.judge(self._step.max_reject_rate, self._step.images)
 
     def _total(self) -> int | None:
         """Readings in all; of a streamed source an estimate from the tasks that are done."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from igpt_ds.atomic import publish_text, writing
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 
 MAX_ARRAY = 1000  # Slurm's own limit, MaxArraySize, is 1001 unless a site raises it
 _POLL = {"slurm": 10.0, "local": 0.2}  # seconds between two looks at the jobs
@@ -133,7 +133,7 @@ class _Job:
     def __call__(self, *arguments: object) -> None:
         try:
             self.function(*arguments)
-        except UserError as error:
+        except (UserError, RunError) as error:
             publish_text(self.folder / f"failed-{uuid.uuid4().hex}.txt", f"{error}\n")
             raise
 

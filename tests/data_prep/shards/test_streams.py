@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 
 from data_prep.check.verify import verify
+from data_prep.images.transforms import evaluation
 from data_prep.selection.file import Selection, write_selection
 from data_prep.shards.job import Results, begin
 from data_prep.shards.plan import Settings, unit_hash
+from data_prep.workers.pool import pool
+from data_prep.workers.run import Here
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from tests.data_prep.shards.test_build import digest
-from tests.helpers.places import Meter, build_here
+from tests.helpers.places import Meter, build_here, fit_at
 from tests.helpers.streams import SETTINGS, Folders
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,7 +182,7 @@ def test_the_plan_holds_names_of_files_only(tmp_path: Path, palette: Palette) ->
     assert all(piece.items is None for piece in plan.pieces)
     assert len(json.dumps(plan.record)) < 2000
     assert (tmp_path / "d").exists() is False
-    with pytest.raises(UserError, match="of all images none is left for training"):
+    with pytest.raises(UserError, match="folders: no images in 00000 and 299 more files: mend the path"):
         build_here(job)
 
 
@@ -207,9 +210,31 @@ def test_the_share_of_rejects_is_that_of_the_whole_job(web: Path, tmp_path: Path
     ((_, manifest),) = make(web, tmp_path / "b", palette, PLAIN, rate=0.09)
     assert manifest is not None
     assert manifest.rejected == 5
+    with pytest.raises(UserError, match=r"5 of 58 images rejected"), pool(2) as executor:
+        build_here(begin(Folders(web), tmp_path / "e", palette, PLAIN, max_reject_rate=0.08), executor)
     with pytest.raises(UserError, match=r"0-china/00-first.gone: unreadable \(gone\): mend or remove it"):
         make(web, tmp_path / "c", palette, PLAIN, rate=0.0)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rejects_that_come_first_do_not_end_a_streamed_job(
+    photos: Path, tmp_path: Path, palette: Palette, workers: int
+) -> None:
+    """3 of 51, all of them in the first file: how many there are in all is not guessed at."""
+    for name in ("b", "c"):
+        shutil.copytree(photos / "china", tmp_path / "in" / name)
+    (tmp_path / "in" / "a").mkdir()
+    for i in range(3):
+        (tmp_path / "in" / "a" / f"{i}.jpg").write_text("<html>")
+    source = Folders(tmp_path / "in")
+    with pool(workers) as executor:
+        job = begin(source, tmp_path / "d", palette, PLAIN, max_reject_rate=0.06)
+        ((_, manifest),) = build_here(job, executor)
+        fitted = fit_at(Here(executor), source, evaluation(8, crop=True), tmp_path / "p.npy", max_reject_rate=0.06)
+        assert manifest and fitted and manifest.rejected == fitted.rejected == 3
+        with pytest.raises(UserError, match="3 of 51 images rejected"):
+            fit_at(Here(executor), source, evaluation(8, crop=True), tmp_path / "q.npy", max_reject_rate=0.05)
 
 
 def select(web: Path, path: Path, drop: str, name: str = "folders") -> Selection:

@@ -14,14 +14,15 @@ import pytest
 from data_prep.images.transforms import evaluation
 from data_prep.palette.count import colour_tasks
 from data_prep.shards.build import build
-from data_prep.shards.job import begin
+from data_prep.shards.job import Build, begin
+from data_prep.shards.task import build_slice
 from data_prep.sources import open_source
 from data_prep.workers.pool import pool, run
 from data_prep.workers.run import Here, OnCluster
 from data_prep.workers.slurm import Cluster, batches, minutes
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 from tests.data_prep.shards.test_build import digest
 from tests.helpers import tasks
 from tests.helpers.places import Meter, build_here, fit_at
@@ -278,6 +279,31 @@ def test_what_slurm_is_asked_for(photos: Path, tmp_path: Path, palette: Palette,
         (slurm / "queue").write_text("73\n")
         cluster.wait = lambda look: look()  # type: ignore[method-assign]
         build(job, OnCluster(cluster, wait=True), Meter())
+
+
+def test_jobs_outlive_the_process_that_submitted_them(
+    photos: Path, tmp_path: Path, palette: Palette, slurm: Path
+) -> None:
+    """While they are queued nothing else is built there; what is begun after them takes their right away."""
+    source = open_source("image_folder", [str(photos)])
+
+    def begun() -> Build:
+        return begin(source, tmp_path / "d", palette, SETTINGS, force=True)
+
+    place = OnCluster(Cluster(tmp_path / "d" / "jobs"), wait=False)
+    assert build(begun(), place, Meter()) is None
+    (slurm / "queue").write_text("70\n")
+    task = next(iter(begun().joined().tasks(begun().plans[0])))
+    assert build_slice(task).tally.seen  # as a job does it: the lock is gone, the right is not
+    with pytest.raises(UserError, match=r"d: jobs 70, 71 are still building there: wait, or end them with scancel"):
+        build_here(begun())
+    (slurm / "queue").write_text("12\n")
+    build_here(begun())
+    before = digest(tmp_path / "d")
+    (tmp_path / "d" / "train" / "train-00000.json").unlink()
+    with pytest.raises(RunError, match="d/train: this process owns it no longer"):
+        build_slice(task)
+    assert {**digest(tmp_path / "d"), "train/train-00000.json": before["train/train-00000.json"]} == before
 
 
 def test_slurm_that_refuses_or_does_not_answer(tmp_path: Path, slurm: Path) -> None:
