@@ -148,15 +148,22 @@ def counted(task: ColourTask) -> Done | None:
         return None
 
 
-def add_up(paths: list[Path]) -> tuple[np.ndarray, Tally]:
-    """All tasks' counts, int64 [2^24] at r << 16 | g << 8 | b, and their tally."""
+def add_up(paths: list[Path], key: str | None = None) -> tuple[np.ndarray, Tally]:
+    """All tasks' counts, int64 [2^24] at r << 16 | g << 8 | b, and their tally.
+
+    Args:
+        key: of the tasks, see `ColourTask`: counts of others are refused; None takes any.
+    """
     dense, tally = np.zeros(COLOURS, np.int64), Tally()
     for path in paths:
         try:
             with np.load(path, allow_pickle=False) as file:
+                told = json.loads(file["tally"].tobytes())
+                if key not in {None, told["key"]}:
+                    raise KeyError(key)
                 dense[np.cumsum(file["packed"], dtype=np.int64)] += file["times"]
-                tally.add(_tally(json.loads(file["tally"].tobytes())))
-        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+                tally.add(_tally(told))
+        except (OSError, ValueError, KeyError, IndexError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: cannot be read: delete it; the same command again continues") from error
     return dense, tally
 

@@ -14,9 +14,10 @@ from typing import Any, cast
 from data_prep.palette.count import ColourTask, add_up, count_colours, counted
 from data_prep.palette.fit import distortion, fit
 from data_prep.workers.run import Here, Meter, Place, Step
-from igpt_ds.atomic import publish_text
+from igpt_ds.atomic import publish_text, writing
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
+from igpt_ds.lock import Lock
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def fit_palette(
         None: jobs of a cluster have still to end.
     """
     first = tasks[0]
+    work = first.path.parent
     last = _Fit([task.path for task in tasks], first.key, k, seed, out.resolve(), first.max_reject_rate)
     step = Step(
         "parts are not counted",
@@ -62,9 +64,18 @@ def fit_palette(
         readings=first.images,
         max_reject_rate=first.max_reject_rate,
     )
-    fitted = place.run(step, meter)
-    if fitted and isinstance(place, Here):
-        shutil.rmtree(first.path.parent)
+    if place.busy():
+        return place.run(step, meter)
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
+    lock = Lock.take(work)
+    try:
+        fitted = place.run(step, meter)
+        if fitted and isinstance(place, Here):
+            lock.require()
+            shutil.rmtree(work)
+    finally:
+        lock.release()
     return fitted
 
 
@@ -81,7 +92,7 @@ class _Fit:
 
     def __call__(self) -> Fitted:
         """Add up, fit, publish the palette, and only then forget the counts."""
-        counts, tally = add_up(self.counts)
+        counts, tally = add_up(self.counts, self.key)
         tally.judge(self.allowed, tally.seen)
         palette = fit(counts, self.k, self.seed)
         palette.save(self.out)

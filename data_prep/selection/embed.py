@@ -53,7 +53,13 @@ class Chunk(NamedTuple):
         vectors: float16 [n, dimension], of length 1; thumbnails: uint8 [t, 64, 64, 3], of the rows thumbnail_rows:
         int64 [t], sorted.
         """
-        return read_arrays(self.path, *names)
+        arrays = read_arrays(self.path, *names)
+        for name, array in zip(names, arrays, strict=True):
+            if not name.startswith("thumbnail") and array.shape[:1] != (self.rows,):
+                raise UserError(
+                    f"{self.path}: {name} of another number of images: remove it and give the command again"
+                )
+        return arrays
 
 
 class Embedded(NamedTuple):
@@ -101,7 +107,7 @@ def committed(directory: Path, piece: Piece) -> Embedded | None:
         ]
         if all(chunk.path.is_file() for chunk in chunks):
             return Embedded(chunks, Counter({str(reason): int(n) for reason, n in mark["unreadable"].items()}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         pass
     return None
 

@@ -82,7 +82,7 @@ class Selection:
             )
         except FileNotFoundError:
             raise UserError(f"{path}: no such selection: make one with igpt-data select") from None
-        except (*DAMAGE, AttributeError) as error:
+        except (*DAMAGE, AttributeError, OverflowError, MemoryError) as error:
             raise UserError(f"{path}: not a readable selection: {_REMEDY}") from error
         if _sum_is_wrong(selection.inputs, selection.images, selection.dropped, members):
             raise UserError(f"{path}: its counts do not add up: {_REMEDY}")
@@ -97,7 +97,7 @@ class Selection:
         member, rows = self.members[part]
         try:
             ids = _member(self.path, f"ids/{member}")
-        except DAMAGE as error:
+        except (*DAMAGE, MemoryError) as error:
             raise UserError(f"{self.path}: ids of part {part or member} cannot be read: {_REMEDY}") from error
         if ids.dtype.kind != "S" or ids.shape != (rows,):
             raise UserError(f"{self.path}: ids of part {part or member} are damaged: {_REMEDY}")

@@ -13,7 +13,6 @@ The pool is never in memory: a step holds a chunk of images, or a sample of boun
 images, their order and the settings alone, not on workers or on how often it was stopped.
 """
 
-import fcntl
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,8 +38,9 @@ from data_prep.selection.ranking import Cut
 from data_prep.selection.verdicts import FATES, KEPT, Scored, drop_duplicates, judge, threshold
 from data_prep.workers import pool as executors
 from data_prep.workers.run import Meter, Place, Step, nothing
-from igpt_ds.atomic import no_link, writing
+from igpt_ds.atomic import writing
 from igpt_ds.errors import UserError
+from igpt_ds.lock import Lock
 
 UNREADABLE = "unreadable"
 Stages = Callable[[str], AbstractContextManager[Meter]]
@@ -268,17 +268,14 @@ def _parts(pool: Read, judged: Iterator[Any]) -> Iterator[tuple[str, np.ndarray]
 
 @contextmanager
 def _alone(work: Path) -> Iterator[None]:
-    """Keep a second run out of the directory; the lock goes with the process, however it ends."""
+    """Keep a second run out of the directory."""
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
-        file = open(work / "lock", "w", opener=no_link)  # noqa: SIM115 (closed below)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"{work}: another igpt-data select works there: wait for it, or give another --work"
-            raise UserError(message) from None
+    lock = Lock.take(work)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _scratch(work: Path) -> Path:

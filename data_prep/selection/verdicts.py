@@ -90,7 +90,8 @@ def judge(scored: list[Scored], fates: Path, where: Cut | None) -> Iterator[Judg
         for each in scored:
             found = np.frombuffer(file.read(each.chunk.rows), np.uint8).copy()
             (similarity,) = read_arrays(each.scores, "similarity")
-            if not len(found) == len(similarity) == each.chunk.rows:
+            whole = len(found) == len(similarity) == each.chunk.rows
+            if not whole or found.max(initial=0) >= len(FATES):
                 raise UserError(f"{fates}: damaged: remove it and give the same command again")
             if where:
                 left = found == KEPT

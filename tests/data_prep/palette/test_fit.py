@@ -14,8 +14,10 @@ from data_prep.images.transforms import Transform, evaluation
 from data_prep.palette.count import add_colours, add_up, colour_tasks, count_colours
 from data_prep.palette.fit import _coarse, _colours, distortion, fit
 from data_prep.sources import Source, open_source
-from data_prep.workers.run import Done
+from data_prep.workers.run import Done, Here
 from igpt_ds.errors import UserError
+from igpt_ds.lock import Lock
+from tests.helpers.places import fit_at
 from tests.helpers.streams import Folders
 
 
@@ -172,3 +174,24 @@ def test_what_is_counted_is_not_counted_again(photos: Path, tmp_path: Path, monk
     assert count_colours(first).kept == 0  # the others have written over it
     first.path.write_bytes(first.path.read_bytes()[:-40])
     assert count_colours(first).kept == 0
+
+
+def test_counts_of_another_run_are_not_added_up(photos: Path, tmp_path: Path) -> None:
+    first, second = colour_tasks(Folders(photos), evaluation(16, crop=True), tmp_path)
+    count_colours(first)
+    count_colours(colour_tasks(Folders(photos), evaluation(8, crop=True), tmp_path)[1])
+    with pytest.raises(UserError, match=r"counts-00001\.npz: cannot be read: delete it"):
+        add_up([first.path, second.path], first.key)
+
+
+def test_a_second_palette_at_one_place_is_refused(photos: Path, tmp_path: Path) -> None:
+    work = tmp_path / "p.npy.work"
+    work.mkdir()
+    lock = Lock.take(work)
+    try:
+        with pytest.raises(UserError, match=r"p\.npy\.work: in use by process \d+ on"):
+            fit_at(Here(), Folders(photos), evaluation(8, crop=True), tmp_path / "p.npy")
+    finally:
+        lock.release()
+    assert fit_at(Here(), Folders(photos), evaluation(8, crop=True), tmp_path / "p.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.npy"]

@@ -248,7 +248,9 @@ def test_a_second_run_in_the_same_directory_is_refused(known: tuple[Path, dict[s
         executor = None
 
         def run(self, *_: object) -> bool:
-            with pytest.raises(UserError, match="another igpt-data select works there"):
+            with pytest.raises(
+                UserError, match=rf"work: in use by process {os.getpid()} on .*: wait for its end, or stop it"
+            ):
                 select(known[0], tmp_path / "work", tmp_path / "other.npz")
             return False
 
