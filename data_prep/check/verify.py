@@ -100,7 +100,7 @@ def verify(directory: Path, progress: Callable[[int], None] | None = None, execu
         bytes=sum(record.bytes for record in manifest.shards),
         labelled=manifest.classes is not None,
         colours_used=int((counts > 0).sum()),
-        entropy=float(-(share * np.log(share)).sum()),
+        entropy=float(-(share * np.log(share)).sum()) + 0.0,  # never -0
     )
 
 

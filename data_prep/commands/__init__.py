@@ -3,14 +3,21 @@
 Heavy imports stay inside the commands, so that --help answers at once.
 """
 
+import errno
+import glob
+import math
+import os
+import re
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from igpt_ds.atomic import writing
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,10 +25,28 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-PATH = click.Path(path_type=Path)
+
+class _Path(click.Path):
+    """A path of this machine; `~` is the user's folder, where the shell has left it standing (--out '~/data')."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 (click checks the text)
+
+
+class Share(click.FloatRange):
+    """A share from 0 to 1. Every comparison with "nan" fails, so that it would be in any range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return found
+
+
+PATH = _Path(path_type=Path)
 MAX_REJECT_RATE = click.option(
     "--max-reject-rate",
-    type=click.FloatRange(0, 1),
+    type=Share(0, 1),
     default=0.0,
     show_default=True,
     help="Share of images that may be skipped because they cannot be read.",
@@ -103,6 +128,45 @@ def place_of(folder: Path, where: dict[str, Any]) -> "Iterator[Here | OnCluster]
     options = {**{name: value for name, value in named.items() if value}, **where["slurm_options"]}
     cluster = Cluster(folder, where["workers"], minutes(where["slurm_time"]), options, where["array_parallelism"])
     yield OnCluster(cluster, where["wait"])
+
+
+# Sources that find their files by name; all others take whatever a folder holds.
+_BY_NAME = ("cifar10", "cifar100", "imagenet", "stl10")
+
+
+def refuse_inside(source: str, paths: Sequence[str], *outputs: Path) -> None:
+    """Refuse to write into a folder that is read: what lies there would be taken for images, or for a class."""
+    for path in () if source in _BY_NAME else paths:
+        for folder in _folders(path):
+            for out in outputs:
+                if folder in (out.resolve(), *out.resolve().parents):
+                    raise UserError(f"{out}: lies in {path}, whose images are read: choose a place outside of it")
+
+
+def _folders(path: str) -> Iterator[Path]:
+    """The folders that a path of a source stands for, and those that links in them lead to, resolved."""
+    found = [path] if os.path.lexists(path) else glob.glob(re.sub(r"\{[^{}]*\}", "*", path))  # noqa: PTH207
+    left, seen = [Path(each).resolve() for each in found if os.path.isdir(each)], set[Path]()  # noqa: PTH112
+    while left:
+        if (folder := left.pop()) not in seen:
+            seen.add(folder)
+            yield folder
+            links = (Path(inside, name) for inside, names, _ in os.walk(folder) for name in names)
+            left += [link.resolve() for link in links if link.is_symlink()]
+
+
+def require_writable(path: Path) -> None:
+    """Refuse at once what could not be written in the end.
+
+    Raises:
+        UserError: the path is a folder, or no file can be made where it is to lie.
+    """
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "", path)
+        folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."):
+            pass
 
 
 class Progress:

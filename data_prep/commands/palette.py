@@ -5,7 +5,17 @@ from typing import Any
 
 import click
 
-from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, where_options
+from data_prep.commands import (
+    MAX_REJECT_RATE,
+    PATH,
+    SOURCE_OPTION,
+    Progress,
+    Share,
+    place_of,
+    refuse_inside,
+    require_writable,
+    where_options,
+)
 from igpt_ds.errors import UserError
 from igpt_ds.options import Renamed
 from igpt_ds.text import aligned, visible
@@ -18,7 +28,7 @@ from igpt_ds.text import aligned, visible
 @SOURCE_OPTION
 @click.option(
     "--resolution",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1024),
     help="Side of the images when they become tokens.  [default: 32, or their own with --no-crop]",
 )
 @click.option("--no-crop", is_flag=True, help="Take whole images: they are small already.")
@@ -26,7 +36,7 @@ from igpt_ds.text import aligned, visible
     "--share",
     cls=Renamed,
     former=["--sample"],
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Share(0, 1, min_open=True),
     default=1.0,
     show_default=True,
     help="Share of the images to count, chosen by a hash of the image's name.",
@@ -70,9 +80,11 @@ def palette(
     check_k(k)
     if not no_crop and resolution is not None and resolution > CROP:
         raise UserError(f"--resolution {resolution}: larger than the crop of {CROP} pixels: choose a smaller one")
+    name, paths = (named[0], named[1:]) if named[0] in names() and len(named) > 1 else ("image_folder", named)
+    refuse_inside(name, paths, out)
+    require_writable(out)
     work = out.with_name(f"{out.name}.work")
     with place_of(work, where) as place, Progress("palette") as progress:
-        name, paths = (named[0], named[1:]) if named[0] in names() and len(named) > 1 else ("image_folder", named)
         source = open_source(name, paths, options)
         transform = evaluation(resolution if no_crop else resolution or 32, not no_crop)
         settled = recorded(name, options)

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_prep.commands import PATH, SOURCE_OPTION, Progress, place_of, where_options
+from data_prep.commands import (
+    PATH,
+    SOURCE_OPTION,
+    Progress,
+    place_of,
+    refuse_inside,
+    require_writable,
+    where_options,
+)
 from igpt_ds.errors import UserError
 from igpt_ds.options import Renamed
 from igpt_ds.text import Table, aligned, visible
@@ -51,7 +59,7 @@ _COLLECTION = "SOURCE[,NAME=VALUE...]:PATH"
 @click.option("--weights", type=PATH, help="Its weights, a local file.")
 @click.option(
     "--clusters",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1 << 20),
     help="That the pool is divided into.  [default: one for each 64 images, at most 10000]",
 )
 @click.option(
@@ -116,6 +124,10 @@ def select(
     from data_prep.selection.job import Job, Settings
     from data_prep.sources import open_source
 
+    refuse_inside(source_name, paths, out, work)
+    for text in (*like, *exclude):
+        refuse_inside(text.partition(":")[0].partition(",")[0], [text.partition(":")[2]], out, work)
+    require_writable(out)
     with place_of(work / "jobs", where) as place:
         job = Job(
             pool=Collection(open_source(source_name, paths, options), "train", _where(source_name, paths, options)),

@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data_prep.commands import MAX_REJECT_RATE, PATH, SOURCE_OPTION, Progress, place_of, where_options
+from data_prep.commands import (
+    MAX_REJECT_RATE,
+    PATH,
+    SOURCE_OPTION,
+    Progress,
+    Share,
+    place_of,
+    refuse_inside,
+    where_options,
+)
 from igpt_ds.text import visible
 
 if TYPE_CHECKING:
@@ -28,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--resolution", type=click.IntRange(1, 1024), default=32, show_default=True, help="Side in pixels.")
 @click.option(
     "--holdout",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Share(0, 1, max_open=True),
     default=0.04,
     show_default=True,
     help="Share held out of the training images as DATA/val, chosen by a hash of the image's name; 0 for none.",
@@ -65,7 +74,7 @@ if TYPE_CHECKING:
 )
 @click.option("--selection", type=PATH, help="Build only what this file from igpt-data select keeps.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of crops and order.")
-@click.option("--rows-per-shard", type=click.IntRange(min=1), default=16384, show_default=True)
+@click.option("--rows-per-shard", type=click.IntRange(1, 1 << 24), default=16384, show_default=True)
 @click.option(
     "--max-shards",
     type=click.IntRange(min=1),
@@ -133,6 +142,7 @@ def shards(
         decoder=decoder,  # type: ignore[arg-type]
         storage=storage,  # type: ignore[arg-type]
     )
+    refuse_inside(source_name, paths, *(out / split for split in ("train", "val", "test")))
     with place_of(out / "jobs", where) as place:
         job = begin(
             open_source(source_name, paths, options),
@@ -159,9 +169,13 @@ def shards(
 
 
 def _tell(built: "Results", max_shards: int | None) -> None:
+    from igpt_ds.dataset.manifest import Manifest
+
     for directory, manifest in built:
         if manifest is None:
-            click.echo(visible(f"{directory}: complete already, built by the same plan; nothing to do"))
+            rejected = Manifest.load(directory).rejected
+            mended = f" ({rejected} images are rejected: when they are mended, --force builds anew)" if rejected else ""
+            click.echo(visible(f"{directory}: complete already, built by the same plan; nothing to do{mended}"))
             continue
         labels = "unlabelled" if manifest.classes is None else f"{len(manifest.classes)} classes"
         skipped = f", {manifest.rejected} rejected (see rejects.jsonl)" if manifest.rejected else ""
