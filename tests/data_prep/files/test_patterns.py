@@ -185,7 +185,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, byt
         def answer(self, *, body: bool) -> None:
             name = self.path.strip("/")
             asked[name] += 1
-            if name not in content:
+            if name.startswith("sent-to-"):
+                self.send_response(302)
+                self.send_header("Location", name.removeprefix("sent-to-"))
+                self.end_headers()
+            elif name not in content:
                 self.send_error(404)
             elif name.startswith("broken") or (name.startswith("flaky") and asked[name] <= 4):
                 self.send_error(503)
@@ -226,7 +230,37 @@ def test_http(server: tuple[str, dict[str, bytes], Counter[str]]) -> None:
     assert "cannot be read" in refusal(lambda: remote.fetched(f"{url}/broken.tar"))
     assert "cannot be read" in refusal(lambda: remote.fetched(f"{url}/cut.tar"))
     assert asked["cut.tar"] >= 3
+    # Each look is tried again, the first one, too; what is not there, or not for us, is asked for once.
+    content["flaky-look.tar"] = b""
+    assert remote.existing([f"{url}/flaky-look.tar"]) == [f"{url}/flaky-look.tar"]
+    content["flaky-open.tar"] = b"came"
+    with remote.opened(f"{url}/flaky-open.tar") as file:
+        assert file.read() == b"came"
+    asked.clear()
+    assert remote.existing([f"{url}/none.tar"]) == []
+    assert asked["none.tar"] <= 2
     assert "cannot be read" in refusal(lambda: remote.fetched("http://127.0.0.1:9/a.tar"))
+
+
+def test_a_public_server_cannot_send_to_private_addresses(
+    server: tuple[str, dict[str, bytes], Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, content, asked = server
+    content["1.tar"] = b"one"
+    with remote.fetched(f"{url}/sent-to-/1.tar") as file:  # from a private server to itself
+        assert file.read() == b"one"
+    for host in ("127.0.0.1", "localhost", "10.0.0.1", "169.254.169.254", "[::1]", "[fe80::1]"):
+        assert not remote._is_public(host.strip("[]"))
+    assert remote._is_public("8.8.8.8")
+    asked.clear()
+    monkeypatch.setattr(remote, "_is_public", lambda host: host == "127.0.0.1")
+    target = url.replace("127.0.0.1", "localhost")
+    told = refusal(lambda: remote.fetched(f"{url}/sent-to-{target}/1.tar"))
+    assert (
+        told
+        == f"{url}/sent-to-{target}/1.tar: leads to {target}/1.tar, which is not of the internet: give that URL itself"
+    )
+    assert not asked["1.tar"]
 
 
 def test_class_names(tmp_path: Path) -> None:
