@@ -18,6 +18,7 @@ _REMEDIES = {
     errno.EDQUOT: "the disk quota is used up: free space or choose another disk",
     errno.EACCES: "permission denied: choose a directory that you may write",
     errno.EPERM: "not permitted: choose a directory that you may write",
+    errno.EFBIG: "larger than files may be here (ulimit -f): raise the limit or choose another disk",
     errno.EROFS: "the file system is read-only: choose another directory",
     errno.ENOTDIR: "a part of the path is a file: choose another path",
     errno.EISDIR: "the path is a directory: choose another path",
