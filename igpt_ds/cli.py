@@ -11,10 +11,11 @@ import click
 from igpt_ds import __version__
 from igpt_ds.commands import CONTEXT, Verbs
 from igpt_ds.cores import wait_asleep
+from igpt_ds.distributed.launcher import follow
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.memory import keep_freed_memory
 from igpt_ds.text import visible
-from igpt_ds.train.signals import tell_job_script
+from igpt_ds.train.signals import arrived, hear, tell_job_script
 
 
 @click.group(cls=Verbs, context_settings=CONTEXT)
@@ -35,6 +36,8 @@ def cli(local_rank: int | None) -> None:
 
 def main() -> None:
     """Run a verb. Exit status: 0 done, 2 bad input (one line says what to do), 1 a fault of the run."""
+    hear()
+    follow(arrived)
     keep_freed_memory()
     wait_asleep()
     if os.environ.get("RANK", "0") != "0":
@@ -47,7 +50,8 @@ def main() -> None:
         _tell(str(error))
         sys.exit(2)
     except RunError as error:
-        tell_job_script("refused")  # a loss that is lost for good: the next life would decide the same
+        if _ranks_have_met():
+            tell_job_script("refused")  # a loss that is lost for good: the next life would decide the same
         _tell(str(error))
         sys.exit(1)
     except click.exceptions.Exit as error:
@@ -80,7 +84,7 @@ def _ranks_have_met() -> bool:
 
 def _tell(message: str) -> None:
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    if rank.isdecimal() and rank != "0":
         _let_others_speak()
         message = f"[rank {rank}] {message}"
     print(f"igpt-ds: {visible(message)}", file=sys.stderr, flush=True)

@@ -66,7 +66,7 @@ def doctor(
 
     run = run_of(run_path, run_option)
 
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+    if "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "") not in ("", "1"):
         raise UserError("doctor: several srun tasks, but RANK is not set: RANK=$SLURM_PROCID as in slurm/env.sh")
     ranks = launched()
     from igpt_ds.doctor.examine import examine

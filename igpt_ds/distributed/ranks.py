@@ -10,10 +10,11 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from igpt_ds.cores import share
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+
+_AGENT_ANSWERS = 30.0  # seconds
+_MEETING = timedelta(minutes=10)
+_REMEDY = "start it through a launcher, which sets them all, or unset RANK and WORLD_SIZE"
 
 
 @dataclass
@@ -47,26 +52,77 @@ class Ranks:
         """
         import torch
         import torch.distributed as dist
-        from torch.distributed.rendezvous import rendezvous
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not named in __all__
 
         assert not (self._left and self.world > 1), "ranks meet once in a process"
         if torch.cuda.is_available():
             torch.cuda.set_device(self.local_rank)
         limit_threads(self.neighbours)
         if not dist.is_initialized():
+            store = TCPStore("127.0.0.1", 0, is_master=True) if self.world == 1 else self._store()
+            if self.world == 1:
+                # Nobody is met, but where one of these is missing DeepSpeed asks MPI.
+                alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+                for name, value in {**alone, "MASTER_PORT": str(store.port)}.items():
+                    os.environ.setdefault(name, value)
             backend = "nccl" if torch.cuda.is_available() else "gloo"
-            if "RANK" not in os.environ:
-                os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-                os.environ["MASTER_PORT"] = str(_free_port())
-            store = None
-            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                # torchrun's store outlives its ranks: restarted ones would meet the addresses of the dead.
-                agent, _, _ = next(rendezvous("env://", self.rank, self.world))
-                store = dist.distributed_c10d.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", agent)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+            with self._met():
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         if self._control is None and self.world > 1:
             self._control = dist.new_group(backend="gloo")
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def _store(self) -> Any:
+        """Where ranks meet: rank 0 serves it at MASTER_ADDR:MASTER_PORT, or torchrun's agent does."""
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        agent, prefix = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", "ranks"
+        if agent:
+            # The agent's store outlives its ranks: restarted ones would meet the addresses of the dead.
+            prefix = f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        try:
+            if agent:  # it is there before its ranks are
+                socket.create_connection((host, port), timeout=_AGENT_ANSWERS).close()
+            elif self.rank == 0:
+                _require_free(port)
+            else:
+                socket.getaddrinfo(host, port)
+        except OSError as error:
+            where = f"rank {self.rank}: MASTER_ADDR, MASTER_PORT: {host}:{port}:"
+            if agent:
+                raise UserError(
+                    f"{where} torchrun does not answer there ({error}): it is gone; or, if its variables are left "
+                    "over, unset RANK, WORLD_SIZE and TORCHELASTIC_USE_AGENT_STORE"
+                ) from error
+            remedy = "choose another port (deepspeed --master_port, torchrun --master-port)"
+            raise RunError(f"{where} {error.strerror}: {remedy if self.rank == 0 else 'mend the address'}") from error
+        with self._met():
+            store, _, _ = next(rendezvous("env://", self.rank, self.world, timeout=_MEETING))
+        return PrefixStore(prefix, store)
+
+    @contextmanager
+    def _met(self) -> Iterator[None]:
+        """Turn what torch says of ranks that cannot meet into a line."""
+        from torch.distributed import DistError
+
+        try:
+            yield
+        except DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"rank {self.rank} of {self.world}: did not meet the others at {where}: {reason}") from error
+
+    def wait_patiently(self) -> None:
+        """Leave hangs to the watchdog from now on: torch's time-outs run on while a job is suspended, and would end
+        it when it is resumed."""
+        if self.world > 1:
+            from torch.distributed import ProcessGroup, distributed_c10d
+
+            for group in list(distributed_c10d._world.pg_map):
+                if isinstance(group, ProcessGroup):
+                    distributed_c10d._set_pg_timeout(timedelta(days=3650), group)
 
     def leave(self) -> None:
         """Leave the process group: the last thing that a rank does, since DeepSpeed cannot join a second one."""
@@ -162,14 +218,34 @@ class Ranks:
 
 
 def launched() -> Ranks:
-    """Read what the launcher (deepspeed, torchrun, accelerate, or srun with RANK set) put into the environment."""
+    """Read what the launcher (deepspeed, torchrun, accelerate, or srun with RANK set) put into the environment.
+
+    Raises:
+        UserError: a part of it is missing, or contradicts another.
+    """
     if "RANK" not in os.environ:
-        if _whole("WORLD_SIZE", "1") > 1:
-            raise UserError("WORLD_SIZE is set but RANK is not: start one process a rank through a launcher")
+        for name, alone in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
+            if _whole(name, alone) != alone:
+                raise UserError(f"{name} is {os.environ[name]}, but RANK is not set: {_REMEDY}")
         return Ranks()
-    world = _whole("WORLD_SIZE", "1")
-    neighbours = next((_whole(name, "1") for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), world)
-    return Ranks(_whole("RANK", "0"), world, _whole("LOCAL_RANK", "0"), neighbours)
+    rank, world = _whole("RANK"), _whole("WORLD_SIZE")
+    if rank >= world:
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE is {world}: {_REMEDY}")
+    neighbours = world
+    stated = {name: _whole(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ}
+    if stated:
+        neighbours = min(world, *stated.values())
+        if neighbours == 0 or len(set(stated.values())) > 1:
+            raise UserError(f"{', '.join(f'{name} is {count}' for name, count in stated.items())}: {_REMEDY}")
+    local_rank = _whole("LOCAL_RANK", 0 if world == 1 else None)
+    if local_rank >= neighbours:
+        raise UserError(f"LOCAL_RANK is {local_rank}, but there are {neighbours} ranks on this machine: {_REMEDY}")
+    if world > 1:
+        if not os.environ.get("MASTER_ADDR"):
+            raise UserError(f"RANK is set, but MASTER_ADDR is not: {_REMEDY}")
+        if not 0 < _whole("MASTER_PORT") < 65536:
+            raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, not a port: {_REMEDY}")
+    return Ranks(rank, world, local_rank, neighbours)
 
 
 def limit_threads(neighbours: int) -> None:
@@ -181,14 +257,20 @@ def limit_threads(neighbours: int) -> None:
         torch.set_num_threads(share(neighbours))
 
 
-def _whole(name: str, default: str) -> int:
-    text = os.environ.get(name, default)
-    if not text.isdecimal():
-        raise UserError(f"{name}: is {text!r} in the environment, no whole number: let a launcher set it")
+def _whole(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None:
+        raise UserError(f"RANK is set, but {name} is not: {_REMEDY}")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UserError(f"{name}: is {text!r} in the environment, no whole number: {_REMEDY}")
     return int(text)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _require_free(port: int) -> None:
+    """As torch does, which would tell a port that is taken by lines of its own."""
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
+        probe.listen()

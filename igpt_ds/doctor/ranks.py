@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.doctor.report import attempt
-from igpt_ds.errors import RunError, UserError
+from igpt_ds.errors import RunError
 
 _BARRIERS = 5
 
@@ -176,16 +176,14 @@ class Group:
 
 def _open_store(where: Ranks, limit: float) -> Store:
     """Connect to the store at MASTER_ADDR:MASTER_PORT, which rank 0 or torchrun's agent serves."""
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal():
-        raise UserError("MASTER_ADDR, MASTER_PORT: not set beside RANK: let a launcher set them, or slurm/env.sh")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = where.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         if not serves:
-            _wait_for_port(host, int(port), limit)
+            _wait_for_port(host, port, limit)
         store = TCPStore(
             host,
-            int(port),
+            port,
             world_size=None,
             is_master=serves,
             timeout=timedelta(seconds=limit),

@@ -7,7 +7,10 @@ leaves a file that is no longer renewed.
 
 A rank without a beat for `timeout` seconds reads the others' files, tells who is to blame, writes the stacks of its
 threads into its log and ends. A stopped neighbour on the same machine is made to write its stacks, too, and is killed,
-since it could not obey its launcher. The launcher ends what is left and its script starts the run again.
+since it could not obey its launcher. The launcher ends what is left and its script starts the run again. See guard.py
+for a rank whose watching thread hangs as well.
+
+Time in which a rank does not run does not count: a job that is suspended whole trains on when it is resumed.
 """
 
 import contextlib
@@ -24,13 +27,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from igpt_ds.atomic import leftovers, no_link, unfinished
+from igpt_ds.atomic import leftovers, no_link, unfinished, writing
 from igpt_ds.dataset.manifest import typed
+from igpt_ds.lock import born
+from igpt_ds.run.directory import LOGGER
 from igpt_ds.text import visible
 
 T = TypeVar("T")
 
 STATUS = 1  # of a rank that was ended for a hang
+_HELD_UP = 30.0  # seconds beyond twice the time-out, after which a rank whose thread does not watch is ended
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class Watchdog:
         self._folder, self._rank, self._world = run / "heartbeats", rank, world
         self._timeout, self._log = timeout, log
         self._interval = max(0.05, min(2.0, timeout / 10))
-        self._mine = Heartbeat(0, "starting", 0, socket.gethostname(), os.getpid(), _born(os.getpid()) or 0)
+        self._mine = Heartbeat(0, "starting", 0, socket.gethostname(), os.getpid(), born(os.getpid()) or 0)
+        self._guard: tuple[int, int] | None = None  # its process, and the end of the pipe that it reads
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -66,20 +73,42 @@ class Watchdog:
         """Show the first sign of life and begin to watch."""
         if not self._timeout:
             return
-        self._folder.mkdir(exist_ok=True)
-        for left in [self._stopped(self._rank), *leftovers(self._folder / _name(self._rank))]:
-            left.unlink(missing_ok=True)
+        with writing(self._folder):
+            self._folder.mkdir(exist_ok=True)
+            for left in [self._stopped(self._rank), *leftovers(self._folder / _name(self._rank))]:
+                left.unlink(missing_ok=True)
+            self._show()
         # Written by the signal's handler itself, so that a rank stuck in C code, or just continued, obeys.
         faulthandler.register(signal.SIGUSR2, file=self._log, all_threads=True)
-        self._show()
+        self._start_guard()
         self._thread.start()
+
+    def _start_guard(self) -> None:
+        command = [sys.executable, "-IS", str(Path(__file__).with_name("guard.py"))]
+        command += [str(os.getpid()), str(2 * self._timeout + _HELD_UP), str(self._interval)]
+        reads, shows = os.pipe()
+        os.set_blocking(shows, False)
+        # What asks the rank to stop reaches its whole group; it must not end the guard.
+        deaf = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        actions = [(os.POSIX_SPAWN_DUP2, reads, 0)]
+        try:
+            guard = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsigmask=deaf)
+            self._guard = guard, shows
+        except OSError as error:  # no more processes, say
+            LOGGER.warning(f"no process to guard against a hang of Python itself: {error.strerror}")
+        finally:
+            os.close(reads)
 
     def end(self) -> None:
         """Stop watching."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-            faulthandler.cancel_dump_traceback_later()
+            if self._guard is not None:
+                guard, shows = self._guard
+                os.close(shows)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(guard, 0)
             (self._folder / _name(self._rank)).unlink(missing_ok=True)
 
     def beat(self, doing: str, step: int) -> None:
@@ -102,9 +131,9 @@ class Watchdog:
     def _watch(self) -> None:
         seen, silent, last = self._mine.count, 0.0, time.monotonic()
         while not self._ended.wait(self._interval):
-            # Should even this thread be held up, by code that never lets go of the interpreter, a timer in C ends it.
-            # (The timer cannot tell that from a job that was suspended for longer, which has to be started again.)
-            faulthandler.dump_traceback_later(2 * self._timeout + 30, exit=True, file=self._log)
+            with contextlib.suppress(OSError):
+                if self._guard is not None:
+                    os.write(self._guard[1], b".")
             with contextlib.suppress(OSError):  # a full disk is told of elsewhere
                 self._show()
             now = time.monotonic()
@@ -132,12 +161,14 @@ class Watchdog:
     def _end_the_run(self, silent: float) -> None:
         stopped, blame = self._diagnose(silent)
         text = visible(f"hang: no progress for {silent:.0f} s: {blame}; the ranks' stacks are in their logs")
-        print(f"{time.strftime('%F %T')} {text}", file=self._log, flush=True)
+        with contextlib.suppress(OSError):  # a full disk
+            print(f"{time.strftime('%F %T')} {text}", file=self._log, flush=True)
         faulthandler.dump_traceback(self._log, all_threads=True)
         if self._rank == min(set(range(self._world)) - stopped.keys(), default=self._rank):
-            print(f"igpt-ds: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                print(f"igpt-ds: {text}", file=sys.stderr, flush=True)
         for rank, other in stopped.items():
-            if other.host == self._mine.host and _born(other.pid) == other.born:
+            if other.host == self._mine.host and born(other.pid) == other.born:
                 # It shows itself when it is made to go on, and who looks then must not take it for alive.
                 with contextlib.suppress(OSError):
                     open(self._stopped(rank), "a", opener=no_link).close()
@@ -148,7 +179,10 @@ class Watchdog:
     def _diagnose(self, silent: float) -> tuple[dict[int, Heartbeat], str]:
         """The ranks without a sign of life, and a sentence about who is to blame."""
         # Times of one file system, since clocks differ.
-        now = (self._folder / _name(self._rank)).stat().st_mtime
+        try:
+            now = (self._folder / _name(self._rank)).stat().st_mtime
+        except OSError:  # somebody has deleted the folder
+            now = time.time()
         alive: dict[int, Heartbeat] = {}
         stopped: dict[int, Heartbeat] = {}
         missing = []
@@ -182,14 +216,6 @@ class Watchdog:
 
 def _name(rank: int) -> str:
     return f"rank-{rank:05d}.json"
-
-
-def _born(pid: int) -> int | None:
-    """When a process of this machine started, clock ticks since boot; None where that is not known."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def _end_neighbour(pid: int) -> None:

@@ -1,25 +1,31 @@
 """The watchdog of ranks that are small processes: who is named, whose stacks are written, and that all end."""
 
+import errno
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from igpt_ds.errors import UserError
 from igpt_ds.train.watchdog import Watchdog
 from tests.helpers.ranks import kill_group, quick_start
 
 TIMEOUT = 2.0
 # Ranks that beat alike and meet at every step, as a collective makes them: a file a rank and step is the meeting.
 RANK = """
-import os, signal, sys, time
+import os, re, signal, sys, time
 from pathlib import Path
+from igpt_ds.train import watchdog as module
 from igpt_ds.train.watchdog import Watchdog
+module._HELD_UP = 0
 run, rank, world, fault = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 late = 0.6 if fault == "stopped 0, seen late" and rank == 1 else 0
 watchdog = Watchdog(run, rank, world, {timeout} + late, (run / f"log.{{rank}}").open("w"))
@@ -40,6 +46,8 @@ for step in batches() if fault == "none" else watchdog.over(batches(), "loading 
     until = time.process_time() + (0.3 if fault == "slow" else 0)
     while time.process_time() < until:
         pass
+    if step == 5 and fault == "held up":
+        re.match("(a+)+$", 60 * "a" + "b")  # does not end, and does not let other threads run
     if step == 5 and rank == 1 and fault == "computing":
         the_place_of_the_fault()
     (run / f"met-{{rank}}-{{step}}").touch()
@@ -97,14 +105,30 @@ def test_a_stuck_rank_is_named(tmp_path: Path, fault: str, doing: str) -> None:
     assert "the_place_of_the_fault" in (tmp_path / "log.1").read_text()
 
 
-def test_a_suspended_run_goes_on_when_it_is_resumed(tmp_path: Path) -> None:
-    with ranks(tmp_path, "slow", world=1) as processes:
+@pytest.mark.parametrize(("world", "send"), [(1, os.kill), (2, os.killpg)], ids=["a process", "two process groups"])
+def test_a_suspended_run_goes_on_when_it_is_resumed(
+    tmp_path: Path, world: int, send: "Callable[[int, int], None]"
+) -> None:
+    with ranks(tmp_path, "slow", world) as processes:
         wait_for(tmp_path / "met-0-3")
         time.sleep(0.1)  # in the midst of the next step
-        os.kill(processes[0].pid, signal.SIGSTOP)
-        time.sleep(2 * TIMEOUT)
-        os.kill(processes[0].pid, signal.SIGCONT)
-        assert processes[0].wait(timeout=30) == 0
+        for process in processes:
+            send(process.pid, signal.SIGSTOP)
+        time.sleep(2.5 * TIMEOUT)  # for longer than the guard would wait
+        for process in processes:
+            send(process.pid, signal.SIGCONT)
+        assert [process.wait(timeout=30) for process in processes] == [0] * world
+        assert [process.stderr.read() for process in processes if process.stderr] == [""] * world
+
+
+def test_a_rank_whose_watching_thread_is_held_up_is_killed_and_leaves_its_stack(tmp_path: Path) -> None:
+    with ranks(tmp_path, "held up", world=1) as (process,):
+        wait_for(tmp_path / "met-0-4")
+        assert process.wait(timeout=30) == -signal.SIGKILL
+        assert process.stderr is not None
+        (line,) = process.stderr.read().splitlines()
+    assert line.startswith(f"igpt-ds: hang: process {process.pid} has been held up for ")
+    assert "most recent call first" in (tmp_path / "log.0").read_text()
 
 
 @pytest.mark.parametrize(("victim", "fault"), [(0, "stopped 0"), (0, "stopped 0, seen late"), (2, "stopped 2")])
@@ -131,3 +155,26 @@ def test_without_a_timeout_nothing_is_watched(tmp_path: Path) -> None:
     assert list(watchdog.over([1, 2], "a", "b", 0)) == [1, 2]
     watchdog.end()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e10])
+def test_a_time_out_may_be_as_long_as_one_likes(tmp_path: Path, timeout: float) -> None:
+    with (tmp_path / "log").open("w") as log:
+        watchdog = Watchdog(tmp_path, 0, 1, timeout, log)
+        watchdog._interval = 0.05
+        watchdog.start()
+        time.sleep(0.3)
+        assert watchdog._thread.is_alive()
+        assert watchdog._guard is not None and os.waitpid(watchdog._guard[0], os.WNOHANG) == (0, 0)
+        watchdog.end()
+
+
+def test_what_hinders_the_first_heartbeat_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdog = Watchdog(tmp_path, 0, 1, 5, sys.stderr)
+    monkeypatch.setattr("json.dump", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UserError, match="heartbeats: cannot write: the disk is full"):
+        watchdog.start()
+    (tmp_path / "heartbeats").rmdir()
+    (tmp_path / "heartbeats").touch()
+    with pytest.raises(UserError, match="heartbeats: cannot write: the path exists already"):
+        watchdog.start()
