@@ -1,11 +1,13 @@
 """Arrays in one file, which is there whole or not at all: a zip of .npy members, as `numpy.load` reads them.
 
 Stored and without dates, so that the same arrays give the same bytes. Nothing in such a file is ever unpickled; the
-zip's checksums are compared on reading.
+zip's checksums are compared on reading, and before any memory is asked for, what headers say is held against the file.
 """
 
+import math
 import zipfile
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -13,7 +15,8 @@ from igpt_ds.atomic import publish_file
 from igpt_ds.errors import UserError
 
 # What reading a damaged file raises.
-DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile)
+_BY_HEADER = (RuntimeError, MemoryError, SyntaxError, TokenError)  # which is read as an expression of Python's
+DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, *_BY_HEADER)
 
 
 def write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
@@ -24,7 +27,16 @@ def write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None
 
 def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """Read one array; raises one of DAMAGE where it is missing or damaged."""
-    with archive.open(f"{name}.npy") as member:
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > archive.start_dir:
+        raise ValueError("packed, or larger than its file")
+    with archive.open(info) as member:
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError("not an .npy file of version 1.0")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+            raise ValueError("not as long as its header says")
+    with archive.open(info) as member:
         array: np.ndarray = np.lib.format.read_array(member, allow_pickle=False)
         return array
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data_prep.files.npz import DAMAGE
 from data_prep.files.remote import opened
 from data_prep.files.tar import members, read_member
 from igpt_ds.atomic import publish_file
@@ -97,7 +98,7 @@ def _random_access(path: Path) -> BinaryIO:
 def _load(path: Path) -> np.ndarray | None:
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except DAMAGE:
         return None
     return table if table.dtype.names == ("id", "offset", "size") and table.ndim == 1 else None
 

@@ -8,6 +8,7 @@ the wrong one gives labels that look right, so it must be said.
 Source: readme.txt of ILSVRC2012_devkit_t12.
 """
 
+import codecs
 import io
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from igpt_ds.errors import UserError
 
 WNID = re.compile(r"n[0-9]{8}")
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+GZIP = b"\x1f\x8b"
 _LARGEST = 1 << 26
 _HELP = "give the devkit, or --option order=ilsvrc or order=synset with a file of numbers"
 
@@ -26,13 +28,13 @@ def validation_synsets(truth: Path, order: str | None, images: list[str], synset
     """The synset of each validation image.
 
     Args:
-        truth: the devkit (a folder or .tar.gz), or a text file with one line an image: a number or a synset, which the
-            image's name may precede.
+        truth: the devkit (a folder, .tar.gz or .tar), a text file with one line an image: a number or a synset, which
+            the image's name may precede; or Kaggle's LOC_val_solution.csv.
         order: "ilsvrc" (the devkit's ids) or "synset" (positions, from 0 or 1, among the sorted synsets).
         images: the images' names, sorted.
         synsets: the known synsets, sorted; may be empty with a devkit.
     """
-    files = _devkit(truth) if truth.is_dir() or truth.suffix != ".txt" else {}
+    files = _devkit(truth) if truth.is_dir() or _is_archive(truth) else {}
     if files:
         if order == "synset":
             raise UserError(f"{truth}: the devkit's numbers are ILSVRC ids: leave out --option order")
@@ -66,7 +68,12 @@ def devkit_synsets(devkit: Path) -> list[str]:
 
 
 def _values(data: bytes, truth: Path, images: list[str]) -> list[str]:
-    lines = [line.split() for line in data.decode("ascii", "replace").splitlines() if line.strip()]
+    text = data.removeprefix(codecs.BOM_UTF8).decode("ascii", "replace")
+    # Of a table with commas, name,class and boxes, the first line is its title.
+    is_table = "," in text.partition("\n")[0]
+    lines = [line.replace(",", " ").split()[: 2 if is_table else None] for line in text.splitlines() if line.strip()]
+    if is_table:
+        lines = [[f"{line[0].removesuffix('.JPEG')}.JPEG", *line[1:]] for line in lines[1:]]
     if len(lines) != len(images):
         raise UserError(f"{truth}: {len(lines)} lines for {len(images)} validation images: one of both is incomplete")
     named = all(len(line) == 2 for line in lines)
@@ -80,13 +87,21 @@ def _values(data: bytes, truth: Path, images: list[str]) -> list[str]:
     return [line[0] for line in lines]
 
 
+def _is_archive(path: Path) -> bool:
+    with opened(str(path)) as file:
+        begin = file.read(512)
+    return begin.startswith(GZIP) or begin[257:262] == b"ustar"
+
+
 def _devkit(path: Path) -> dict[str, bytes]:
     """The devkit's files that are needed, by name."""
     wanted = {TRUTH, "meta.mat"}
     if path.is_dir():
         places = [path / "data" / name if (path / "data").is_dir() else path / name for name in wanted]
         return {place.name: _read(place) for place in places if place.is_file()}
-    with gunzipped(path, 1 << 30) as file:
+    with opened(str(path)) as file:
+        packed = file.read(2) == GZIP
+    with gunzipped(path, 1 << 30) if packed else opened(str(path)) as file:
         found = {}
         for member in members(file, str(path)):
             name = member.name.rpartition("/")[2]

@@ -11,9 +11,10 @@ images, "test" the 50 000 official validation images. Labels are positions among
 ILSVRC2012_val_00000001.JPEG; so `--holdout 0.04` always holds out the same images.
 
 For validation images that are not in class folders, `--option truth=FILE` gives another source of their classes than
-the devkit: a text file with one line an image, in the order of the images' names or with the name before the class.
-Synsets need nothing more; numbers need `--option order=ilsvrc` (the devkit's ids, with meta.mat beside the file) or
-`--option order=synset` (positions among the sorted synsets): see `data_prep.sources._ilsvrc`.
+the devkit: a text file with one line an image, in the order of the images' names or with the name before the class;
+Kaggle's LOC_val_solution.csv is such a file. Synsets need nothing more; numbers need `--option order=ilsvrc` (the
+devkit's ids, with meta.mat beside the file) or `--option order=synset` (positions among the sorted synsets): see
+`data_prep.sources._ilsvrc`.
 
 The tars are read where they are; the training tar is indexed once: see `data_prep.files.tar_index`. The known oddities
 (CMYK JPEGs, a PNG named .JPEG, EXIF) are the decoder's work, which goes by a file's content, not by its suffix.
@@ -29,6 +30,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_prep.files import MAX_BYTES
+from data_prep.files.folders import is_file, is_folder, is_left_out, visible
 from data_prep.files.remote import opened, reading
 from data_prep.files.tar_index import Entry, images_of, tar_index
 from data_prep.sources import Item, Pool
@@ -64,7 +66,7 @@ class ImageNet:
         if self.val is None:
             return []
         folders = _validation_folders(self.val) if self.val.is_dir() else {}
-        ids = sorted(folders) if self.val.is_dir() else _decoded(tar_index(self.val, _validation_entries).ids)
+        ids = sorted(folders) if self.val.is_dir() else _decoded(tar_index(self.val, _validation_images).ids)
         if any(folders.values()):
             synsets = [folders[i] for i in ids]
         elif self.truth is None:
@@ -86,7 +88,7 @@ class ImageNet:
         if root is None:
             raise FileNotFoundError("no such pool")
         if not root.is_dir():
-            return tar_index(root, _train_entries if in_training else _validation_entries).read(item_id)
+            return tar_index(root, _train_entries if in_training else _validation_images).read(item_id)
         folder = root if in_training else root / _folders_for_reading(root).get(item_id, "")
         with (folder / item_id).open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -124,12 +126,12 @@ def _found(paths: list[Path]) -> dict[str, Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder: mend the path")
-    given = [path for path in paths if path.resolve().name in roles]
-    around = [path / name for path in paths if path not in given and path.is_dir() for name in roles]
-    for places, named in ((given, True), (around, False)):
+    # By its own name, or else, as for "." and links of other names, by that of the place.
+    named = {path: role for path in paths if (role := roles.get(path.name) or roles.get(path.resolve().name))}
+    around = [path / name for path in paths if path not in named and path.is_dir() for name in roles]
+    for places in (named, {place: roles[place.name] for place in around}):
         before = dict(found)
-        for place in places:
-            role = roles[place.resolve().name if named else place.name]
+        for place, role in places.items():
             if role in before or not place.exists():
                 continue
             if role in found and role != "devkit":
@@ -162,10 +164,7 @@ def _train_ids(train: Path) -> list[str]:
 
 
 def _images(folder: Path) -> list[str]:
-    with reading(folder), os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-        # A regular file: reading a pipe or a device would hang.
-        return sorted(entry.name for entry in visible if entry.name.lower().endswith(SUFFIXES) and entry.is_file())
+    return [each.name for each in visible(folder) if each.name.lower().endswith(SUFFIXES) and is_file(each)]
 
 
 def _validation_folders(val: Path) -> dict[str, str]:
@@ -173,8 +172,7 @@ def _validation_folders(val: Path) -> dict[str, str]:
     if not val.is_dir():
         return {}
     flat = _images(val)
-    with reading(val), os.scandir(val) as entries:
-        folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    folders = [each.name for each in visible(val) if is_folder(each)]
     if flat and folders:
         raise UserError(f"{val}: images such as {flat[0]} beside folders such as {folders[0]}: move one of both away")
     found = dict.fromkeys(flat, "")
@@ -211,8 +209,11 @@ def _train_entries(file: BinaryIO, where: str) -> Iterator[Entry]:
         yield from images_of(file, f"{where} {synset}.tar", f"{synset}/", offset, offset + size)
 
 
-def _validation_entries(file: BinaryIO, where: str) -> Iterator[Entry]:
-    return images_of(file, where, "")
+def _validation_images(file: BinaryIO, where: str) -> Iterator[Entry]:
+    """Called by their names alone, as in the tar that was published, even where it was packed with a folder."""
+    for name, offset, size in images_of(file, where, ""):
+        if not is_left_out(base := name.rpartition("/")[2]):
+            yield base, offset, size
 
 
 def _decoded(ids: np.ndarray) -> list[str]:

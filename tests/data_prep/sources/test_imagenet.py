@@ -175,6 +175,50 @@ def test_files_of_classes(tmp_path: Path) -> None:
     assert "choose ilsvrc or synset" in refusal(lambda: labels(ilsvrc, order="sorted"))
 
 
+def test_other_forms_of_the_classes(tmp_path: Path) -> None:
+    root = lay_out(tmp_path / "i", "folders", "flat", "none")
+    names = sorted(validation())
+
+    def labels(file: str, content: bytes, **options: str) -> list[int | None]:
+        (tmp_path / file).write_bytes(content)
+        source = listed("imagenet", root, truth=str(tmp_path / file), **options)
+        return [item.label for item in source.items("test")]
+
+    rows = [
+        f"{name[:-5]},{SYNSETS[label]} 1 2 3 4 {SYNSETS[0]} 5 6 7 8\r\n"
+        for name, label in zip(names, VALIDATION, strict=True)
+    ]
+    kaggle = "".join(["\ufeffImageId,PredictionString\r\n", *reversed(rows)]).encode()
+    for file in ("LOC_val_solution.csv", "csv.txt", "no_suffix"):
+        assert labels(file, kaggle) == VALIDATION
+    assert "5 lines for 6" in refusal(lambda: labels("short.csv", kaggle.rpartition(b"ILSVRC")[0]))
+    plain = "".join(f"{SYNSETS[label]}\r\n" for label in VALIDATION)
+    assert labels("bom", ("\ufeff" + plain).encode()) == VALIDATION
+    tar = tar_bytes([(f"ILSVRC2012_devkit_t12/{name}", data) for name, data in devkit_files().items()])
+    for file, content in (("kit", tar), ("kit.txt", gzip.compress(tar)), ("kit.tgz", gzip.compress(tar))):
+        assert labels(file, content) == VALIDATION
+    assert "neither numbers nor synsets" in refusal(lambda: labels("x.gz", b"cat\n" * 6))
+
+
+def test_links_and_folders_around(tmp_path: Path) -> None:
+    """train as a link to a folder of another name, and the validation tar packed with its folder."""
+    store = lay_out(tmp_path / "store", "folders", "none", "folder")
+    (store / "train").rename(store / "imagenet_training")
+    root = tmp_path / "i"
+    root.mkdir()
+    (root / "train").symlink_to(store / "imagenet_training")
+    packed = [("./val/._x.JPEG", b""), *((f"./val/{name}", data) for name, data in validation().items())]
+    (root / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(packed))
+    devkit = store / "ILSVRC2012_devkit_t12"
+    check(listed("imagenet", root, devkit))
+    check(listed("imagenet", root / "train", root, devkit))
+    (root / "train/n01440764/n01440764_99.JPEG").symlink_to("nowhere")
+    source = listed("imagenet", root, devkit)
+    assert len(source.items("train")) == len(training()) + 1
+    with pytest.raises(OSError, match="No such file"):
+        source.read("n01440764/n01440764_99.JPEG")
+
+
 def test_damaged_devkits(tmp_path: Path) -> None:
     root = lay_out(tmp_path / "i", "folders", "flat", "folder")
     assert "leave out --option order" in refusal(lambda: listed("imagenet", root, order="synset").items("test"))
