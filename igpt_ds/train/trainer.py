@@ -1,25 +1,29 @@
 """The one loop of pre-training and fine-tuning, and what it is built of."""
 
+import dataclasses
 import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 import igpt_ds
+from igpt_ds import evals
 from igpt_ds.atomic import publish_text
-from igpt_ds.checkpoint import read as checkpoints
+from igpt_ds.checkpoint.names import prune
 from igpt_ds.checkpoint.write import Saver
 from igpt_ds.config.deepspeed import remembered
-from igpt_ds.config.file import to_toml, to_tree
+from igpt_ds.config.file import load_config, to_toml, to_tree
 from igpt_ds.config.schema import replace
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.loading.augment import crop_and_flip
+from igpt_ds.lock import Lock
 from igpt_ds.run.directory import LOGGER, Run, log_to
 from igpt_ds.run.metrics import Metrics, require_wandb
 from igpt_ds.train.job import Job, summary
@@ -74,47 +78,83 @@ def train(
         labels = _labels(job)
         if job.config.finetune.augmentation == "crop_flip":
             augment = functools.partial(crop_and_flip, seed=job.config.seed)
-    ranks.join()
-    if ranks.rank == 0:
-        if fresh:
-            run.clear()
-        run.create()
-    ranks.any(False)  # all wait for it
-    watchdog = Watchdog(run.path, ranks.rank, ranks.world, job.config.health.hang_timeout, log_to(run, ranks.rank))
-    engine = Engine(job.config, job.ds, job.division, ranks)
-    progress = resume(engine, job, run)
-    metrics = None
-    if ranks.rank == 0:
-        publish_text(run.config, to_toml(replace(job.config, "training", stop_at=None)))
-        publish_text(run.ds_config, json.dumps(remembered(job.ds_source, job.ds), indent=2) + "\n")
-        job.train_sets[0].palette.save(run.palette)
-        metrics = Metrics(run.path, progress.step, to_tree(job.config), wandb_project)
-        LOGGER.info(summary(job))
+    with _owned(run, ranks) as lock:
+        ranks.join()
+        if lock is not None and fresh:
+            _clear(run)
+        ranks.any(False)  # all wait for it
+        watchdog = Watchdog(run.path, ranks.rank, ranks.world, job.config.health.hang_timeout, log_to(run, ranks.rank))
+        engine = Engine(job.config, job.ds, job.division, ranks)
+        progress = resume(engine, job, run)
+        # Where nothing is trained, the run's configuration stays that of what was trained, and its result tells it.
+        trained = _as_trained(job, run, ranks) if progress.done(job.config) else job
+        metrics = None
+        if lock is not None:
+            lock.require()
+            if trained is job:
+                publish_text(run.config, to_toml(replace(job.config, "training", stop_at=None)))
+                publish_text(run.ds_config, json.dumps(remembered(job.ds_source, job.ds), indent=2) + "\n")
+                job.train_sets[0].palette.save(run.palette)
+            metrics = Metrics(run.path, progress.step, to_tree(trained.config), wandb_project, lock)
+            for line in summary(trained).splitlines():
+                LOGGER.info(line)
 
-    def batches_after(progress: Progress) -> Batches:
-        return train_batches(
-            job.train_sets,
-            job.order,
-            batch=job.config.training.batch,
-            micro_batch=job.division.micro_batch,
-            rank=job.division.replica(ranks.rank),
-            world=job.division.replicas,
-            start_step=progress.step,
-            left_out=progress.left_out,
-            workers=job.config.data.workers,
-            labels=labels,
-            augment=augment,
-        )
+        def batches_after(progress: Progress) -> Batches:
+            return train_batches(
+                job.train_sets,
+                job.order,
+                batch=job.config.training.batch,
+                micro_batch=job.division.micro_batch,
+                rank=job.division.replica(ranks.rank),
+                world=job.division.replicas,
+                start_step=progress.step,
+                left_out=progress.left_out,
+                workers=job.config.data.workers,
+                labels=labels,
+                augment=augment,
+            )
 
-    trainer = Trainer(job, run, engine, progress, batches_after, metrics, stop, watchdog)
-    trainer.loop()
-    if job.config.finetune is not None and trainer.ended and not ranks.any(stop.reason is not None):
-        conclude(engine, job, run, trainer.progress)
-    if metrics is not None:
-        metrics.close()
-    stop.end()
-    engine.close()
-    ranks.leave()
+        trainer = Trainer(job, run, engine, progress, batches_after, metrics, stop, watchdog, lock)
+        trainer.loop()
+        if job.config.finetune is not None and trainer.ended and not ranks.any(stop.reason is not None):
+            conclude(engine, trained, run, trainer.progress, lock)
+        if metrics is not None:
+            metrics.close()
+        stop.end()
+        engine.close()
+        ranks.leave()
+
+
+@contextmanager
+def _owned(run: Run, ranks: Ranks) -> Iterator[Lock | None]:
+    """On rank 0 the run's lock until the end: who has it alone writes into the run; None on the others.
+
+    Before the ranks meet, as all that is refused, so that a job script learns that another try does not cure it.
+    """
+    if ranks.rank != 0:
+        yield None
+        return
+    run.create()
+    lock = Lock.take(run.path)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _clear(run: Run) -> None:
+    """Delete the run that was there, and say what else lies in its directory."""
+    kept = run.clear([evals.stem(evals.load(name)) for name in evals.names()])
+    run.create()
+    if kept:
+        LOGGER.warning(f"{run.path}: left as it is, since it is no part of a run: {', '.join(kept)}")
+
+
+def _as_trained(job: Job, run: Run, ranks: Ranks) -> Job:
+    """The job by the configuration that the run has; as it is, where that is lost."""
+    config = load_config(run.config) if ranks.rank == 0 and run.config.exists() else None
+    config = ranks.from_rank_0(config)
+    return dataclasses.replace(job, config=config) if config else job
 
 
 @dataclass
@@ -124,7 +164,7 @@ class Trainer:
     Attributes:
         progress: where it stands; a step counts completed steps.
         batches_after: this rank's micro-batches from there on.
-        metrics: rank 0's; None on the others.
+        metrics, lock: rank 0's; None on the others.
     """
 
     job: Job
@@ -135,11 +175,12 @@ class Trainer:
     metrics: Metrics | None
     stop: StopRequest
     watchdog: Watchdog
+    lock: Lock | None = None
 
     def __post_init__(self) -> None:
         ranks = self.engine.ranks
         self.meter = Meter(self.job.config, self.engine)
-        self.saver = Saver(self.run.checkpoints, ranks.rank, ranks.world, ranks.any, ranks.neighbours)
+        self.saver = Saver(self.run.checkpoints, ranks.rank, ranks.world, ranks.any, ranks.neighbours, self.lock)
 
     @property
     def ended(self) -> bool:
@@ -158,7 +199,7 @@ class Trainer:
             self.watchdog,
         )
         end = recipe.stop_at or recipe.steps
-        if progress.step >= end or self.ended:
+        if progress.done(config):
             LOGGER.info(
                 f"already at step {progress.step} of {end}: nothing to do "
                 "(a later training.stop_at or more training.steps go on)"
@@ -331,7 +372,7 @@ class Trainer:
         if self.saver.rank == 0:
             keep, milestones = self.job.config.checkpoint.keep, self.job.config.checkpoint.milestones
             best = (self.progress.best[0],) if self.progress.best else ()
-            checkpoints.prune(self.run.checkpoints, keep, (*milestones, *best))
+            prune(self.run.checkpoints, keep, (*milestones, *best))
             LOGGER.info(f"{'':13}  saved {path}")
 
     def _save_failed(self, error: UserError, last: bool) -> None:
