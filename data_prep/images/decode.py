@@ -6,7 +6,7 @@ and nothing depends on a clock, so that an image is accepted everywhere or nowhe
 
 - MAX_BYTES of file, MAX_PIXELS of image and of a TIFF's tile (a tile may be larger than its image);
 - MAX_METADATA bytes and MAX_PARTS pieces read before the pixels: a TIFF directory can name the same bytes 65,000
-  times, and a GIF comment of small blocks is joined in quadratic time;
+  times, and a GIF comment of small blocks is joined in quadratic time. A PNG's text or profile may unpack to as much;
 - MAX_EXIF bytes of EXIF, which is itself such a directory; a longer one is passed over, as a broken one is;
 - MAX_SCANS of a JPEG, each of which visits every block of the image;
 - MAX_SLOW_PIXELS in the forms that Pillow decodes in Python (run-length BMP, plain and odd-ranged PNM).
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as Exif
 
 from data_prep.files import MAX_BYTES
@@ -32,6 +32,7 @@ MAX_PARTS = 10_000
 MAX_EXIF = 1 << 16
 MAX_SCANS = 100
 MAX_SLOW_PIXELS = 4 << 20
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_METADATA  # Pillow's own limit is 1 MiB, and ends the reading of the image
 _SLOW_CODECS = {"bmp_rle", "ppm", "ppm_plain"}
 _BAND = 1 << 20  # pixels that are converted at a time
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 258, 262, 322, 323
@@ -123,8 +124,7 @@ def reduced(data: bytes, exif: ExifOrientation, scale: Callable[[tuple[int, int]
         except (RejectError, MemoryError):
             raise
         except Exception as error:
-            reason = "truncated" if "truncated" in str(error).lower() else "damaged"
-            raise RejectError(reason, _first_line(error)) from error
+            raise _rejected(error) from error
 
 
 class _Metered(io.BytesIO):
@@ -156,7 +156,7 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
     except (RejectError, MemoryError):
         raise
     except Exception as error:  # Pillow's parsers raise anything on hostile bytes.
-        raise RejectError("damaged", _first_line(error)) from error
+        raise _rejected(error) from error
     if image.width * image.height > MAX_PIXELS:
         raise RejectError("too many pixels", f"{image.width} x {image.height}, more than {MAX_PIXELS}")
     file.left = None
@@ -187,8 +187,12 @@ def _scans(image: Image.Image, data: bytes, header: int) -> int:
     return 1 + data.count(b"\xff\xda", header)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _rejected(error: Exception) -> RejectError:
+    """Why an image is rejected that Pillow gives up on."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    if "MAX_TEXT_" in line:
+        return RejectError("too much metadata", f"text or a profile of more than {MAX_METADATA} bytes")
+    return RejectError("truncated" if "truncated" in str(error).lower() else "damaged", line)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -271,11 +271,22 @@ def test_small_files_that_ask_for_much(data: bytes, reason: str) -> None:
     assert after.ru_maxrss - before.ru_maxrss < 200_000  # kB
 
 
-def test_a_text_that_grows_when_it_is_unpacked() -> None:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("a", "b" * 10_000_000, zip=True)
-    with pytest.raises(RejectError, match="damaged"):
-        decode(encode(Image.new("L", (4, 4)), "PNG", pnginfo=info))
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+def test_a_text_that_grows_when_it_is_unpacked(kind: str) -> None:
+    pixels = noise(4, 4, 3)
+
+    def with_text(size: int) -> bytes:
+        info = PngImagePlugin.PngInfo()
+        if kind == "zTXt":
+            info.add_text("a", "b" * size, zip=True)
+        elif kind == "iTXt":
+            info.add_itxt("XML:com.adobe.xmp", "b" * size, zip=True)
+        return encode(Image.fromarray(pixels), "PNG", pnginfo=info, icc_profile=bytes(size) if kind == "iCCP" else None)
+
+    assert np.array_equal(decode(with_text(2_000_000)), pixels)
+    with pytest.raises(RejectError) as caught:
+        decode(with_text(10_000_000))
+    assert caught.value.reason == "too much metadata"
 
 
 @pytest.mark.parametrize("place", ["eXIf", "text"])
