@@ -135,6 +135,33 @@ def test_a_run_without_records_says_how_to_make_them(tmp_path: Path) -> None:
     assert "No line of metrics.jsonl yet." in text
 
 
+def test_what_is_no_sheet_is_passed_over_and_no_number_is_a_gap(tmp_path: Path) -> None:
+    folder = records.make_run(tmp_path / "run\x1b\u202e\udcff")
+    (folder / "samples").mkdir()
+    os.mkfifo(folder / "samples" / "x.png")
+    os.mkfifo(folder / "ds.json")
+    (folder / "samples" / "directory.png").mkdir()
+    (folder / "samples-bomb.png").write_bytes(png()[:16] + b"\0\1\0\0" * 2 + png()[24:])
+    with (folder / "samples-large.png").open("wb") as file:
+        file.write(png())
+        file.truncate(300 << 20)  # sparse
+    (folder / "samples-good.png").write_bytes(png())
+    huge = {"loss": 1e308, "lr": 1e-308, "grad_norm": -1e308, "tokens_per_s": 2**63, "data_wait": None}
+    lines = [{"step": step, **huge} for step in (0, 2**62)]
+    event = {"step": 5, "event": 3, "reason": ["x"], "loss": {}}
+    validation = {"step": 2**62, "val_loss": None, "val_images": 60}
+    records.write_metrics(folder, *lines, records.training_line(100, 2.0) | {"loss": None}, event, validation)
+    signal.alarm(60)  # a pipe without a writer
+    try:
+        text = page(read_run(folder))
+    finally:
+        signal.alarm(0)
+    assert len(text) < 1 << 20
+    shown = Page(text).text
+    assert "4 files not shown" in shown and "samples-good.png" in shown and "cannot be read: no regular file" in shown
+    assert "nan nats at step 4,611,686,018,427,387,904 (n = 60)" in shown and r"run\x1b\u202e\udcff" in shown
+
+
 def test_the_command_writes_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
