@@ -9,7 +9,7 @@ import click
 from data_prep import commands
 from igpt_ds import __version__
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.text import visible
+from igpt_ds.text import one_line
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -45,7 +45,7 @@ def main() -> None:
             if isinstance(error, click.MissingParameter):  # click lists what there is to choose from on lines
                 message = " ".join(message.split())
             message = f"{message.rstrip('.')}: see {error.ctx.command_path} --help"
-        click.echo(f"igpt-data: {visible(message)}", err=True)
+        click.echo(f"igpt-data: {one_line(message)}", err=True)
         sys.exit(1 if isinstance(error, RunError) else 2)
     except click.Abort:
         click.echo("igpt-data: interrupted; the same command again continues", err=True)

@@ -14,7 +14,7 @@ from igpt_ds.cores import wait_asleep
 from igpt_ds.distributed.launcher import follow
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.memory import keep_freed_memory
-from igpt_ds.text import visible
+from igpt_ds.text import one_line
 from igpt_ds.train.signals import arrived, hear, tell_job_script
 
 
@@ -87,7 +87,7 @@ def _tell(message: str) -> None:
     if rank.isdecimal() and rank != "0":
         _let_others_speak()
         message = f"[rank {rank}] {message}"
-    print(f"igpt-ds: {visible(message)}", file=sys.stderr, flush=True)
+    print(f"igpt-ds: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def _let_others_speak() -> None:

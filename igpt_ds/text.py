@@ -20,6 +20,12 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(message: str, most: int = 2000) -> str:
+    """A message as `visible`, and not without end: names may be long, and what to do stands last."""
+    line = visible(message)
+    return line if len(line) <= most else f"{line[: most - 300]} ... {line[-300:]}"
+
+
 @dataclass(frozen=True)
 class Table:
     """Headings and rows of strings. `title` may be empty; `note` stands below."""

@@ -14,7 +14,7 @@ import data_prep.cli
 import igpt_ds.cli
 from igpt_ds.config.file import load_config, to_toml
 from igpt_ds.run.directory import LOGGER
-from igpt_ds.text import Table, aligned, visible
+from igpt_ds.text import Table, aligned, one_line, visible
 
 # Escape sequences, C1, overwriting, bidirectional and zero-width characters, line ends of every kind, bytes that are
 # no UTF-8.
@@ -25,6 +25,8 @@ def test_what_a_terminal_obeys_stands_as_an_escape() -> None:
     shown = visible(OBEYED)
     assert shown == r"\x1b[2J\x9b1m\r\x08\u202e\u200b\n\x0b\x85\u2028\udcff\x7f"
     assert visible("Füße, 猫 😀 ± \\n") == "Füße, 猫 😀 ± \\n"
+    long = one_line("x: " + 5000 * "\x1b" + ": mend it")
+    assert len(long) < 2010 and long.startswith(r"x: \x1b") and long.endswith(": mend it")
     table = Table(OBEYED, [OBEYED, "n"], [[OBEYED, "1"]], "one line\nanother " + OBEYED.replace("\n", ""))
     for text in (table.text(), table.markdown(), aligned([(OBEYED, OBEYED)])):
         assert text.replace("\n", "").isprintable()
