@@ -29,7 +29,8 @@ NAME, FOLDER, PRECISIONS = "native", True, ("float32",)
 
 def is_run(path: Path) -> bool:
     """Whether it is a run directory, be it one without a checkpoint yet."""
-    return (path / "config.toml").is_file() or Run(path).checkpoints.is_dir()
+    run = Run(path)
+    return run.config.is_file() or run.checkpoints.is_dir()
 
 
 def recognises(path: Path) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from igpt_ds.errors import UserError
 from igpt_ds.run.directory import Run
+from igpt_ds.weights.formats import open_weights
 
 
 def filled(path: Path) -> Run:
@@ -111,5 +112,7 @@ def test_what_cannot_be_a_run_directory(tmp_path: Path) -> None:
     for name in ("x" * 260, "loop", "x/" * 2100):
         with pytest.raises(UserError, match="cannot be a run directory"):
             Run(tmp_path / name)
+        with pytest.raises(UserError, match="cannot be a run directory"):
+            open_weights(tmp_path / name, verify=False)
     with pytest.raises(UserError, match="a part of the path is a file"):
         Run(tmp_path / "file").require_fresh(force=False)
