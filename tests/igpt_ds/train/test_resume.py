@@ -1,0 +1,77 @@
+"""How a run comes to stand where it stands: decisions outlive a damaged line, and changes are told."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from igpt_ds.config.deepspeed import load_ds_config
+from igpt_ds.config.file import to_tree
+from igpt_ds.distributed.ranks import Ranks
+from igpt_ds.run.directory import LOGGER, Run
+from igpt_ds.train.begin import pretraining
+from igpt_ds.train.job import Job, prepare
+from igpt_ds.train.resume import Progress, resume
+from tests.helpers.checkpoints import FACTS, one_rank, save, shards_of
+
+ENGINE: Any = SimpleNamespace(
+    ranks=Ranks(), device=torch.device("cpu"), state=SimpleNamespace(load=lambda *_, **__: None)
+)
+ROLLBACKS = [
+    {"step": 4, "event": "rollback", "reason": "spikes", "left_out": [5, 7]},
+    {"step": 4, "event": "rollback", "reason": "spikes", "left_out": [9, 11]},
+]
+
+
+@pytest.fixture
+def job(digits: Path) -> Job:
+    config = pretraining("tiny", None, [str(digits)], ["training.validate_every=0", "training.steps=50"])
+    return prepare(config, load_ds_config("zero3"), 1)
+
+
+def resumed(run: Run, job: Job, progress: dict[str, Any], lines: list[bytes], **changes: Any) -> Progress:
+    """Resume from a checkpoint of step 12 with this progress, and with these lines of metrics."""
+    run.create()
+    config = to_tree(job.config)
+    config["training"] |= changes
+    facts = {**FACTS, "config": config, "progress": progress}
+    save(run.checkpoints, 12, shards_of(0, 1), facts, 0, 1, one_rank)
+    run.metrics.write_bytes(b"".join(line + b"\n" for line in lines))
+    return resume(ENGINE, job, run)
+
+
+def test_decisions_behind_a_damaged_line_are_obeyed(job: Job, tmp_path: Path) -> None:
+    decisions = [json.dumps(line).encode() for line in ROLLBACKS]
+    progress = resumed(Run(tmp_path), job, {}, [b'{"step": 1, "loss": 2.0}', b"\x00\x00", *decisions])
+    assert progress.left_out.spans == ((5, 7), (9, 11))
+    assert progress.rollbacks == [4, 4]
+
+
+@pytest.mark.parametrize("kept", [[], [0], [1], [0, 1]], ids=str)
+def test_a_checkpoint_knows_the_decisions_before_it(job: Job, tmp_path: Path, kept: list[int]) -> None:
+    """Whichever of their lines are damaged, none counts twice."""
+    known = {"left_out": [[5, 7], [9, 11]], "rollbacks": [4, 4]}
+    lines = [json.dumps(line).encode() if number in kept else b"{" for number, line in enumerate(ROLLBACKS)]
+    progress = resumed(Run(tmp_path), job, known, lines)
+    assert progress.left_out.spans == ((5, 7), (9, 11))
+    assert progress.rollbacks == [4, 4]
+    assert progress.record()["rollbacks"] == [4, 4]
+
+
+def test_what_has_changed_is_told_in_one_line(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    caplog.set_level("INFO", "igpt_ds")
+    resumed(Run(tmp_path / "same"), job, {}, [])
+    assert "changed since" not in caplog.text
+    before = {"learning_rate": 0.1, "precision": "bfloat16", "steps": 40, "micro_batch": 8, "stop_at": 12}
+    resumed(Run(tmp_path / "other"), job, {}, [], **before)
+    assert caplog.messages[-1] == (
+        "changed since then: training.steps from 40 to 50 (where the cosine of the learning rate ends), "
+        "training.learning_rate from 0.1 to 0.003, training.precision from bfloat16 to float32, "
+        "training.micro_batch from 8 to unset"
+    )
