@@ -29,7 +29,7 @@ def open_regular(path: Path) -> BinaryIO:
 def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
     """All bytes of a regular file; more than `most` are a ValueError."""
     with open_regular(path) as file:
-        data = file.read(most + 1)
+        data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # so much memory is taken at once
     if len(data) > most:
         raise ValueError(f"more than {most:,} bytes")
     return data

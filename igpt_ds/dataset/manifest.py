@@ -11,12 +11,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+import numpy as np
+
 from igpt_ds.atomic import publish_text
 from igpt_ds.dataset.storage import STORAGES
 from igpt_ds.errors import UserError
+from igpt_ds.reading import read_json
 
 FORMAT = "igpt-ds-tokens"
 VERSION = 1
+MOST_SIDE, MOST_ROWS = 1 << 15, 1 << 31  # of an image, of a block: what 64 bits hold as bytes
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no dot (webdataset splits keys there) and no way out of the directory
 
 
@@ -58,13 +62,13 @@ class Manifest:
         """Read and check DIRECTORY/manifest.json."""
         path = Path(directory) / "manifest.json"
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{directory}: no manifest.json, half-built or not a dataset: run igpt-data shards again"
             ) from None
         except (OSError, ValueError) as error:
-            raise _malformed(path, "not readable JSON") from error
+            raise _malformed(path, f"not readable JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise _malformed(path, f"not an {FORMAT} manifest")
         if (version := data.pop("version", None)) != VERSION:
@@ -84,30 +88,40 @@ class Manifest:
         publish_text(Path(directory) / "manifest.json", json.dumps(data, indent=1) + "\n")
 
     def _contradiction(self) -> str | None:
-        fault = None
-        if self.storage not in STORAGES:
-            fault = f"unknown storage {self.storage!r}"
-        elif self.resolution < 1 or self.sequence_length != self.resolution**2 or self.rows_per_block < 1:
-            fault = f"{self.sequence_length} tokens do not fit a resolution of {self.resolution}"
-        elif not {"k", "sha256"} <= self.palette.keys():
-            fault = "the palette's k or sha256 is missing"
-        elif not isinstance(colours := self.palette["k"], int) or colours > STORAGES[self.storage].colours:
-            fault = f"{self.storage} cannot hold tokens of {colours!r} colours"
-        elif self.rows < 1 or self.views < 1:
-            fault = f"it holds {self.rows} rows in {self.views} views"
-        elif len({shard.name for shard in self.shards}) != len(self.shards):
-            fault = "a shard is listed twice"
-        rows = [0] * max(self.views, 1)
+        form, palette = STORAGES.get(self.storage), self.palette
+        if form is None:
+            return f"unknown storage {self.storage!r}"
+        row_bytes = np.dtype(form.dtype).itemsize * form.width(self.sequence_length)
+        rules = {
+            f"{self.sequence_length} tokens do not fit a resolution of {self.resolution}": (
+                1 <= self.resolution <= MOST_SIDE and self.sequence_length == self.resolution**2
+            ),
+            f"blocks of {self.rows_per_block} rows": 1 <= self.rows_per_block <= MOST_ROWS,
+            "the palette's k or sha256 is missing": (
+                type(palette.get("k")) is int and isinstance(palette.get("sha256"), str)
+            ),
+            "the name of a class is no text": all(isinstance(name, str) for name in self.classes or ()),
+            f"it holds {self.rows} rows in {self.views} views of {len(self.shards)} shards": (
+                1 <= self.views <= len(self.shards) and self.rows >= 1 and self.rejected >= 0
+            ),
+            "a shard is listed twice": len({shard.name for shard in self.shards}) == len(self.shards),
+        }
+        if fault := next((text for text, holds in rules.items() if not holds), None):
+            return fault
+        if not 1 <= palette["k"] <= form.colours:
+            return f"{self.storage} cannot hold tokens of {palette['k']} colours"
+        rows = [0] * self.views
         for shard in self.shards:
             if not 0 <= shard.view < self.views:
                 return f"shard {shard.name!r} belongs to view {shard.view} of {self.views}"
             figures = shard.rows, shard.token_offset, shard.block_bytes
-            if not SHARD_NAME.fullmatch(shard.name) or min(figures) < 1 or max(figures) > shard.bytes:
-                fault = f"the record of shard {shard.name!r} makes no sense"
+            sized = min(figures) >= 1 and max(*figures, shard.rows * row_bytes) <= shard.bytes
+            if not sized or not SHARD_NAME.fullmatch(shard.name):
+                return f"the record of shard {shard.name!r:.80} makes no sense"
             rows[shard.view] += shard.rows
         if any(count != self.rows for count in rows):
-            fault = f"its shards hold {rows} rows by view, but it says {self.rows} a view"
-        return fault
+            return f"its shards hold {rows[:8]} rows by view, but it says {self.rows} a view"
+        return None
 
 
 def _malformed(path: Path, what: str) -> UserError:
@@ -122,5 +136,5 @@ def typed(cls: type, data: Any) -> Any:
     for name, kind in kinds.items():
         allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if type(data[name]) not in {get_origin(each) or each for each in allowed}:
-            raise TypeError(f"{name} is {data[name]!r}")
+            raise TypeError(f"{name} is {data[name]!r:.80}")
     return cls(**data)

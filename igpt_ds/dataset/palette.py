@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from igpt_ds.atomic import publish_file
+from igpt_ds.dataset.npy import read_npy
 from igpt_ds.errors import UserError
 
 MAX_COLOURS = 1 << 16  # tokens are uint16
+_MOST_BYTES = 1 << 24  # of a palette's file: in whatever type, a palette is far shorter
 _LEVELS = 256
 _SIDE = 8  # colours per side of a block of the table
 _BLOCKS = _LEVELS // _SIDE
@@ -73,12 +75,10 @@ class Palette:
         """Read a palette from an .npy file."""
         path = Path(path)
         try:
-            # Opened here, for np.load would leave a refused file open.
-            with path.open("rb") as file:
-                colours = np.lib.format.read_array(file, allow_pickle=False)
+            colours = read_npy(path, _MOST_BYTES, fortran=True)
         except FileNotFoundError:
             raise UserError(f"{path}: no such palette: make one with igpt-data palette") from None
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a readable .npy palette: make one with igpt-data palette") from error
         try:
             return cls(colours)
@@ -124,11 +124,10 @@ class Palette:
         """Token of every colour, uint16 [2^24] at r << 16 | g << 8 | b, from the cache where it is there."""
         path = _cache_directory() / f"table-1-{self.sha256}.npy"
         try:
-            with path.open("rb") as file:
-                table = np.lib.format.read_array(file, allow_pickle=False)
+            table = read_npy(path, 2 * _LEVELS**3 + 4096)
             if table.dtype == np.uint16 and table.shape == (_LEVELS**3,) and int(table.max()) < self.k:
                 return table
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError):
             pass
         table = nearest_table(self.colours)
         try:

@@ -39,11 +39,13 @@ from typing import Any
 import numpy as np
 
 from igpt_ds.atomic import publish_file, publish_text, sha256_file
-from igpt_ds.dataset.blocks import blocks, damaged, to_npy
+from igpt_ds.dataset.blocks import blocks, damaged
 from igpt_ds.dataset.manifest import SHARD_NAME, Manifest, ShardRecord, typed
+from igpt_ds.dataset.npy import to_npy
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.storage import STORAGES
 from igpt_ds.errors import UserError
+from igpt_ds.reading import read_json
 
 _OPEN_FILES = 64
 _LOOK_EVERY = 1.0  # seconds
@@ -115,7 +117,7 @@ def write_shard(
 def read_mark(directory: Path, name: str) -> tuple[ShardRecord, dict[str, Any]] | None:
     """A shard's commit mark, as (record, note); None when it is missing or malformed: not committed."""
     try:
-        mark = json.loads((Path(directory) / f"{name}.json").read_text(encoding="utf-8"))
+        mark = read_json(Path(directory) / f"{name}.json")
         note = mark.pop("note")
         return typed(ShardRecord, mark), note
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -352,7 +354,7 @@ class _Files(dict[int, int]):
     def __missing__(self, shard: int) -> int:
         path = self._path(shard)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no wait for a pipe
         except FileNotFoundError:
             raise _missing(path) from None
         if len(self) >= _OPEN_FILES:

@@ -17,8 +17,9 @@ import pytest
 import data_prep.check.verify
 from data_prep.check.verify import verify
 from data_prep.workers.pool import pool
-from igpt_ds.dataset.blocks import blocks, from_npy, to_npy
+from igpt_ds.dataset.blocks import blocks
 from igpt_ds.dataset.manifest import Manifest
+from igpt_ds.dataset.npy import from_npy, to_npy
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import write_shard
 from igpt_ds.errors import UserError

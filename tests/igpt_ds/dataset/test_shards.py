@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import tarfile
@@ -15,8 +16,8 @@ import pytest
 import webdataset as wds
 
 from data_prep.check.verify import verify
-from igpt_ds.dataset.blocks import to_npy
 from igpt_ds.dataset.manifest import Manifest
+from igpt_ds.dataset.npy import from_npy, read_npy, to_npy
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset, read_mark, write_shard
 from igpt_ds.errors import UserError
@@ -342,6 +343,18 @@ def test_a_tar_that_is_not_ours(tmp_path: Path) -> None:
         ({"shards": []}, "0"),
         ({"shards": 3}, "malformed"),
         ({"classes": "abc"}, "classes is 'abc'"),
+        ({"classes": ["x", 1, "z"]}, "the name of a class is no text"),
+        ({"rows_per_block": 1 << 62}, "blocks of 4611686018427387904 rows"),
+        ({"rows_per_block": 0}, "blocks of 0 rows"),
+        ({"resolution": 10**9, "sequence_length": 10**18}, "do not fit a resolution"),
+        ({"resolution": 1 << 15, "sequence_length": 1 << 30}, "the record of shard 'train-00000' makes no sense"),
+        ({"views": 10**9}, "in 1000000000 views of 2 shards"),
+        ({"rejected": -1}, "22 rows"),
+        ({"palette": {"k": K, "sha256": 5}}, "the palette's k or sha256 is missing"),
+        ({"palette": {"k": 0, "sha256": "x"}}, "cannot hold tokens of 0 colours"),
+        ({"palette": {"k": True, "sha256": "x"}}, "the palette's k or sha256 is missing"),
+        ({"seed": math.nan}, "NaN is no number"),
+        ({"seed": 10**30}, "is no number of 64 bits"),
     ],
 )
 def test_malformed_manifest(tmp_path: Path, changes: dict, complaint: str) -> None:
@@ -354,10 +367,79 @@ def test_malformed_manifest(tmp_path: Path, changes: dict, complaint: str) -> No
     assert "igpt-data shards again" in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["[" * 50_000, '{"a":' * 50_000, '{"rows": ' + "9" * 5000 + "}", "{}\x00", "3"])
+def test_a_manifest_that_would_surprise_its_reader(tmp_path: Path, text: str) -> None:
+    make_dataset(tmp_path / "d")
+    for name in ("manifest.json", "train-00000.json"):
+        (tmp_path / "d" / name).write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json: malformed"):
+        Dataset.open(tmp_path / "d")
+    assert read_mark(tmp_path / "d", "train-00000") is None
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "palette.npy", "train-00000.tar"])
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    make_dataset(tmp_path / "d")
+    dataset = Dataset.open(tmp_path / "d")
+    (tmp_path / "d" / name).unlink()
+    os.mkfifo(tmp_path / "d" / name)
+    with pytest.raises(UserError, match=name):
+        Dataset.open(tmp_path / "d")
+    if name == "train-00000.tar":
+        for act in (dataset.labels, lambda: dataset.read(0, 0)):
+            with pytest.raises(UserError, match=name):
+                act()
+
+
+def header(text: str, version: int = 1) -> bytes:
+    data = text.encode() + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + len(data).to_bytes(2 * version, "little") + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000000000)}"),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (%s,)}" % ("9" * 400)),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (0, %s)}" % ("9" * 400)),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (%s1,)}" % ("-" * 9000)),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (%s1,)}" % ("(" * 4000)),
+        header("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 3)}") + bytes(12),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + bytes(8),
+        header("{'descr': '|V0', 'fortran_order': False, 'shape': (9,)}"),
+        header("{'descr': '|S2147483647', 'fortran_order': False, 'shape': (1,)}"),
+        header("{'descr': ('<f4', (1000000000,)), 'fortran_order': False, 'shape': (1,)}"),
+        header("{'descr': 5, 'fortran_order': False, 'shape': (1,)}"),
+        header("{", version=2),
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff{}",
+        b"\x93NUMPY\x09\x00" + bytes(100),
+        b"",
+    ],
+    ids=range(15),
+)
+def test_an_npy_whose_header_lies_is_refused_without_the_memory(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        from_npy(data, fortran=True)
+    (tmp_path / "palette.npy").write_bytes(data)
+    with pytest.raises(UserError, match=r"not a readable \.npy palette|expected float32"):
+        Palette.load(tmp_path / "palette.npy")
+
+
+def test_an_npy_of_other_programs_is_read(tmp_path: Path) -> None:
+    colours = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+    np.save(tmp_path / "p.npy", np.asfortranarray(colours))
+    assert np.array_equal(Palette.load(tmp_path / "p.npy").colours, colours)
+    with (tmp_path / "p.npy").open("wb") as file:
+        np.lib.format.write_array(file, colours, version=(2, 0))
+    assert np.array_equal(read_npy(tmp_path / "p.npy", 4096), colours)
+    with pytest.raises(ValueError, match="more than 50 bytes"):
+        read_npy(tmp_path / "p.npy", 50)
+
+
 @pytest.mark.parametrize("figure", ["rows", "token_offset", "block_bytes"])
 def test_figures_beyond_the_shard(tmp_path: Path, figure: str) -> None:
     make_dataset(tmp_path / "d")
-    rewrite_record(tmp_path / "d", 0, **{figure: 1 << 80})
+    rewrite_record(tmp_path / "d", 0, **{figure: 1 << 62})
     with pytest.raises(UserError, match=r"the record of shard 'train-00000' makes no sense|rows by view"):
         Dataset.open(tmp_path / "d")
 
