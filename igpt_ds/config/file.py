@@ -21,14 +21,16 @@ from igpt_ds.errors import UserError
 
 PRESETS = Path(str(resources.files("igpt_ds.config"))) / "presets"
 
+Override = str | tuple[str, Any]  # "section.key=TOML" as a person writes it, or ("section.key", value)
+
 
 def presets() -> list[str]:
     """Names of the presets that come with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a preset (by name) or a TOML file (by path) and apply `section.key=value` overrides."""
+def load_config(source: str | Path, overrides: Sequence[Override] = ()) -> Config:
+    """Read a preset (by name) or a TOML file (by path) and apply overrides."""
     # By the ending: a folder that is called like a preset must not hide it.
     path = Path(source) if Path(source).suffix == ".toml" else PRESETS / f"{source}.toml"
     if not path.is_file():
@@ -40,7 +42,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     return from_tree(tree, str(source), overrides)
 
 
-def from_tree(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+def from_tree(tree: dict[str, Any], origin: str, overrides: Sequence[Override] = ()) -> Config:
     """Build a `Config` from nested dictionaries, with overrides applied; `origin` names them in errors.
 
     Raises:
@@ -81,21 +83,26 @@ def to_toml(config: Config) -> str:
     return "".join(c if c == "\n" or c.isprintable() else f"\\U{ord(c):08x}" for c in tomli_w.dumps(tree))
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Write one `section.key=value` into the tree; the value is TOML, or a bare word for a string."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {override}: not of the form section.key=value: write e.g. training.steps=20")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+def _apply(tree: dict[str, Any], override: Override) -> None:
+    """Write one `section.key=value` into the tree."""
+    key, value = override if isinstance(override, tuple) else _parsed(override)
     *sections, last = key.strip().split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise UserError(f"--set {override}: {section} is no section: see igpt-ds pretrain --print-config")
     tree[last] = value
+
+
+def _parsed(override: str) -> tuple[str, Any]:
+    """Key and value; the value is TOML, or a bare word for a string."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override}: not of the form section.key=value: write e.g. training.steps=20")
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text
 
 
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:

@@ -4,14 +4,14 @@ Pre-training and fine-tuning alike. A run that has begun knows all of them: conf
 it `init_from` the weights, by their path ("": random ones); ds.json holds DeepSpeed's.
 """
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from igpt_ds.checkpoint.names import list_checkpoints
 from igpt_ds.config.deepspeed import load_ds_config
-from igpt_ds.config.file import from_tree, load_config
+from igpt_ds.config.file import Override, from_tree, load_config
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
 from igpt_ds.loading.splits import open_split
@@ -37,8 +37,7 @@ def pretraining(
     if source is None:
         raise UserError("pretrain: no --preset, and no RUN to go on with: add e.g. --preset tiny")
     begins = _weights(None if fresh else run, weights)
-    overrides = [*overrides, *_sources(data), *([f"init_from={json.dumps(begins)}"] if begins else [])]
-    config = load_config(source, overrides)
+    config = load_config(source, [*overrides, *_sources(data), *([("init_from", begins)] if begins else [])])
     if config.finetune is not None:
         raise UserError(f"{source}: is a fine-tuning: go on with igpt-ds finetune, or choose another RUN")
     return config
@@ -66,9 +65,9 @@ def finetuning(
         raise UserError("finetune: --from and --preset: each names the model: leave one out")
     if preset is not None and not scratch:
         raise UserError(f"finetune: --preset {preset}: has no weights: add --from-scratch, or use --from RUN instead")
-    overrides = [*overrides, *_sources([data] if data else [])]
+    settings = [*overrides, *_sources([data] if data else [])]
     if run is not None and run.config.exists() and not fresh:
-        config = load_config(run.config, overrides)
+        config = load_config(run.config, settings)
         if config.finetune is None:
             raise UserError(f"{run.path}: is a pre-training: name it with --from, and another RUN")
         _weights(run, None if scratch else weights, scratch)
@@ -85,9 +84,9 @@ def finetuning(
         found = open_weights(weights, verify=False)
         if "finetune" in found.config:
             raise UserError(f"{weights}: is a fine-tuning: begin with the pre-training that it began with")
-        base, begins = from_tree(found.config, str(found.path)), "" if scratch else str(found.path.resolve())
+        base, begins = from_tree(found.config, str(found.path)), "" if scratch else _absolute(found.path)
     tree = defaults(base, begins, train.rows, train.manifest.resolution)
-    return from_tree(tree, f"fine-tuning from {weights or preset}", overrides)
+    return from_tree(tree, f"fine-tuning from {weights or preset}", settings)
 
 
 def machine(named: str | None, run: Run | None) -> dict[str, Any]:
@@ -96,10 +95,19 @@ def machine(named: str | None, run: Run | None) -> dict[str, Any]:
     return load_ds_config(named or (str(run.ds_config) if run is not None and begun else "zero3"))
 
 
-def _sources(data: Sequence[str]) -> list[str]:
-    # As an override like any other, so that data.weights is held against it; absolute, so that the run directory can
-    # be used from anywhere.
-    return [f"data.sources={json.dumps([str(Path(folder).resolve()) for folder in data])}"] if data else []
+def _sources(data: Sequence[str]) -> list[Override]:
+    # As an override like any other, so that data.weights is held against it.
+    return [("data.sources", [_absolute(Path(folder)) for folder in data])] if data else []
+
+
+def _absolute(path: Path) -> str:
+    """As config.toml holds it, so that the run directory can be used from anywhere."""
+    text = os.path.realpath(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: a name in its path is not UTF-8, which config.toml cannot hold: rename it") from None
+    return text
 
 
 def _weights(run: Run | None, named: Path | None, scratch: bool = False) -> str:
@@ -107,9 +115,11 @@ def _weights(run: Run | None, named: Path | None, scratch: bool = False) -> str:
     from igpt_ds.weights.formats import open_weights
 
     if run is None or not run.config.exists():
-        return str(open_weights(named, verify=False).path.resolve()) if named else ""
+        return _absolute(open_weights(named, verify=False).path) if named else ""
     began = load_config(run.config).init_from
-    same = not named or (began and named.resolve() in (Path(began), *Path(began).parents))
+    # A run is meant by its checkpoint, and links may lead from where it was to where it is.
+    places = [path for place in (Path(began), Path(os.path.realpath(began))) for path in (place, *place.parents[:2])]
+    same = not named or (began and not {named.absolute(), Path(os.path.realpath(named))}.isdisjoint(places))
     if not same or (scratch and began):
         raise UserError(
             f"{run.path}: began with {began or 'random weights'}, not with {named or 'random ones'}: leave --from out, "
