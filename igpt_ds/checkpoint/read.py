@@ -95,8 +95,8 @@ class Checkpoint:
             raise ValueError("checkpoint.json holds something else than a checkpoint's facts")
         if self.world != len(self.files) or self.files.keys() != {rank_file(r) for r in range(len(self.files))}:
             raise ValueError("its files are not those of its ranks")
-        if not all(type(facts["bytes"]) is int for facts in self.files.values()):
-            raise ValueError("its files have no size")
+        if not all(type(facts["bytes"]) is int and type(facts["sha256"]) is str for facts in self.files.values()):
+            raise ValueError("its files have no size or no sha256")
         for name, facts in self.tensors.items():
             require_covered(name, facts["shape"], facts["slices"], self.world)
 

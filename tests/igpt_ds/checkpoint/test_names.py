@@ -111,6 +111,7 @@ def test_names_that_are_there_already_are_not_used_again(tmp_path: Path, monkeyp
         {"files": {}},
         {"files": []},
         {"files": {"rank-00000.safetensors": 5}},
+        {"files": {"rank-00000.safetensors": {"bytes": 1000}}},
         {"files": {"../../config.toml": {"bytes": 1, "sha256": ""}}},
         {"identity": 3},
         {"tensors": {"x": {"shape": [3], "slices": [[0, 0, 2]]}}},
