@@ -9,6 +9,7 @@ its best checkpoint that is used. A run whose loss is above that of a blind gues
 diverged; it is stopped, and counts as worse than any other.
 """
 
+import contextlib
 import json
 import math
 import signal
@@ -219,24 +220,28 @@ def _search(
 def _run(directory: Path, rate: float, command: Sequence[str], end: int) -> Trial:
     """Run one rate to its end, or until it is seen to diverge."""
     stop = directory / "STOP"
-    stop.unlink(missing_ok=True)
-    with _asked_to_stop() as asked, subprocess.Popen(command) as process:
-        stopped_at = None
+    with writing(stop):
+        stop.unlink(missing_ok=True)
+    with _asked_to_stop() as asked, _started(command) as process:
+        stopped_at, told = None, False
         while process.poll() is None:
             time.sleep(_LOOK_EVERY)
             diverged = _diverged(directory, _lines(directory))
             if stopped_at is None and (asked or diverged):
-                # Not by a signal: a launcher would end its ranks before they have saved.
                 stopped_at = time.monotonic()
-                if directory.exists():
+            if stopped_at is not None and not told and directory.exists():
+                # Not by a signal: a launcher would end its ranks before they have saved.
+                with contextlib.suppress(OSError):  # a full disk: it is ended below
                     open(stop, "a", opener=no_link).close()
+                told = True
             if stopped_at is not None and time.monotonic() - stopped_at > _TIME_TO_STOP:
                 process.terminate()
-    stop.unlink(missing_ok=True)
+    with writing(stop):
+        stop.unlink(missing_ok=True)
     if process.returncode == 2:
         raise UserError(f"sweep: rate {rate:g} was refused: see the line above: mend it and give the same command")
     lines = _lines(directory)
-    lost = process.returncode != 0 and bool(lines) and lines[-1].get("event") in ("spike", "skipped")
+    lost = process.returncode != 0 and bool(lines) and lines[-1].get("event") in ("spike", "skipped", "no validation")
     trial = read_trial(directory, rate, end)
     if lost:
         return Trial(rate, "diverged", lines[-1]["step"])
@@ -248,6 +253,13 @@ def _run(directory: Path, rate: float, command: Sequence[str], end: int) -> Tria
     return trial
 
 
+def _started(command: Sequence[str]) -> "subprocess.Popen[bytes]":
+    try:
+        return subprocess.Popen(command)
+    except OSError as error:
+        raise UserError(f"sweep: {command[0]}: cannot be started: {error.strerror}: mend --launcher") from error
+
+
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
     """Signals that asked this process to stop meanwhile, in a list that grows."""
@@ -256,7 +268,10 @@ def _asked_to_stop() -> Iterator[list[int]]:
     def remember(number: int, frame: FrameType | None) -> None:
         asked.append(number)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield asked
     finally:

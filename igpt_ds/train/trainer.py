@@ -312,6 +312,8 @@ class Trainer:
             totals, images = engine.evaluate(watched)
         except RunError as error:
             self._finish_save()
+            if self.metrics is not None:
+                self.metrics.write({"step": progress.step, "event": "no validation", "reason": str(error)})
             if not progress.stability.bad:
                 raise RunError(f"step {progress.step}: validation: {error}: the checkpoints before it stand") from None
             # The run is about to be rolled back for it.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from igpt_ds import cli
+from igpt_ds.lock import Lock
 from igpt_ds.results.tables import sweep_table
 from igpt_ds.train import sweep
 from igpt_ds.train.sweep import Trial, blind_guess, folder, rose, summary, winner
@@ -64,6 +65,37 @@ def test_it_stops_once_the_final_loss_rises(call: Any, tmp_path: Path) -> None:
     # Given again, nothing is run again.
     assert call(plan)[3] == []
     assert recorded(tmp_path) == record
+
+
+def test_a_directory_has_one_search_at_a_time(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    held = Lock.take(tmp_path / "out")
+    status, out, errors, started = call({0.01: [1.9, None]})
+    assert (status, out, started) == (2, "", [])
+    assert errors.startswith(f"igpt-ds: {tmp_path / 'out'}: in use by process ") and errors.count("\n") == 1
+    held.release()
+    assert call({0.01: [1.5, None], 0.003: [1.6, None]})[0] == 0
+    assert not held.path.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rates": 3}', '{"rates": [{"rate": 1}]}', "[" * 100_000])
+def test_a_damaged_record_is_told_in_one_line(call: Any, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text(content)
+    status, _, errors, started = call({0.01: [1.9, None]})
+    assert (status, started) == (2, [])
+    assert "sweep.json: no record of a search" in errors and errors.count("\n") == 1
+
+
+def test_what_cannot_be_started_or_asked_to_stop_is_a_line(call: Any, tmp_path: Path) -> None:
+    status, _, errors, _ = call({}, "--launcher", "nowhere --to be found")
+    assert status == 2
+    assert errors == "igpt-ds: sweep: nowhere: cannot be started: No such file or directory: mend --launcher\n"
+    stop = tmp_path / "out" / "lr-0.01" / "STOP"
+    stop.mkdir(parents=True)
+    status, _, errors, started = call({0.01: [1.9, None]})
+    assert (status, started) == (2, [])
+    assert errors == f"igpt-ds: {stop}: cannot write: the path is a directory: choose another path\n"
 
 
 def test_diverged_rates_are_stopped_and_count_as_worst(call: Any, tmp_path: Path) -> None:

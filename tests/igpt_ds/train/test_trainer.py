@@ -110,12 +110,16 @@ def test_validation_comes_at_its_intervals_and_at_the_end(play: Any) -> None:
     ]
 
 
-def test_a_validation_that_is_not_finite_ends_the_run_unrecorded(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_that_is_not_finite_ends_the_run_unrecorded(
+    play: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(PlayedEngine, "damaged", True)
     with pytest.raises(
         RunError, match=r"step 4: validation: .* first that of image 7: the checkpoints before it stand"
     ):
         play("training.validate_every=4", "training.log_every=10")
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")  # a search for the rate goes on then
+    assert (line["step"], line["event"]) == (4, "no validation")
     # In the midst of bad steps, for which the run may soon be rolled back, it is told only.
     saved, lines, _ = play(
         "training.validate_every=5", "training.steps=9", loss=lambda step: math.nan if step in (4, 5, 9) else 2.0
