@@ -28,7 +28,7 @@ def opted_out(metadata: dict[str, Any]) -> str | None:
     for key, value in [*metadata.items(), *inner]:
         name = key.lower().replace("-", "_")
         if (name in FLAGS and _is_set(value)) or (name in HEADERS and _forbids(value)):
-            return f"{key}={value}"[:80]
+            return f"{key}={value if isinstance(value, str | int | float) else '...'}"[:80]
     return None
 
 
@@ -40,5 +40,5 @@ def _is_set(value: object) -> bool:
 
 def _forbids(value: object) -> bool:
     texts = value if isinstance(value, list) else [value]
-    words = {word for text in texts for word in re.split(r"[\s,:;]+", str(text).lower())}
+    words = {word for text in texts if isinstance(text, str) for word in re.split(r"[\s,:;]+", text.lower())}
     return bool(words & DIRECTIVES)

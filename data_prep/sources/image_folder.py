@@ -110,8 +110,8 @@ def _splits(root: Path, folders: list[str]) -> dict[str, str]:
         if len(by_split) < len(folders):
             raise UserError(f"{root}: {' and '.join(folders)} are not one folder a split: give one of them")
         return by_split
-    # A class may be called train: it is one of CIFAR-100 and of VOC. Others would be a test set taken for a class.
-    if told := [name for name, split in splits.items() if split != "train"]:
+    # A class may be called train, it is one of CIFAR-100 and of VOC, if it has images and no classes of its own.
+    if told := [name for name, split in splits.items() if split != "train" or _classes(root / name)]:
         other = next(name for name in folders if name not in splits)
         raise UserError(f"{root / told[0]}: looks like a split, and {other} beside it like a class: move one away")
     # Names such as seg_train and seg_test may be classes, too: bullet_train, eye_test.

@@ -63,6 +63,7 @@ def test_three_splits_and_one(tmp_path: Path) -> None:
     [
         (("train/1.png", "test/1.png", "cat/1.png"), "cat beside it like a class"),
         (("cat/1.png", "dog/1.png", "test/1.png"), "test: looks like a split"),
+        (("train/cat/1.png", "validate/cat/1.png"), "train: looks like a split"),
         (("seg_train/a/1.png", "seg_test/a/1.png"), "call them train and test"),
         (("seg_train/a/1.png", "seg_test/a/1.png", "seg_pred/1.png"), "call them train and test"),
         (("train/1.png", "test_images/1.png"), "call them train and test"),

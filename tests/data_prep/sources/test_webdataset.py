@@ -371,6 +371,14 @@ def test_opt_out_flags(metadata: dict[str, object]) -> None:
     assert "=" in field
 
 
+def test_fields_nested_as_deep_as_json_may_be() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert opted_out({"robots": deep, "x-robots-tag": [deep]}) is None
+    assert opted_out({"noai": deep}) == "noai=..."
+
+
 @pytest.mark.parametrize("metadata", IN, ids=str)
 def test_no_opt_out(metadata: dict[str, object]) -> None:
     assert opted_out({"url": "u", **metadata}) is None
