@@ -56,6 +56,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path, state in own(folder) if state == PUBLISHED]
 
 
+def strangers(folder: Path) -> list[str]:
+    """Names of what holds a checkpoint and is not the run's own: a person's copies and links."""
+    mine = [path for _, path, _ in own(folder)]
+    return sorted({path.parent.name for path in folder.glob("*/checkpoint.json") if path.parent not in mine})
+
+
 def step_of(path: Path) -> int:
     """The step that a checkpoint's name tells."""
     return int(path.name.rpartition("-")[2])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds.checkpoint.names import list_checkpoints, set_aside_newer, step_of
+from igpt_ds.checkpoint.names import list_checkpoints, set_aside_newer, step_of, strangers
 from igpt_ds.checkpoint.read import Checkpoint, newest_valid
 from igpt_ds.config.file import to_tree
 from igpt_ds.config.schema import Config
@@ -83,14 +83,21 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
         allowed: facts that may differ.
 
     Raises:
-        UserError: model, objective, palette, seed, batch or data order differ.
+        UserError: model, objective, palette, seed, batch or data order differ; or what a person has made of its
+            checkpoints alone is left, and starting over unasked would hide the loss.
     """
     mine = job.identity()
     for name in allowed:
         if name in FIXED or name not in mine:
             choice = ", ".join(key for key in mine if key not in FIXED)
             raise UserError(f"--allow-change {name}: not possible: choose from {choice}")
-    for path in reversed(list_checkpoints(run.checkpoints)):
+    there = list_checkpoints(run.checkpoints)
+    if not there and (others := strangers(run.checkpoints)):
+        raise UserError(
+            f"{run.checkpoints}: no checkpoint of the run's own, but {', '.join(others)}: give one its name back "
+            "(a directory step-N of eight digits), or start over with --fresh --force"
+        )
+    for path in reversed(there):
         try:
             found = Checkpoint.open(path)
         except UserError:

@@ -11,10 +11,11 @@ import torch
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import to_tree
 from igpt_ds.distributed.ranks import Ranks
+from igpt_ds.errors import UserError
 from igpt_ds.run.directory import LOGGER, Run
 from igpt_ds.train.begin import pretraining
 from igpt_ds.train.job import Job, prepare
-from igpt_ds.train.resume import Progress, resume
+from igpt_ds.train.resume import Progress, check_identity, resume
 from tests.helpers.checkpoints import FACTS, one_rank, save, shards_of
 
 ENGINE: Any = SimpleNamespace(
@@ -48,6 +49,18 @@ def test_decisions_behind_a_damaged_line_are_obeyed(job: Job, tmp_path: Path) ->
     progress = resumed(Run(tmp_path), job, {}, [b'{"step": 1, "loss": 2.0}', b"\x00\x00", *decisions])
     assert progress.left_out.spans == ((5, 7), (9, 11))
     assert progress.rollbacks == [4, 4]
+
+
+def test_a_run_whose_checkpoints_a_person_moved_does_not_start_over(job: Job, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    resumed(run, job, {}, [])
+    own = run.checkpoints / "step-00000012"
+    own.rename(tmp_path / "on-a-larger-disk")
+    own.symlink_to(tmp_path / "on-a-larger-disk")
+    with pytest.raises(UserError, match="no checkpoint of the run's own, but step-00000012: give one its name back"):
+        check_identity(job, run)
+    own.unlink()
+    check_identity(job, run)  # there is nothing at all: a new run
 
 
 @pytest.mark.parametrize("kept", [[], [0], [1], [0, 1]], ids=str)
