@@ -10,7 +10,11 @@
 VENV=${VENV:-.venv}
 export PATH=$VENV/bin:$PATH
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+# Bash's arithmetic runs commands that stand in what it takes for numbers: only digits get there.
+for name in SLURM_JOB_ID SLURM_ARRAY_TASK_ID MAX_RESTARTS; do
+  [[ ${!name:-3} =~ ^[0-9]{1,10}$ ]] || { echo "$name is '${!name}': set it to a whole number" >&2 && exit 2; }
+done
+MASTER_PORT=$((20000 + 10#$SLURM_JOB_ID % 10000))
 WORLD_SIZE=$SLURM_NTASKS
 export MASTER_ADDR MASTER_PORT WORLD_SIZE
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
@@ -50,7 +54,7 @@ run_ranks() {
     wait -n "$step" "$!" || true
   done
   wait "$step" || status=$?
-  outcome=$(cat "$IGPT_OUTCOME" 2>/dev/null || true)
+  [[ ! -f $IGPT_OUTCOME ]] || read -r outcome <"$IGPT_OUTCOME" || true
   rm -f "$IGPT_OUTCOME"
   if [[ $outcome == requeue ]]; then
     requeue
@@ -61,23 +65,36 @@ run_ranks() {
 }
 
 restart_after_crash() {
-  local each newest=none last='' count=0
+  local each newest=none last=none count=0 written
   # A person's copies beside them, or links, are no progress.
   for each in "$RUN"/checkpoints/step-*; do
-    [[ ! -d $each || -L $each || ! $each =~ /step-[0-9]{8,}$ ]] || newest=${each##*/}
+    [[ ! -d $each || -L $each || ! $each =~ /step-[0-9]{8,18}$ ]] || ! later "${each##*/}" "$newest" || newest=${each##*/}
   done
-  [[ ! -f $RUN/.restarts ]] || read -r last count <"$RUN/.restarts" || true
+  if [[ -f $RUN/.restarts ]]; then
+    read -r last count <"$RUN/.restarts" || true
+    if [[ ! "$last $count" =~ ^(none|step-[0-9]{8,18})' '[0-9]{1,9}$ ]]; then
+      echo "$RUN/.restarts: is no checkpoint and count of restarts: counted anew" >&2
+      last=none count=0
+    fi
+  fi
   # Going back to an older checkpoint is no progress.
-  if [[ $newest > $last ]]; then
+  if later "$newest" "$last"; then
     last=$newest count=0
   fi
-  if ((count >= ${MAX_RESTARTS:-3})); then
+  count=$((10#$count))
+  if ((count >= 10#${MAX_RESTARTS:-3})); then
     echo "gave up: $count restarts without a new checkpoint (the newest: $newest); see $RUN/log.rank*.txt"
     return
   fi
-  echo "$last $((count + 1))" >"$RUN/.restarts"
+  written=$(mktemp "$RUN/.restarts.XXXXXX") # a link of that name is replaced, not followed
+  echo "$last $((count + 1))" >"$written"
+  mv -T "$written" "$RUN/.restarts"
   echo "crashed (the newest checkpoint: $newest): restart $((count + 1)) of ${MAX_RESTARTS:-3} without a new one"
   requeue
+}
+
+later() { # whether the first of two checkpoints is the later one; "none" is before all
+  [[ $1 != none ]] && { [[ $2 == none ]] || ((10#${1#step-} > 10#${2#step-})); }
 }
 
 # A job that scancel ends sees the same signals as one that is to go on, and must not come back.

@@ -30,11 +30,15 @@ def training(launcher: str, data: Path, run: Path, output: Path, ranks: int = 2)
         "deepspeed": ["--num_accelerators", str(ranks), "--master_port", port, "--module", "igpt_ds"],
         "torchrun": ["--nproc-per-node", str(ranks), "--master-port", port, "-m", "igpt_ds", "--"],
         "accelerate": ["launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "-m", "igpt_ds"],
+        "igpt-ds": ["sweep", "--out", str(run.parent), "--rates", "0.003", "--"],
     }[launcher]
     program = str(Path(sys.executable).with_name(launcher))
+    arguments = pretrain(data, run, *LONG)
+    if launcher == "igpt-ds":  # which names the run itself
+        arguments = ["pretrain", *arguments[2:], *words("training.validate_every=100000")]
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [program, *command, *pretrain(data, run, *LONG)],
+            [program, *command, *arguments],
             env=quick_start(),
             cwd=ROOT,
             stdout=file,
@@ -67,7 +71,7 @@ def commands(pids: list[int]) -> dict[int, str]:
     ],
 )
 def test_ranks_end_with_their_launcher(digits: Path, tmp_path: Path, launcher: str, victim: str) -> None:
-    run, output = tmp_path / "run", tmp_path / "output.txt"
+    run, output = tmp_path / "lr-0.003", tmp_path / "output.txt"
     with training(launcher, digits, run, output) as process:
         family = [process.pid, *descendants(process.pid)]
         (killed,) = [pid for pid, command in commands(family).items() if victim in command]
