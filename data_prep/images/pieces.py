@@ -1,6 +1,7 @@
 """A piece of a source is what one task reads. Here sources are cut into pieces, and these are streamed and decoded."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from data_prep.images.rejects import Rejected
 from data_prep.images.transforms import RejectError, Transform
-from data_prep.sources import Encoded, Item, Pool, Source, StreamedSource, UnusableError
+from data_prep.sources import Encoded, Item, PlacedSource, Pool, Source, StreamedSource, UnusableError
 
 
 class Piece(NamedTuple):
@@ -47,6 +48,20 @@ def pieces_of(source: Source, pool: Pool, images: int) -> list[Piece]:
 def cut(items: list[Item], images: int) -> list[Piece]:
     """Listed images in pieces of so many."""
     return [Piece("", items[first : first + images]) for first in range(0, len(items), images)]
+
+
+def stamp(source: Source, piece: Piece) -> list[int] | None:
+    """Size and time (nanoseconds) of a piece's input file; None where images are listed, or it is not a local file.
+
+    While they are the same, so are its images.
+    """
+    if piece.items is not None or not isinstance(source, PlacedSource):
+        return None
+    try:
+        found = os.stat(source.place(piece.part))  # noqa: PTH116 (of a URL there is none)
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def stream(source: Source, piece: Piece) -> Iterator[Encoded]:

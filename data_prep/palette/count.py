@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from data_prep.images.pieces import Piece, cut, pieces_of, pixels, stream, unit_hash
+from data_prep.images.pieces import Piece, cut, pieces_of, pixels, stamp, stream, unit_hash
 from data_prep.images.rejects import Rejected, Tally
 from data_prep.images.transforms import Transform
 from data_prep.sources import Encoded, Item, Source, StreamedSource
@@ -52,6 +52,11 @@ class ColourTask:
     sample: float
     images: int | None
     max_reject_rate: float
+
+    @property
+    def inputs(self) -> list[list[int] | None]:
+        """What the input files are now, see `data_prep.images.pieces.stamp`."""
+        return [stamp(self.source, piece) for piece in self.pieces]
 
 
 def colour_tasks(
@@ -102,7 +107,7 @@ def count_colours(task: ColourTask) -> Done:
     """Count the colours of a task's images and publish the counts, unless that is done."""
     if done := counted(task):
         return done
-    dense, tally = np.zeros(COLOURS, np.int64), Tally()
+    dense, tally, inputs = np.zeros(COLOURS, np.int64), Tally(), task.inputs
     waiting: list[np.ndarray] = []
     for encoded in _images(task):
         found = pixels(encoded, task.transform)
@@ -119,7 +124,7 @@ def count_colours(task: ColourTask) -> Done:
     if waiting:
         add_colours(dense, np.concatenate(waiting))
     packed = np.flatnonzero(dense)
-    told = {"key": task.key, "seen": tally.seen, "reasons": tally.reasons, "last": tally.last}
+    told = {"key": task.key, "inputs": inputs, "seen": tally.seen, "reasons": tally.reasons, "last": tally.last}
     with publish_file(task.path) as file:
         np.savez_compressed(
             file,
@@ -143,7 +148,8 @@ def counted(task: ColourTask) -> Done | None:
         with np.load(task.path, allow_pickle=False) as file:
             told = json.loads(file["tally"].tobytes())
         tally = _tally(told)
-        return Done(tally, tally.seen) if told["key"] == task.key else None
+        same = told["key"] == task.key and told["inputs"] == task.inputs
+        return Done(tally, tally.seen) if same else None
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
         return None
 

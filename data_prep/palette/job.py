@@ -4,6 +4,7 @@ While it works the counts lie in the folder OUT.work (see `data_prep.palette.cou
 was fitted is told in its summary.json, and the counts are then removed. On one machine the folder goes, too.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ def fit_palette(
     """
     first = tasks[0]
     work = first.path.parent
-    last = _Fit([task.path for task in tasks], first.key, k, seed, out.resolve(), first.max_reject_rate)
+    inputs = hashlib.sha256(json.dumps([task.inputs for task in tasks]).encode()).hexdigest()
+    last = _Fit([task.path for task in tasks], first.key, inputs, k, seed, out.resolve(), first.max_reject_rate)
     step = Step(
         "parts are not counted",
         tasks,
@@ -85,6 +87,7 @@ class _Fit:
 
     counts: list[Path]
     key: str
+    inputs: str
     k: int
     seed: int
     out: Path
@@ -98,7 +101,7 @@ class _Fit:
         palette.save(self.out)
         found, unique = distortion(counts, palette), int((counts > 0).sum())
         fitted = Fitted(palette.sha256, palette.k, unique, *found, tally.seen, tally.rejected, tally.table())
-        summary = {"key": self.key, "k": self.k, "seed": self.seed, **asdict(fitted)}
+        summary = {"key": self.key, "inputs": self.inputs, "k": self.k, "seed": self.seed, **asdict(fitted)}
         publish_text(self._summary, json.dumps(summary, indent=1) + "\n")
         for path in self.counts:
             path.unlink()
@@ -112,7 +115,8 @@ class _Fit:
         """What an earlier run has fitted to the same counts."""
         try:
             told: dict[str, Any] = json.loads(self._summary.read_text(encoding="utf-8"))
-            if [told.pop(name) for name in ("key", "k", "seed")] != [self.key, self.k, self.seed]:
+            mine = {"key": self.key, "inputs": self.inputs, "k": self.k, "seed": self.seed}
+            if {name: told.pop(name) for name in mine} != mine:
                 return None
             fitted = Fitted(**cast(Any, {**told, "k": self.k}))
             return fitted if Palette.load(self.out).sha256 == fitted.sha256 else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.images.pieces import Piece, pieces_of
+from data_prep.images.pieces import Piece, pieces_of, stamp
 from data_prep.selection.embed import PIECE, Chunk, Embedded, EmbedTask, committed, embed, embedded
 from data_prep.selection.embedders import Embedder
 from data_prep.sources import Pool, Source
@@ -81,7 +81,7 @@ class Read(NamedTuple):
     @property
     def identity(self) -> list[str]:
         """What tells it from any other that was read."""
-        return [self.name, *(piece.digest for piece in self.pieces)]
+        return [self.name, *(piece.digest + its.content for piece, its in zip(self.pieces, self.found, strict=True))]
 
     def record(self) -> dict[str, Any]:
         """For people: which images these were, wherever they lay."""
@@ -115,9 +115,10 @@ def read_all(readings: list[Reading], work: Path, place: Place, meter: Meter) ->
 def _read(reading: Reading, directory: Path) -> Read:
     found = []
     for piece in reading.pieces:
-        done = committed(directory, piece)
+        done = committed(directory, piece, stamp(reading.collection.source, piece))
         if done is None:
-            raise UserError(f"{directory}: files of {piece.part or piece.digest} are gone: give the same command again")
+            part = piece.part or piece.digest
+            raise UserError(f"{part}: has changed, or its files in {directory} are gone: give the same command again")
         found.append(done)
     read = Read(reading.collection, reading.name, reading.pieces, found)
     if not read.images:

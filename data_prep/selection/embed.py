@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from data_prep.files.npz import publish_arrays, read_arrays
 from data_prep.images.decode import RejectError, decode
-from data_prep.images.pieces import Piece, stream
+from data_prep.images.pieces import Piece, stamp, stream
 from data_prep.images.rejects import Tally
 from data_prep.selection.embedders import Embedder
 from data_prep.selection.perceptual_hash import perceptual_hash, small_grey
@@ -63,10 +63,11 @@ class Chunk(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """What a piece came to: its chunks, and how many images could not be read, by reason."""
+    """What a piece came to: its chunks, how many images could not be read, by reason, and a hash of all that could."""
 
     chunks: list[Chunk]
     unreadable: Counter[str]
+    content: str = ""  # of pieces that an older version has read
 
     @property
     def tally(self) -> Tally:
@@ -96,8 +97,12 @@ def images(source: Source, some: list[Piece], number: int) -> Iterator[Image.Ima
                 continue
 
 
-def committed(directory: Path, piece: Piece) -> Embedded | None:
-    """What an earlier run made of a piece, if it finished."""
+def committed(directory: Path, piece: Piece, read: list[int] | None = None) -> Embedded | None:
+    """What an earlier run made of a piece, if it finished.
+
+    Args:
+        read: what the piece's file is now, where that is known; what was made of another is not given.
+    """
     name = piece.digest
     try:
         mark = json.loads((directory / f"{name}.json").read_text())
@@ -105,8 +110,10 @@ def committed(directory: Path, piece: Piece) -> Embedded | None:
             Chunk(piece.part, directory / f"{name}-{number:04d}.npz", int(rows))
             for number, rows in enumerate(mark["chunks"])
         ]
-        if all(chunk.path.is_file() for chunk in chunks):
-            return Embedded(chunks, Counter({str(reason): int(n) for reason, n in mark["unreadable"].items()}))
+        same = read is None or mark.get("input", read) == read
+        if same and all(chunk.path.is_file() for chunk in chunks):
+            unreadable = Counter({str(reason): int(n) for reason, n in mark["unreadable"].items()})
+            return Embedded(chunks, unreadable, str(mark.get("content", "")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         pass
     return None
@@ -114,7 +121,7 @@ def committed(directory: Path, piece: Piece) -> Embedded | None:
 
 def embedded(task: EmbedTask) -> Done | None:
     """What a task that is done has read; None if it is not done."""
-    found = committed(task.directory, task.piece)
+    found = committed(task.directory, task.piece, stamp(task.source, task.piece))
     return found and Done(found.tally, found.tally.seen)
 
 
@@ -125,17 +132,21 @@ def embed(task: EmbedTask) -> Done:
     name, part = task.piece.digest, task.piece.part
     unreadable: Counter[str] = Counter()
     chunks: list[Chunk] = []
+    content, read = hashlib.sha256(), stamp(task.source, task.piece)
     encoded = stream(task.source, task.piece)
     # Threads add up in an order of their own; and there is a process a core.
     with threadpool_limits(limits=1):
         while arrays := _chunk(encoded, task.embedder, unreadable):
             path = task.directory / f"{name}-{len(chunks):04d}.npz"
             publish_arrays(path, **arrays)
+            content.update(b"\0".join([*arrays["ids"].tolist(), arrays["sha256"].tobytes()]))
             chunks.append(Chunk(part, path, len(arrays["ids"])))
     mark = {
         "part": part,
         "chunks": [chunk.rows for chunk in chunks],
         "unreadable": dict(sorted(unreadable.items())),
+        "content": content.hexdigest(),
+        "input": read,
     }
     publish_text(task.directory / f"{name}.json", json.dumps(mark) + "\n")
     return Done(Embedded(chunks, unreadable).tally)

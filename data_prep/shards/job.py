@@ -153,6 +153,8 @@ class Build:
         manifests = {plan.split: self._publish(plan, *merged[plan.split]) for plan in self.planned}
         for plan in self.planned:
             (self.directory(plan) / OWNER).unlink(missing_ok=True)
+            for path in self.directory(plan).glob(f".{plan.split}-*.input"):
+                path.unlink(missing_ok=True)
         return [(self.directory(plan), manifests.get(plan.split)) for plan in self.plans]
 
     def made(self) -> Results | None:
@@ -319,7 +321,8 @@ def _refuse_mismatch(plan: Plan, there: Path, split: Split) -> None:
     if other is None:
         return
     remedy = f"or choose another --out, or remove {there}"
-    held_out, resolution = other.get("holdout"), (other.get("transform") or {}).get("resolution")
+    transform, held_out = other.get("transform"), other.get("holdout")
+    resolution = transform.get("resolution") if isinstance(transform, dict) else None
     if "test" not in (split, plan.split) and held_out != plan.settings.holdout:
         raise UserError(
             f"{there}: was built with --holdout {held_out}, not {plan.settings.holdout:g}, so that the splits "
@@ -340,10 +343,10 @@ def _refuse_mismatch(plan: Plan, there: Path, split: Split) -> None:
         )
 
 
-def _listed(classes: list[str] | None) -> str:
-    if not classes:
+def _listed(classes: object) -> str:
+    if not isinstance(classes, list):
         return "no classes"
-    return f"{len(classes)} classes ({', '.join(classes[:4])}{', ...' if len(classes) > 4 else ''})"
+    return f"{len(classes)} classes ({', '.join(map(str, classes[:4]))}{', ...' if len(classes) > 4 else ''})"
 
 
 def _is_trial(plan: Plan, max_shards: int | None) -> bool:
@@ -368,7 +371,11 @@ def _clear(directory: Path, split: str) -> None:
     """Remove a dataset, its manifest first; files of other names stay."""
     with writing(directory):
         (directory / "manifest.json").unlink(missing_ok=True)
-        for path in [*directory.glob(f"{split}-?????*.tar"), *directory.glob(f"{split}-?????*.json")]:
+        for path in [
+            *directory.glob(f"{split}-?????*.tar"),
+            *directory.glob(f"{split}-?????*.json"),
+            *directory.glob(f".{split}-*.input"),
+        ]:
             path.unlink(missing_ok=True)
         for name in ("palette.npy", "plan.json", "rejects.jsonl", "trial.json"):
             (directory / name).unlink(missing_ok=True)

@@ -4,7 +4,8 @@ A slice of a source that lists its images is one shard. An input file of a strea
 becomes as many shards as its rows need; each is committed by its mark, and the mark of the last one says that it
 is the last. A task that was stopped goes on after the last committed shard: it passes over the images before it
 without decoding them. Each mark carries a hash of all images up to its end; where those that are passed over are
-others, the input has changed, and the slice is built anew. A slice in which no image can be used leaves a mark
+others, the input has changed, and the slice is built anew; so it is if a file that was read to its end has changed
+since. A slice in which no image can be used leaves a mark
 without a shard.
 """
 
@@ -21,7 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from data_prep.images.pieces import pixels, stream
+from data_prep.images.pieces import pixels, stamp, stream
 from data_prep.images.rejects import Rejected, Tally
 from data_prep.images.transforms import Transform
 from data_prep.selection.file import Selection
@@ -35,6 +36,7 @@ from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import read_mark, write_shard
 from igpt_ds.errors import UserError
 from igpt_ds.lock import require
+from igpt_ds.reading import read_json
 from igpt_ds.text import visible
 
 OWNER = ".build"  # names the build that may publish in a split's directory: the text of its lock
@@ -123,14 +125,17 @@ def build_slice(task: ShardTask) -> Done:
             a shard cannot be written.
     """
     marks = committed(task, thorough=True)
-    if marks and marks[-1].last:
+    if _is_finished(task, marks):
         tally = _tally(marks)
         return Done(tally, tally.seen, _again(task))
+    read = stamp(task.source, task.slice.piece)
     done = _go_on(task, marks)
     if done is None:
         told = f"{task.slice.piece.part}: holds other images than when {len(marks)} of its shards were built"
         sys.stderr.write(visible(f"igpt-data: {told}: they are built anew for {task.split}") + "\n")
         done = _go_on(task, [])
+    if read is not None:
+        publish_text(_stamp_of(task), json.dumps(read))
     return cast(Done, done)
 
 
@@ -144,6 +149,8 @@ def _go_on(task: ShardTask, marks: list[Mark]) -> Done | None:
         passed.add(encoded)
     if marks and marks[-1].passed != passed.hex:
         return None
+    if marks and marks[-1].last:
+        return Done(tally, kept, _again(task)) if next(images, None) is None else None
     _remove_from(task, len(marks))
     shard = _Shard(task, len(marks))
     for position, encoded in enumerate(images, kept):
@@ -163,6 +170,24 @@ def _go_on(task: ShardTask, marks: list[Mark]) -> Done | None:
         count(1, int(isinstance(rows, Rejected)))
     shard.publish(seen=tally.seen, last=True, passed=passed.hex)
     return Done(tally, kept, _again(task))
+
+
+def _is_finished(task: ShardTask, marks: list[Mark]) -> bool:
+    """Are all shards there, and the input file what it was? Older versions have not kept what it was."""
+    if not marks or not marks[-1].last:
+        return False
+    now = stamp(task.source, task.slice.piece)
+    if now is None or marks[-1].passed is None:
+        return True
+    try:
+        return bool(read_json(_stamp_of(task)) == now)
+    except (OSError, ValueError):
+        return False
+
+
+def _stamp_of(task: ShardTask) -> Path:
+    """What the input file was when it was read; until the data set is complete."""
+    return task.directory / f".{task.slice.name}.input"
 
 
 def _again(task: ShardTask) -> bool:
@@ -186,7 +211,7 @@ def _remove_from(task: ShardTask, start: int) -> None:
 def finished(task: ShardTask) -> Done | None:
     """What a finished task has done, from the marks and the sizes of the files; None if it is not finished."""
     marks = committed(task, thorough=False)
-    if not marks or not marks[-1].last:
+    if not _is_finished(task, marks):
         return None
     tally = _tally(marks)
     return Done(tally, tally.seen, _again(task))

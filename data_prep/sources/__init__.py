@@ -98,6 +98,14 @@ class StreamedSource(Protocol):
         """
 
 
+@runtime_checkable
+class PlacedSource(Protocol):
+    """A streamed source whose files lie somewhere, so that it can be seen that one has changed."""
+
+    def place(self, part: str) -> str:
+        """A file's path or URL."""
+
+
 Source = ListedSource | StreamedSource
 
 

@@ -65,9 +65,13 @@ class Img2Dataset:
             )
         return finished
 
+    def place(self, part: str) -> str:
+        """As `data_prep.sources.PlacedSource`."""
+        return self.tars.url(f"{part}.tar")
+
     def stream(self, part: str) -> Iterator[Encoded]:
         """The images of one tar in their order there."""
-        url = self.tars.url(f"{part}.tar")
+        url = self.place(part)
         expected = _successes(_stats(url))
         with fetched(url) as file:
             images: list[tuple[str, Member]] = []

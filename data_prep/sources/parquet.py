@@ -70,9 +70,13 @@ class Parquet:
         """The names of the pool's files."""
         return files_of(pool, self.files.places(), self.pool, self.test)
 
+    def place(self, part: str) -> str:
+        """As `data_prep.sources.PlacedSource`."""
+        return self.files.url(part)
+
     def stream(self, part: str) -> Iterator[Encoded]:
         """The images of one file, by row."""
-        url = self.files.url(part)
+        url = self.place(part)
         with fetched(url) as file:
             table = _table(file, url)
             columns = _columns(table.schema_arrow, url, *self.chosen)

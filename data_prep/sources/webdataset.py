@@ -63,9 +63,13 @@ class WebDataset:
             raise UserError(f"{missing[0]}: no such file: mend the path or the pattern")
         return names
 
+    def place(self, part: str) -> str:
+        """As `data_prep.sources.PlacedSource`."""
+        return self.tars.url(part)
+
     def stream(self, part: str) -> Iterator[Encoded]:
         """The images of one tar in their order there."""
-        url = self.tars.url(part)
+        url = self.place(part)
         with fetched(url) as file:
             found = [member for member in members(file, url) if _is_visible(member.name)]
             labels = None if self.classes is None else _labels(file, found, len(self.classes))

@@ -1,6 +1,7 @@
 """The palette fit: exact where it can be, as good as k-means over all pixels, and reproducible."""
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,19 @@ def test_counts_of_another_run_are_not_added_up(photos: Path, tmp_path: Path) ->
     count_colours(colour_tasks(Folders(photos), evaluation(8, crop=True), tmp_path)[1])
     with pytest.raises(UserError, match=r"counts-00001\.npz: cannot be read: delete it"):
         add_up([first.path, second.path], first.key)
+
+
+def test_a_file_that_changed_is_counted_again(photos: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(photos / "china" / "00.jpg", "0.jpg")
+    source = open_source("webdataset", [str(tmp_path)])
+    tasks = colour_tasks(source, evaluation(8, crop=True), tmp_path / "work")
+    assert [count_colours(task).kept for task in tasks] == [0, 0]
+    with tarfile.open(tmp_path / "b.tar", "a") as tar:
+        tar.add(photos / "china" / "01.jpg", "1.jpg")
+    assert [count_colours(task).kept for task in tasks] == [1, 0]
+    assert add_up([task.path for task in tasks])[1].seen == 3
 
 
 def test_a_second_palette_at_one_place_is_refused(photos: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The steps of a selection on vectors that the test makes, against brute force."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ from data_prep.images.pieces import pieces_of
 from data_prep.images.rejects import Tally
 from data_prep.selection import clusters, embed
 from data_prep.selection.clusters import HitTask, Model, ScoreTask
+from data_prep.selection.collections import Collection
 from data_prep.selection.embed import Chunk, EmbedTask
-from data_prep.sources import Item
-from data_prep.workers.run import Done
-from tests.helpers.selections import MeanColour
+from data_prep.selection.file import Selection
+from data_prep.selection.job import Job, Settings
+from data_prep.sources import Item, open_source
+from data_prep.workers.run import Done, Here
+from tests.helpers.selections import MeanColour, stages
 from tests.helpers.streams import Folders
 
 
@@ -150,3 +154,22 @@ def test_thumbnails_are_a_fixed_sample(photos: Path, tmp_path: Path, monkeypatch
 def test_an_id_that_no_selection_can_hold_is_told() -> None:
     with pytest.raises(embed.UserError, match="ends in a null byte"):
         embed._id(Item("a\0", None).id)
+
+
+def test_a_file_that_changed_is_read_again(photos: Path, tmp_path: Path) -> None:
+    def pack(*numbers: int) -> None:
+        with tarfile.open(tmp_path / "pool.tar", "w") as tar:
+            for number in numbers:
+                tar.add(photos / "china" / f"{number:02d}.jpg", f"{number}.jpg")
+
+    def select() -> list[bytes]:
+        pool, like = ("webdataset", tmp_path / "pool.tar"), ("image_folder", photos)
+        collections = [Collection(open_source(name, [str(path)]), "train", str(path)) for name, path in (pool, like)]
+        made = Job(collections[0], [collections[1]], [], MeanColour(), Settings(9, clusters=1), tmp_path / "work")
+        assert made.run(tmp_path / "out.npz", Here(), stages)
+        return sorted(Selection.open(tmp_path / "out.npz").kept("pool.tar"))
+
+    pack(0, 1, 2, 3)
+    assert select() == [f"pool.tar/{number}.jpg".encode() for number in range(4)]
+    pack(1, 2, 3, 4)
+    assert select() == [f"pool.tar/{number}.jpg".encode() for number in range(1, 5)]

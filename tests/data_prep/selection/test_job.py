@@ -320,7 +320,6 @@ def test_counts_that_do_not_add_up_are_never_published(
 
 
 def test_a_listed_source_is_one_part(known: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: Any) -> None:
-    from data_prep.sources import open_source
 
     monkeypatch.setattr("data_prep.selection.collections.PIECE", 10)
     root = tmp_path / "images"

@@ -1,7 +1,9 @@
 """A build that goes on: on an input that changed, beside another build, in a directory of another plan."""
 
 import json
+import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +103,59 @@ def test_marks_without_a_hash_are_not_trusted(images: Path, tmp_path: Path, pale
     remove(images / "a")
     make(images, tmp_path / "d", palette)
     assert len(set(Dataset.open(train).ids().tolist())) == 10
+
+
+@pytest.fixture
+def tars(photos: Path, tmp_path: Path) -> Path:
+    """Two tars of six images; the last image of the second is damaged."""
+    (tmp_path / "tars").mkdir()
+    for name, folder in (("a", "china"), ("b", "flower")):
+        pack(tmp_path / "tars" / f"{name}.tar", sorted((photos / folder).iterdir())[:6])
+    with tarfile.open(tmp_path / "tars" / "b.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("99.jpg"))
+    return tmp_path / "tars"
+
+
+def pack(path: Path, members: list[Path]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            tar.add(member, member.name)
+
+
+def of_tars(tars: Path, out: Path, palette: Palette, rate: float = 0.0) -> tuple[list[str], list[int]]:
+    """Builds; the ids, and when the shards of a.tar were written."""
+    build_here(begin(open_source("webdataset", [str(tars)]), out, palette, PLAIN, max_reject_rate=rate))
+    written = [path.stat().st_mtime_ns for path in sorted((out / "train").glob("train-00000-*.tar"))]
+    return [i.decode() for i in Dataset.open(out / "train").ids()], written
+
+
+def test_a_file_that_changed_after_it_was_built_is_built_anew(
+    tars: Path, photos: Path, tmp_path: Path, palette: Palette, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where all tars are downloaded again since one of them was damaged."""
+    with pytest.raises(UserError, match=r"b\.tar/99\.jpg"):
+        of_tars(tars, tmp_path / "d", palette)
+    pack(tars / "a.tar", sorted((photos / "china").iterdir())[2:7])
+    pack(tars / "b.tar", sorted((photos / "flower").iterdir())[:6])
+    found, _ = of_tars(tars, tmp_path / "d", palette)
+    assert found == [*(f"a.tar/{i:02d}.jpg" for i in range(2, 7)), *(f"b.tar/{i:02d}.jpg" for i in range(6))]
+    of_tars(tars, tmp_path / "fresh", palette)
+    assert digest(tmp_path / "d") == digest(tmp_path / "fresh")
+    assert "a.tar: holds other images than when 2 of its shards were built" in capsys.readouterr().err
+
+
+def test_a_file_of_another_time_but_the_same_images_is_kept(
+    tars: Path, photos: Path, tmp_path: Path, palette: Palette, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"b\.tar/99\.jpg"):
+        of_tars(tars, tmp_path / "d", palette)
+    before = [path.stat().st_mtime_ns for path in sorted((tmp_path / "d" / "train").glob("train-00000-*.tar"))]
+    os.utime(tars / "a.tar", ns=(1, 1))
+    pack(tars / "b.tar", sorted((photos / "flower").iterdir())[:6])
+    found, after = of_tars(tars, tmp_path / "d", palette)
+    assert len(found) == 12
+    assert before == after
+    assert capsys.readouterr().err == ""
 
 
 def test_an_image_of_another_split_changes_nothing(images: Path, tmp_path: Path, palette: Palette) -> None:
