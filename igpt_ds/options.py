@@ -1,6 +1,7 @@
 """What options of several commands share: `--json`, and former names that work and are not shown."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ def show(text: str, figures: object, json_path: Path | None) -> None:
     click.echo(as_json if json_path == Path("-") else text)
     if json_path not in (None, Path("-")):
         publish_text(json_path, as_json + "\n")
+
+
+class Number(click.FloatRange):
+    """A number within bounds, which NaN is not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value} is no number", param, ctx)
+        return found
 
 
 class Renamed(click.Option):

@@ -30,7 +30,8 @@ def shown(status: str) -> str:
 
 
 # What --nodes and --gpus-per-node were once.
-RANKS = click.option("--ranks", "planned_ranks", hidden=True, type=click.IntRange(min=1))
+MACHINES = click.IntRange(1, 1_000_000)  # and GPUs: what may be planned for
+RANKS = click.option("--ranks", "planned_ranks", hidden=True, type=MACHINES)
 
 # Of every training, whatever it trains: pretrain and finetune.
 _TRAINING_OPTIONS = (
@@ -48,8 +49,8 @@ _TRAINING_OPTIONS = (
     click.option("--wandb", "wandb_project", metavar="PROJECT", help="Also log to Weights & Biases."),
     click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end."),
     click.option("--dry-run", is_flag=True, help="Check everything, print sizes and memory, and end."),
-    click.option("--nodes", type=click.IntRange(min=1), help="With --dry-run: machines to plan for  [those started]."),
-    click.option("--gpus-per-node", type=click.IntRange(min=1), help="With --dry-run: GPUs of each  [8, or all]."),
+    click.option("--nodes", type=MACHINES, help="With --dry-run: machines to plan for  [those started]."),
+    click.option("--gpus-per-node", type=MACHINES, help="With --dry-run: GPUs of each  [8, or all]."),
     RANKS,
     click.option(
         "--device", default="h200", metavar="NAME", help="With --dry-run: their kind, see igpt-ds plan [h200]."

@@ -63,7 +63,7 @@ def convert(
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", text)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*(KB|MB|GB|TB|KiB|MiB|GiB|TiB)?", text)
     unit = {"K": 1, "M": 2, "G": 3, "T": 4}
     if found:
         power = unit[found.group(2)[0]] if found.group(2) else 0

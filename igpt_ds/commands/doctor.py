@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from igpt_ds.commands import CONTEXT, RANKS, run_of, shown
+from igpt_ds.commands import CONTEXT, MACHINES, RANKS, run_of, shown
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.options import JSON, show
+from igpt_ds.options import JSON, Number, show
 
 
 @click.command(context_settings=CONTEXT)
@@ -18,15 +18,15 @@ from igpt_ds.options import JSON, show
 @click.option("--preset", metavar="NAME", help="Preset or file.toml of the run [RUN/config.toml].")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
 @click.option("--ds", metavar="NAME", help="DeepSpeed configuration.  [default: RUN/ds.json, or zero3]")
-@click.option("--nodes", type=click.IntRange(min=1), help="Machines of the run  [those started, or this one].")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), help="GPUs of each  [those that are there, or 8].")
+@click.option("--nodes", type=MACHINES, help="Machines of the run  [those started, or this one].")
+@click.option("--gpus-per-node", type=MACHINES, help="GPUs of each  [those that are there, or 8].")
 @RANKS
 @click.option(
     "--wait",
     "limit",
     default=300.0,
     show_default=True,
-    type=click.FloatRange(min=2),
+    type=Number(2, 86_400),
     metavar="SECONDS",
     help="Longest wait for ranks that do not come.",
 )

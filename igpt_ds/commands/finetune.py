@@ -30,7 +30,7 @@ from igpt_ds.options import Renamed
     help="Whose images the best checkpoint is scored by; DIR/test is read once, at the end.",
 )
 @click.option(
-    "--masks", type=click.IntRange(min=1), help="BERT: also the modal prediction of so many masks (paper: 5)."
+    "--masks", type=click.IntRange(1, 1000), help="BERT: also the modal prediction of so many masks (paper: 5)."
 )
 @training_options
 def finetune(

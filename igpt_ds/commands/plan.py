@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from igpt_ds.commands import CONTEXT
-from igpt_ds.options import JSON, show
+from igpt_ds.commands import CONTEXT, MACHINES
+from igpt_ds.options import JSON, Number, show
 from igpt_ds.planner.devices import DEVICES, INTERCONNECTS
 
 
@@ -13,8 +13,8 @@ from igpt_ds.planner.devices import DEVICES, INTERCONNECTS
 @click.argument("preset", metavar="PRESET")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
 @click.option("--ds", "ds_source", default="zero3", show_default=True, metavar="NAME", help="DeepSpeed configuration.")
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(min=1), help="Machines.")
-@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(min=1), help="GPUs of each.")
+@click.option("--nodes", default=1, show_default=True, type=MACHINES, help="Machines.")
+@click.option("--gpus-per-node", default=8, show_default=True, type=MACHINES, help="GPUs of each.")
 @click.option("--device", default="h200", show_default=True, metavar="NAME", help=f"{', '.join(DEVICES)}.")
 @click.option(
     "--interconnect",
@@ -25,10 +25,10 @@ from igpt_ds.planner.devices import DEVICES, INTERCONNECTS
 )
 @click.option(
     "--mfu",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0.001, 1),
     help="Of the computation alone, by model FLOPs [0.5, less what is recomputed].",
 )
-@click.option("--images", type=click.IntRange(min=1), help="Images of the data, for its size on disk [ImageNet's].")
+@click.option("--images", type=click.IntRange(1, 10**12), help="Images of the data, for its size on disk [ImageNet's].")
 @JSON
 def plan(
     preset: str,

@@ -7,6 +7,7 @@ import click
 
 from igpt_ds.commands import CONTEXT
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.options import Number
 from igpt_ds.text import visible
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _OWN = {
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND...")
 @click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the runs.")
 @click.option("--rates", metavar="A,B,...", help="Largest first [0.01,0.003,0.001,... to 0.000003].")
-@click.option("--share", default=1.0, type=click.FloatRange(0, 1, min_open=True), help="Part of the steps to run [1].")
+@click.option("--share", default=1.0, type=Number(0, 1, min_open=True), help="Part of the steps to run [1].")
 @click.option("--launcher", metavar="WORDS", help="What starts igpt-ds on many GPUs; without it, one process.")
 @click.option("--collect", is_flag=True, help="Run nothing: read the runs DIR/lr-* of Slurm jobs.")
 def sweep(

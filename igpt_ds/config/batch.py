@@ -1,5 +1,6 @@
 """How a global batch is divided: over the ranks, into micro-batches, and these one after another."""
 
+import math
 from dataclasses import dataclass
 
 from igpt_ds.errors import UserError
@@ -43,20 +44,26 @@ def divide_batch(batch: int, micro_batch: int | None, world: int, sequence_paral
             remedy += f", or let {world // batch} ranks share each image (training.sequence_parallel={world // batch})"
         raise UserError(f"training.batch={batch}: caps data parallelism at {batch} ranks, not {replicas}: {remedy}")
     if batch % replicas:
-        fitting = [n * sequence_parallel for n in range(1, batch + 1) if batch % n == 0]
+        fitting = [n * sequence_parallel for n in divisors(batch)]
         batches = [b for b in (batch // replicas * replicas, (batch // replicas + 1) * replicas) if b > 0]
         ways = f"start {_nearest(world, fitting)} ranks or set training.batch={' or '.join(map(str, batches))}"
         raise UserError(f"training.batch={batch}: {world} ranks cannot share it evenly: {ways}")
     share = batch // replicas
     micro = share if micro_batch is None else micro_batch
     if share % micro:
-        nearest = _nearest(micro, [n for n in range(1, share + 1) if share % n == 0])
+        nearest = _nearest(micro, divisors(share))
         raise UserError(
             f"training.micro_batch={micro}: does not divide the {share} images of a "
             f"{'rank' if sequence_parallel == 1 else 'replica'} (batch {batch} on {world} ranks): "
             f"set training.micro_batch={nearest}"
         )
     return Division(world, micro, share // micro, sequence_parallel)
+
+
+def divisors(count: int) -> list[int]:
+    """The numbers that divide it, ascending."""
+    small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
+    return small + [count // n for n in reversed(small) if n * n != count]
 
 
 def _nearest(wanted: int, fitting: list[int]) -> str:

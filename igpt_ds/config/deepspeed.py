@@ -6,7 +6,6 @@ ignores unknown keys and turns an "auto" that nobody resolved into a default wit
 """
 
 import difflib
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from igpt_ds.config.batch import Division
 from igpt_ds.config.schema import Config
 from igpt_ds.config.size import block_parameters
 from igpt_ds.errors import UserError
+from igpt_ds.reading import read_json
 
 _PACKAGE = Path(str(resources.files("igpt_ds")))
 # Installed, it lies in the package; in a checkout, beside it.
@@ -36,27 +36,26 @@ _KNOWN = {
     "memory_breakdown",
     "dump_state",
 }
-_KNOWN_ZERO = {
-    "stage",
+_SWITCHES = {
     "contiguous_gradients",
     "reduce_scatter",
-    "reduce_bucket_size",
     "allgather_partitions",
-    "allgather_bucket_size",
     "overlap_comm",
     "round_robin_gradients",
+    "memory_efficient_linear",
+    "use_multi_rank_bucket_allreduce",
+}
+_SIZES = {
+    "reduce_bucket_size",
+    "allgather_bucket_size",
     "sub_group_size",
     "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold",
     "stage3_model_persistence_threshold",
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
-    "memory_efficient_linear",
-    "use_multi_rank_bucket_allreduce",
-    "zero_hpz_partition_size",
-    "offload_optimizer",
-    "offload_param",
 }
+_KNOWN_ZERO = {*_SWITCHES, *_SIZES, "stage", "zero_hpz_partition_size", "offload_optimizer", "offload_param"}
 # Of offload_optimizer and offload_param. The processor's memory only: a checkpoint reads and writes the states, which
 # on an NVMe disk would have to be swapped in for it.
 _KNOWN_OFFLOAD = {"device", "pin_memory"}
@@ -77,8 +76,8 @@ def load_ds_config(source: str) -> dict[str, Any]:
         names = ", ".join(ds_presets())
         raise UserError(f"DeepSpeed configuration {source}: no such file: choose one of {names} or a file.json")
     try:
-        tree = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        tree = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     try:
         for name in tree.pop(_FILLED_IN, []):
@@ -91,6 +90,11 @@ def load_ds_config(source: str) -> dict[str, Any]:
         )
     zero = tree["zero_optimization"]
     faults = _unknown(tree, _KNOWN, "") + _unknown(zero, _KNOWN_ZERO, "zero_optimization.")
+    for key, value in zero.items():
+        if key in _SWITCHES and not isinstance(value, bool):
+            faults.append(f"zero_optimization.{key} must be true or false, not {value!r:.80}")
+        elif key in _SIZES and value != "auto" and (type(value) is not int or not 0 <= value < 2**63):
+            faults.append(f'zero_optimization.{key} must be a whole number or "auto", not {value!r:.80}')
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         if key in zero:
             faults += _offload_faults(zero[key], f"zero_optimization.{key}", zero.get("stage"), stages)

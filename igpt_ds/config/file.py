@@ -7,6 +7,7 @@ types, contradictions.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from igpt_ds.config.rules import contradictions
 from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
+from igpt_ds.reading import read_regular
 
 PRESETS = Path(str(resources.files("igpt_ds.config"))) / "presets"
 
@@ -36,8 +38,8 @@ def load_config(source: str | Path, overrides: Sequence[Override] = ()) -> Confi
     if not path.is_file():
         raise UserError(f"preset {source}: there is none of this name: choose {', '.join(presets())} or a file.toml")
     try:
-        tree = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        tree = tomllib.loads(read_regular(path).decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from error
     return from_tree(tree, str(source), overrides)
 
@@ -100,9 +102,14 @@ def _parsed(override: str) -> tuple[str, Any]:
     if not separator or not key:
         raise UserError(f"--set {override}: not of the form section.key=value: write e.g. training.steps=20")
     try:
-        return key, tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return key, text
+        found = {"value": text}
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise UserError(f"--set {key:.80}: its value cannot be read ({error}): write a plain one") from None
+    if found.keys() != {"value"} or (found["value"] is text and "\n" in text):
+        raise UserError(f"--set {key:.80}: its value is more than one line: write a --set for each key")
+    return key, found["value"]
 
 
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:
@@ -131,7 +138,7 @@ def _convert(hint: Any, value: Any, name: str, faults: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, dict):
             return _build(typing.cast(type, hint), value, f"{name}.", faults)
-        faults.append(f"{name} must be a section, not {value!r}")
+        faults.append(f"{name} must be a section, not {_short(value)}")
         return None
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
@@ -139,18 +146,30 @@ def _convert(hint: Any, value: Any, name: str, faults: list[str]) -> Any:
     if origin is Literal:
         if value in typing.get_args(hint):
             return value
-        faults.append(f"{name} must be one of {', '.join(typing.get_args(hint))}, not {value!r}")
+        faults.append(f"{name} must be one of {', '.join(typing.get_args(hint))}, not {_short(value)}")
         return None
     if origin is tuple:
         if isinstance(value, list):
             items = tuple(_convert(typing.get_args(hint)[0], item, name, faults) for item in value)
             return None if None in items else items
-        faults.append(f"{name} must be a list, not {value!r}")
+        faults.append(f"{name} must be a list, not {_short(value)}")
         return None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     # bool is an int in Python, but `steps = true` is a mistake.
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not (-(2**63) <= value < 2**64 if isinstance(value, int) else math.isfinite(value)):
+        faults.append(f"{name} must be a finite number of 64 bits, not {_short(value)}")
+        return None
+    if hint is float and number:
+        return float(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    faults.append(f"{name} must be {hint.__name__}, not {value!r}")
+    faults.append(f"{name} must be {hint.__name__}, not {_short(value)}")
     return None
+
+
+def _short(value: Any) -> str:
+    """A wrong value as a message shows it."""
+    try:
+        return f"{value!r:.80}"
+    except (RecursionError, ValueError):
+        return "what is nested too deep or too long"

@@ -1,7 +1,5 @@
 """What the values of a configuration must satisfy, alone and together."""
 
-import math
-
 from igpt_ds import objectives
 from igpt_ds.config.schema import Config, FinetuneConfig
 
@@ -41,7 +39,6 @@ def contradictions(config: Config) -> list[str]:
     }
     for name, value in positive.items():
         require(value is None or value > 0, f"{name} must be above 0, not {value}")
-        require(value != math.inf, f"{name} must be finite")
     natural = {
         "seed": config.seed,
         "data.workers": data.workers,
@@ -55,12 +52,27 @@ def contradictions(config: Config) -> list[str]:
     }
     for name, value in natural.items():
         require(value >= 0, f"{name} must not be negative, but is {value}")
+    most = {
+        "model.layers": (model.layers, 4096),
+        "model.width": (model.width, 1 << 20),
+        "data.resolution": (data.resolution, 1 << 12),
+        "data.palette_size": (data.palette_size, 1 << 16),  # 16 bits
+        "data.window": (data.window, 1 << 20),
+        "data.workers": (data.workers, 256),
+        "training.steps": (training.steps, 10**12),
+        "training.batch": (training.batch, 2**31 - 1),
+        "training.micro_batch": (training.micro_batch, 2**31 - 1),
+        "training.sequence_parallel": (training.sequence_parallel, 2**31 - 1),
+        "health.hang_timeout": (config.health.hang_timeout, 366 * 86_400),  # a timer of C takes no more than some years
+        "health.window": (config.health.window, 1 << 20),
+        "seed": (config.seed, 2**64 - 1),  # 64 bits
+    }
+    for name, (value, limit) in most.items():
+        require(value is None or value <= limit, f"{name} must be at most {limit}, not {value}")
     require(config.health.window > 1, f"health.window must be above 1, not {config.health.window}")
     require(min(config.checkpoint.milestones, default=1) > 0, "checkpoint.milestones must be above 0")
-    require(config.seed < 2**64, f"seed {config.seed} exceeds 64 bits")
     if model.heads > 0:
         require(model.width % model.heads == 0, f"model.width {model.width} is no multiple of {model.heads} heads")
-    require(data.palette_size is None or data.palette_size <= 65536, "data.palette_size exceeds 16 bits (65536)")
     require(
         0 < config.objective.mask_rate < 1,
         f"objective.mask_rate {config.objective.mask_rate} is not in (0, 1)",
@@ -99,10 +111,12 @@ def _sequence_parallel_contradictions(config: Config, ranks: int) -> list[str]:
 def _finetune_contradictions(config: Config, finetune: FinetuneConfig) -> list[str]:
     layers, every = config.model.layers, config.training.validate_every
     rules = {
-        f"finetune.classes must be above 1, not {finetune.classes}": finetune.classes is None or finetune.classes > 1,
+        f"finetune.classes must be from 2 to a million, not {finetune.classes}": (
+            finetune.classes is None or 2 <= finetune.classes <= 10**6
+        ),
         f"finetune.layer {finetune.layer} is not in 0..{layers}": 0 <= (finetune.layer or 0) <= layers,
-        f"finetune.generative_weight must be finite and not negative, but is {finetune.generative_weight}": (
-            0 <= finetune.generative_weight < math.inf
+        f"finetune.generative_weight must not be negative, but is {finetune.generative_weight}": (
+            finetune.generative_weight >= 0
         ),
         f"finetune.dropout {finetune.dropout} is not in [0, 1)": 0 <= finetune.dropout < 1,
         f"finetune.patience must not be negative, but is {finetune.patience}": finetune.patience >= 0,

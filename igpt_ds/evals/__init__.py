@@ -37,7 +37,7 @@ import click
 from igpt_ds.atomic import publish_text
 from igpt_ds.distributed.ranks import Ranks, launched
 from igpt_ds.errors import RunError
-from igpt_ds.options import Renamed
+from igpt_ds.options import Number, Renamed
 from igpt_ds.text import Table
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 SHARE = (0, 1)  # a kind: of accuracies
 
-MASKS = click.Option(["--masks"], type=click.IntRange(min=1), help="BERT: independent masks an image.  [default: 5]")
-STRENGTH = click.FloatRange(min=0, min_open=True)  # of regularisation
+MASKS = click.Option(["--masks"], type=click.IntRange(1, 1000), help="BERT: independent masks an image.  [default: 5]")
+STRENGTH = Number(1e-12, 1e12)  # of regularisation
 DIVIDED = click.Option(["--ds"], metavar="NAME", help="Divide the network over the ranks: zero3, as pretrain.")
 
 

@@ -5,7 +5,6 @@ scored on all images of a held-out split. The regularisation is fixed beforehand
 would use many more labels than the subset has.
 """
 
-import json
 import re
 import zlib
 from pathlib import Path
@@ -19,6 +18,7 @@ from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
 from igpt_ds.evals import DIVIDED, MASKS, SHARE, STRENGTH, Record, Subject, header, val_or_test
 from igpt_ds.hashing import random_keys, stable_hash
+from igpt_ds.reading import read_json
 from igpt_ds.text import Table
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(
     from igpt_ds.features.splits import masks_of
 
     counts = [text.strip() for text in labels.split(",")]
-    if not all(text.isdecimal() and int(text) for text in counts):
+    if not all(re.fullmatch("0*[1-9][0-9]{0,8}", text) for text in counts):
         raise UserError(f"--labels {labels}: not of the form 4,25,400: write whole numbers, divided by commas")
     wanted = tuple(sorted({int(text) for text in counts}))
     weights, config, splits = subject.labelled(split == "test")
@@ -177,11 +177,11 @@ def _spread(accuracies: list[float]) -> dict[str, Any]:
 def best_layer(path: Path, checkpoint: str) -> int:
     """The best layer of a probe of the same checkpoint (its `fingerprint`)."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         probed, layer = record["checkpoint"], record["best_layer"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: no record of a probe: run igpt-ds probe first, or give --layer") from None
-    if probed != checkpoint or not isinstance(layer, int):
+    if probed != checkpoint or type(layer) is not int or layer < 0:
         raise UserError(
             f"{path}: a probe of another checkpoint (step {record.get('step')}): probe it again, or give --layer"
         )

@@ -65,7 +65,7 @@ OPTIONS = (
         multiple=True,
         help="lbfgs: strength to try; may be given again.  [default: 1000, 100, ... 0.01]",
     ),
-    click.Option(["--iterations"], type=click.IntRange(min=1), help="sgd: batches.  [default: 1000000]"),
+    click.Option(["--iterations"], type=click.IntRange(1, 10**9), help="sgd: batches.  [default: 1000000]"),
     click.Option(
         ["--norm"],
         type=click.Choice(["first", "none"]),
@@ -74,7 +74,9 @@ OPTIONS = (
         help="Features after the block's first norm, as the paper's, or its raw input as others take it.",
     ),
     click.Option(["--precision"], type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True),
-    click.Option(["--batch"], type=click.IntRange(min=1), help="Images in a forward pass.  [default: of 65536 tokens]"),
+    click.Option(
+        ["--batch"], type=click.IntRange(1, 1 << 16), help="Images in a forward pass.  [default: of 65536 tokens]"
+    ),
     DIVIDED,
 )
 Layers = tuple[int, ...]

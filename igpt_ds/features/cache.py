@@ -20,10 +20,12 @@ import numpy as np
 
 from igpt_ds.atomic import fsync_directory, publish_directory, publish_text, unfinished, writing
 from igpt_ds.config.schema import Config, identity
+from igpt_ds.dataset.npy import read_npy
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.features.extract import Network, extract
 from igpt_ds.loading.loader import source_rows
+from igpt_ds.reading import MOST_BYTES, read_json
 from igpt_ds.weights.base import Weights
 
 FORMAT = 1
@@ -152,7 +154,7 @@ def _find(folder: Path, facts: dict[str, Any]) -> Path | None:
 
 def _record(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((path / "record.json").read_text())
+        record = read_json(path / "record.json")
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("layers"), list) else None
@@ -167,10 +169,10 @@ def _open(path: Path, layers: tuple[int, ...]) -> Features:
     record = _record(path)
     try:
         stored = np.load(path / "features.npy", mmap_mode="r", allow_pickle=False)
-        labels = np.load(path / "labels.npy", allow_pickle=False)
+        labels = read_npy(path / "labels.npy", MOST_BYTES)
         assert record is not None
         fits = stored.dtype == np.float32 and stored.shape[:2] == (len(record["layers"]), record["images"])
-        if not fits or labels.shape != (record["images"],):
+        if not fits or labels.dtype != np.int64 or labels.shape != (record["images"],):
             raise ValueError("arrays of another shape than recorded")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: damaged features ({error}): delete it") from error

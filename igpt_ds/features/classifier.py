@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 
 from igpt_ds.cores import threads_for
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 from igpt_ds.memory import available_bytes
 
 MAX_ITERATIONS = 1000
@@ -96,7 +96,10 @@ class Classifier:
         with threadpool_limits(threads_for(2 * min(len(rows), _CHUNK) * self.weights_DC.size)):
             for block in rows.blocks(_CHUNK):
                 x_ID = (rows.read(*block).astype(np.float64) - self.mean_D) / self.scale_D
-                found.append(self.classes_C[(x_ID @ self.weights_DC + self.bias_C).argmax(axis=1)])
+                scores_IC = x_ID @ self.weights_DC + self.bias_C
+                if not np.isfinite(scores_IC).all():  # argmax would take one for a class
+                    raise RunError("a classifier's scores are not finite: remove the features that are kept, try again")
+                found.append(self.classes_C[scores_IC.argmax(axis=1)])
         return np.concatenate(found)
 
     def accuracy(self, rows: Rows) -> float:
@@ -129,6 +132,8 @@ def fit(
         features_ID = rows.read(*block)
         x_ID[done : done + len(features_ID)] = features_ID
         done += len(features_ID)
+    if not np.isfinite(x_ID).all():
+        raise RunError("the features of a classifier are not finite: remove those that are kept, and try again")
     mean_D, deviation_D = x_ID.mean(axis=0), x_ID.std(axis=0)
     # A feature that differs by rounding only is constant: to scale that up would make noise of it.
     scale_D = np.where(deviation_D > 1e-6 * np.abs(mean_D), deviation_D, 1.0)

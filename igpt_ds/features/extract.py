@@ -7,6 +7,7 @@ no process holds more than a few batches; see cache.py for where they lie.
 Suffixes: L layers asked for, I images, B images of a batch, T positions, D width.
 """
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -69,11 +70,12 @@ def parse_layers(text: str | None, config: Config) -> tuple[int, ...]:
     last = config.model.layers
     layers: set[int] = set()
     for part in (text or f"0-{last}").split(","):
-        first, dash, end = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not end.isdecimal()):
+        found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        first, end = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > end:
             raise UserError(f"--layers {text}: not of the form 0,4-7: write numbers and ranges, divided by commas")
-        layers |= set(range(int(first), int(end or first) + 1))
-    if not layers or max(layers) > last:
+        layers |= set(range(first, min(end, last) + 1)) | {end}
+    if max(layers) > last:
         raise UserError(f"--layers {text}: the network has layers 0 to {last}: choose among them")
     return tuple(sorted(layers))
 
@@ -163,7 +165,8 @@ def extract(
     Raises:
         RunError: a feature is not finite.
     """
-    ranks, batch = network.ranks, network.batch
+    ranks = network.ranks
+    batch = min(network.batch, -(-images // ranks.world))
     stride = batch * ranks.world
     with tqdm(total=images, desc=title, unit=" images", leave=False, disable=True if ranks.rank else None) as progress:
         batches = evaluation_batches(dataset, batch, ranks.rank, ranks.world)

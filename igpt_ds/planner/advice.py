@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from igpt_ds.config.batch import divisors
 from igpt_ds.config.deepspeed import ds_presets, load_ds_config, offloads, resolve
 from igpt_ds.planner.devices import Device
 from igpt_ds.planner.layout import Layout
@@ -55,13 +56,18 @@ def choices(layout: Layout, device: Device, network: float, assumptions: Assumpt
     layouts: dict[str | None, Layout] = {None: layout}
     layouts.update({name: other for name, other in presets(layout).items() if other.zero != layout.zero})
     for name, base in layouts.items():
-        for micro in (n for n in range(1, share + 1) if share % n == 0):
+        for micro in divisors(share):
             division = replace(layout.division, micro_batch=micro, accumulation=share // micro)
+            fits = False
             for mode in _MODES:
                 other = replace(base, division=division).with_training(activation_checkpointing=mode)
                 # The kernels reach what they reach: only the recomputation differs.
                 mfu = assumptions.mfu * (1 + recomputed_share(layout)) / (1 + recomputed_share(other))
-                yield judge(other, device, network, replace(assumptions, mfu=mfu), name)
+                choice = judge(other, device, network, replace(assumptions, mfu=mfu), name)
+                fits = fits or choice.fits(device)
+                yield choice
+            if not fits:
+                break  # nor does a larger micro-batch
 
 
 def advise(chosen: Choice, device: Device, network: float, assumptions: Assumptions) -> list[str]:

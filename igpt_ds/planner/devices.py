@@ -82,7 +82,7 @@ def find_interconnect(text: str) -> float:
         rate = float(text) * GIGA
     except ValueError:
         rate = 0.0
-    if not 0 < rate < float("inf"):
+    if not 0.001 * GIGA <= rate <= 1e6 * GIGA:
         names = ", ".join(INTERCONNECTS)
         raise UserError(f"interconnect {text}: unknown: choose {names}, or write a GPU's GB/s one way, such as 50")
     return rate

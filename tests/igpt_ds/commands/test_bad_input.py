@@ -24,8 +24,10 @@ from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from tests.helpers.commands import finish, pretrain, run_command, started
+from tests.helpers.models import random_model, save_model, small_config
 
 Refused = Callable[..., str]
+DIGITS = small_config(resolution=8, palette_size=16)
 
 
 def one_line(errors: str) -> str:
@@ -74,6 +76,48 @@ def test_missing_data(refused: Refused, tmp_path: Path) -> None:
     message = refused(*pretrain(tmp_path / "none", tmp_path / "run"))
     assert message.startswith(f"{tmp_path / 'none'}: no such directory: build it with igpt-data shards")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pretrain --preset tiny --data DATA --dry-run --ranks 3 --set training.batch=1000000000",
+        "pretrain --preset tiny --data DATA --dry-run --nodes 99999999999999999999999",
+        "pretrain --preset tiny --data DATA --dry-run --nodes 1000000 --gpus-per-node 1000000",
+        f"plan xl --images {'9' * 400}",
+        "plan xl --nodes 1000000",
+        "plan xl --mfu nan",
+        "plan xl --mfu 1e-320",
+        "plan xl --interconnect 1e-300",
+        f"plan xl --nodes {'9' * 5000}",
+        "doctor --wait nan",
+        "sweep --share nan --out OUT -- pretrain --preset tiny --data DATA",
+        "probe RUN --layers 0-999999999",
+        f"probe RUN --layers 0-{'9' * 5000}",
+        "probe RUN --batch 99999999999",
+        "probe RUN --regularisation nan",
+        "probe RUN --regularisation 1e-320",
+        "probe RUN --masks 1000000000",
+        "probe RUN --solver sgd --iterations 99999999999",
+        "probe RUN --concatenate 99999999999999999999999",
+        "low-data RUN --labels 99999999999",
+        f"low-data RUN --labels 4,{'9' * 5000}",
+        "low-data RUN --layer 99999999999999999999999 --labels 4",
+        "eval RUN --masks 1000000000",
+        f"convert RUN OUT --to hf --max-shard-size {'9' * 400}TB",
+    ],
+    ids=lambda line: line[:50],
+)
+def test_a_number_is_bounded_before_anything_is_made_of_it(
+    refused: Refused, digits: Path, tmp_path: Path, line: str
+) -> None:
+    save_model(random_model(DIGITS), DIGITS, tmp_path / "RUN", Palette.load(digits / "train" / "palette.npy").sha256)
+    places = {"DATA": str(digits), "RUN": str(tmp_path / "RUN"), "OUT": str(tmp_path / "OUT")}
+    words = [places.get(word, word) for word in line.split()]
+    before = time.monotonic()
+    refused(*words, *(["--data", str(digits)] if words[0] in ("probe", "low-data", "eval") else []))
+    assert time.monotonic() - before < 20
+    assert not (tmp_path / "OUT").exists() and not (tmp_path / "RUN" / "features").exists()
 
 
 def test_no_data_named(refused: Refused, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """The configuration: the paper's figures in the presets, and faults told all together."""
 
+import contextlib
 import dataclasses
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ import pytest
 from igpt_ds.config.file import from_tree, load_config, presets, to_toml, to_tree
 from igpt_ds.config.schema import Config, identity, replace
 from igpt_ds.errors import UserError
+from igpt_ds.planner.layout import lay_out
+from igpt_ds.planner.report import Machine, make_plan
 
 IMAGENET_TRAIN = 0.96 * 1_281_167
 
@@ -141,11 +146,11 @@ def test_a_malformed_set_is_refused(text: str) -> None:
         ("objective.name=pixels", "objective.name must be one of masked_pixel, next_pixel, not 'pixels'"),
         ("model=3", "model must be a section, not 3"),
         ("training.steps=0", "training.steps must be above 0, not 0"),
-        ("training.learning_rate=nan", "training.learning_rate must be above 0, not nan"),
+        ("training.learning_rate=nan", "training.learning_rate must be a finite number of 64 bits, not nan"),
         ("training.warmup_steps=-1", "training.warmup_steps must not be negative, but is -1"),
         ("model.heads=3", "model.width 32 is no multiple of 3 heads"),
         ("model.heads=0", "model.heads must be above 0, not 0"),
-        ("data.palette_size=65537", "data.palette_size exceeds 16 bits"),
+        ("data.palette_size=65537", "data.palette_size must be at most 65536, not 65537"),
         ("objective.mask_rate=1.0", "objective.mask_rate 1.0 is not in (0, 1)"),
         ("training.beta2=1.0", "training.beta2 1.0 is not in [0, 1)"),
         ("training.stop_at=101", "training.stop_at 101 is not in 1..steps"),
@@ -157,6 +162,56 @@ def test_a_fault_is_named(text: str, fault: str) -> None:
     told = message("tiny", text)
     assert told.startswith("configuration tiny: ")
     assert fault in told
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in typing.get_type_hints(cls).items():
+        section = next((each for each in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(each)), None)
+        yield from keys(typing.cast(type, section), f"{prefix}{name}.") if section else [prefix + name]
+
+
+ODD = ["nan", "-inf", "1e999", "-1", "0", "1e308", "9" * 18, "9" * 400, "-" + "9" * 400, "9" * 5000]
+ODD += ["[" * 2000, "[nan]", "{a=1}", "1979-05-27"]
+
+
+@pytest.mark.parametrize("key", [*keys(Config)])
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key: str) -> None:
+    begin = ["data.resolution=8", "data.palette_size=16", *(["finetune.classes=3"] if "finetune" in key else [])]
+    for value in ODD:
+        try:
+            config = load_config("tiny", [*begin, f"{key}={value}"])
+        except UserError as error:
+            assert len(str(error)) < 1000
+            continue
+        with contextlib.suppress(UserError):  # a plan of it comes at once
+            make_plan(lay_out(config, "zero3", 2, 8), Machine())
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("training.steps=5\nfoo=1", "its value is more than one line"),
+        ("training.steps=5\n[model]\nlayers=1", "its value is more than one line"),
+        ("name=a\nseed=3", "its value is more than one line"),
+        ("training.steps=" + "9" * 5000, "its value cannot be read"),
+        ("data.weights=" + "[" * 2000, "its value cannot be read"),
+        ("training.learning_rate=" + "9" * 400, "training.learning_rate must be a finite number of 64 bits"),
+        ("training.steps=" + "9" * 400, "training.steps must be a finite number of 64 bits"),
+        ("health.hang_timeout=inf", "health.hang_timeout must be a finite number"),
+        ("health.hang_timeout=1e10", "health.hang_timeout must be at most 31622400"),
+        ("data.workers=1000000000", "data.workers must be at most 256"),
+        ("model.layers=1000000000", "model.layers must be at most 4096"),
+        ("training.batch=1000000000000", "training.batch must be at most 2147483647"),
+    ],
+)
+def test_numbers_and_lines_are_bounded(text: str, fault: str) -> None:
+    assert fault in message("tiny", text)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 2000, "a = " + "9" * 5000, 'a = "' + "\\u0000" * 3])
+def test_a_file_that_would_surprise_its_reader(tmp_path: Path, text: str) -> None:
+    (tmp_path / "odd.toml").write_text(text)
+    assert "cannot be read as TOML" in message(tmp_path / "odd.toml")
 
 
 def test_all_faults_are_told_together() -> None:

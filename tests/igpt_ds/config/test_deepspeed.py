@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from igpt_ds.config.batch import Division, divide_batch
+from igpt_ds.config.batch import Division, divide_batch, divisors
 from igpt_ds.config.deepspeed import FOLDER, bucket_sizes, load_ds_config, remembered, resolve
 from igpt_ds.config.file import load_config, presets
 from igpt_ds.errors import UserError
@@ -206,6 +206,36 @@ def test_what_the_code_decides_is_no_key(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize("content", [[], 3, {**AUTO, "zero_optimization": 3}, {**AUTO, "zero_optimization": [1]}])
 def test_json_of_another_form_is_refused(tmp_path: Path, content: object) -> None:
     refusal(tmp_path, content)
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, '{"zero_optimization": {"stage": ' + "9" * 5000 + "}}", '{"a": NaN}'])
+def test_a_file_that_would_surprise_its_reader(tmp_path: Path, text: str) -> None:
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(UserError, match=r"odd\.json: cannot be read as JSON"):
+        load_ds_config(str(tmp_path / "odd.json"))
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "many", None, [1], 2**63])
+@pytest.mark.parametrize("key", ["reduce_bucket_size", "stage3_max_reuse_distance"])
+def test_sizes_are_whole_numbers(tmp_path: Path, key: str, value: object) -> None:
+    (tmp_path / "odd.json").write_text(json.dumps({"zero_optimization": {"stage": 3, key: value}}))
+    with pytest.raises(UserError, match=f"zero_optimization.{key} must be a whole number"):
+        load_ds_config(str(tmp_path / "odd.json"))
+
+
+def test_switches_are_true_or_false(tmp_path: Path) -> None:
+    (tmp_path / "odd.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "overlap_comm": "yes"}}))
+    with pytest.raises(UserError, match=r"zero_optimization\.overlap_comm must be true or false, not 'yes'"):
+        load_ds_config(str(tmp_path / "odd.json"))
+
+
+def test_a_batch_of_two_thousand_million_is_divided_at_once() -> None:
+    assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+    assert all(divisors(n) == [d for d in range(1, n + 1) if n % d == 0] for n in range(1, 200))
+    with pytest.raises(UserError, match=r"start 2 or 4 ranks or set training.batch=999999999 or 1000000002"):
+        divide_batch(10**9, None, 3)
+    with pytest.raises(UserError, match=r"set training.micro_batch=6 or 9"):
+        divide_batch(2 * 3**19 // 3, 7, 1)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
