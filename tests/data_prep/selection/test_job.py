@@ -25,6 +25,7 @@ from data_prep.selection.collections import Collection
 from data_prep.selection.file import Selection
 from data_prep.selection.job import Selected
 from data_prep.selection.pictures import Pictures
+from data_prep.sources import open_source
 from data_prep.workers import pool as executors
 from data_prep.workers.run import Here, OnCluster
 from data_prep.workers.slurm import Cluster
@@ -320,7 +321,6 @@ def test_counts_that_do_not_add_up_are_never_published(
 
 
 def test_a_listed_source_is_one_part(known: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: Any) -> None:
-
     monkeypatch.setattr("data_prep.selection.collections.PIECE", 10)
     root = tmp_path / "images"
     for path in sorted((known[0] / "pool").rglob("*.*")):
