@@ -10,7 +10,9 @@ files are moved or become more.
 import glob
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from data_prep.files.folders import files_below, is_left_out
@@ -52,9 +54,14 @@ class FileSet:
     def places(self) -> dict[str, str]:
         """Where each file is, by its name, sorted; those of brace patterns unseen: see `files.existing`."""
         found: dict[str, str] = {}
+        names: dict[str, str] = {}  # by where links lead
+        real_folder = cache(os.path.realpath)
         for path in self.paths:
             for name, url in self._files(path):
-                if found.setdefault(name, url) != url:
+                real = _real(url, real_folder)
+                if (other := names.setdefault(real, name)) != name:
+                    raise UserError(f"{name}: the same file as {other}: give it once")
+                if _real(found.setdefault(name, url), real_folder) != real:
                     raise UserError(f"{name}: is both {found[name]} and {url}: give the folder that holds both")
         if not found:
             raise UserError(f"{self.paths[0]}: no {self.suffix} files: mend the path")
@@ -122,6 +129,14 @@ def _base(path: str, suffix: str) -> str:
     if scheme(path):
         return path.rpartition("/")[0] if path.endswith(suffix) else path.rstrip("/")
     return path if Path(path).is_dir() else os.path.dirname(path)  # noqa: PTH120
+
+
+def _real(url: str, real_folder: Callable[[str], str]) -> str:
+    """A local file's path without links to folders; a link to a file is a file of its own."""
+    if scheme(url) or url.startswith("pipe:"):
+        return url
+    folder, name = os.path.split(url)
+    return f"{real_folder(folder)}/{name}"
 
 
 def _join(base: str, name: str) -> str:

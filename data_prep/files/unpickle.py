@@ -12,6 +12,7 @@ dictionaries are text (a nest of tuples takes for ever to hash), and operations 
 import io
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,12 @@ class _Operations(dict[int, Any]):
 
 
 class _Reader(pickle._Unpickler):
+    # Of the class above, whose stubs do not tell.
+    stack: list[Any]
+    append: Callable[[object], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, data: bytes) -> None:
         super().__init__(_Counted(data), encoding="bytes")
         self._to_encode = len(data)

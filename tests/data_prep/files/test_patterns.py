@@ -62,6 +62,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.tar", "b/1.tar", "b/2.tar")
     assert "give the folder that holds both" in refusal(tars(tmp_path / "a", tmp_path / "b").names)
     assert tars(tmp_path / "b", tmp_path / "b").names() == ["1.tar", "2.tar"]
+    assert tars(tmp_path / "b/2.tar", f"{tmp_path}/a/../b/2.tar", f"{tmp_path}/./b/*.tar").names() == ["1.tar", "2.tar"]
     two = tars(tmp_path / "a/1.tar", tmp_path / "b/2.tar")
     assert read_all(two) == {"1.tar": "a/1.tar", "2.tar": "b/2.tar"}
 
@@ -94,6 +95,9 @@ def test_links_are_followed_and_each_folder_read_once(tmp_path: Path) -> None:
     (tmp_path / "store/deep/twice").symlink_to("..")
     assert tars(link).names() == expected
     assert read_all(tars(link))["part1/a.tar"] == "store/a.tar"
+    (link / "part3").symlink_to("part2")
+    assert "the same file as" in refusal(tars(link / "part*").names)
+    (link / "part3").unlink()
     (link / "part3").symlink_to("nowhere")
     assert "part3: a link that leads nowhere" in refusal(tars(link).names)
     (link / "part3").unlink()
