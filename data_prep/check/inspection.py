@@ -5,7 +5,6 @@ seconds: stretches of 16 neighbouring rows, spread evenly over the images of vie
 that a generator of fixed seed draws. A dataset that is no larger than the sample is read whole.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from igpt_ds.reading import open_regular, parse_json
 
 SAMPLE = 4096  # rows
 _STRETCH = 16  # rows; one read each
@@ -135,8 +135,8 @@ def _rejects(path: Path) -> dict[str, int]:
     """Rejected images by reason, most frequent first; the build writes one line an image, where there are any."""
     counts: Counter[str] = Counter()
     try:
-        with path.open(encoding="utf-8") as lines:
-            counts.update(str(json.loads(line)["reason"]) for line in lines)
+        with open_regular(path) as lines:
+            counts.update(str(parse_json(line)["reason"]) for line in lines)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,6 @@ Heavy imports stay inside the commands, so that --help answers at once.
 
 import errno
 import glob
-import math
 import os
 import re
 import tempfile
@@ -19,6 +18,7 @@ import click
 
 from igpt_ds.atomic import writing
 from igpt_ds.errors import UserError
+from igpt_ds.options import Number
 
 if TYPE_CHECKING:
     from data_prep.workers.run import Here, OnCluster
@@ -33,20 +33,10 @@ class _Path(click.Path):
         return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 (click checks the text)
 
 
-class Share(click.FloatRange):
-    """A share from 0 to 1. Every comparison with "nan" fails, so that it would be in any range."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        found = super().convert(value, param, ctx)
-        if math.isnan(found):
-            self.fail(f"{value!r} is no number.", param, ctx)
-        return found
-
-
 PATH = _Path(path_type=Path)
 MAX_REJECT_RATE = click.option(
     "--max-reject-rate",
-    type=Share(0, 1),
+    type=Number(0, 1),
     default=0.0,
     show_default=True,
     help="Share of images that may be skipped because they cannot be read.",
@@ -71,8 +61,12 @@ SOURCE_OPTION = click.option(
     help="An option of the source; may be repeated.",
 )
 
+WORKERS = click.option(
+    "--workers", type=click.IntRange(1, 4096), default=1, show_default=True, help="Processes that share the work."
+)
+
 _WHERE_OPTIONS = (
-    click.option("--workers", type=click.IntRange(1, 4096), default=1, show_default=True, help="Processes."),
+    WORKERS,
     click.option(
         "--executor",
         type=click.Choice(["local", "slurm"]),
@@ -109,6 +103,14 @@ def where_options(command: Command) -> Command:
     return command
 
 
+def local_workers(number: int) -> int:
+    """So many processes, unless this machine is too small for them: each is a Python of its own."""
+    most = max(64, 8 * (os.cpu_count() or 1))
+    if number > most:
+        raise UserError(f"--workers {number}: too many for {os.cpu_count()} processors: choose at most {most}")
+    return number
+
+
 @contextmanager
 def place_of(folder: Path, where: dict[str, Any]) -> "Iterator[Here | OnCluster]":
     """Where the work is to be done: processes of this machine, or jobs whose scripts and logs lie in `folder`."""
@@ -121,7 +123,7 @@ def place_of(folder: Path, where: dict[str, Any]) -> "Iterator[Here | OnCluster]
             if where[name]:
                 shown = name.replace("_options", "_option").replace("_", "-")
                 raise UserError(f"--{shown}: is for --executor slurm: give that, too, or leave it out")
-        with pool(where["workers"]) as executor:
+        with pool(local_workers(where["workers"])) as executor:
             yield Here(executor)
         return
     named = {"partition": where["slurm_partition"], "account": where["slurm_account"]}

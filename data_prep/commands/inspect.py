@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from data_prep.commands import PATH
+from data_prep.commands import PATH, require_writable
 from igpt_ds.options import JSON, Renamed, show
 from igpt_ds.text import aligned
 
@@ -36,6 +36,10 @@ def inspect(directory: Path, json_path: Path | None, out: Path | None, images: i
     """
     from data_prep.check.inspection import inspect as look
 
+    if json_path not in (None, Path("-")):
+        require_writable(json_path)
+    if out is not None:
+        require_writable(out / "samples.png")
     found = look(directory, images)
     pictures = None
     if out is not None:

@@ -10,14 +10,13 @@ from data_prep.commands import (
     PATH,
     SOURCE_OPTION,
     Progress,
-    Share,
     place_of,
     refuse_inside,
     require_writable,
     where_options,
 )
 from igpt_ds.errors import UserError
-from igpt_ds.options import Renamed
+from igpt_ds.options import Number, Renamed
 from igpt_ds.text import aligned, visible
 
 
@@ -36,7 +35,7 @@ from igpt_ds.text import aligned, visible
     "--share",
     cls=Renamed,
     former=["--sample"],
-    type=Share(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=1.0,
     show_default=True,
     help="Share of the images to count, chosen by a hash of the image's name.",

@@ -10,11 +10,11 @@ from data_prep.commands import (
     PATH,
     SOURCE_OPTION,
     Progress,
-    Share,
     place_of,
     refuse_inside,
     where_options,
 )
+from igpt_ds.options import Number
 from igpt_ds.text import visible
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--resolution", type=click.IntRange(1, 1024), default=32, show_default=True, help="Side in pixels.")
 @click.option(
     "--holdout",
-    type=Share(0, 1, max_open=True),
+    type=Number(0, 1, max_open=True),
     default=0.04,
     show_default=True,
     help="Share held out of the training images as DATA/val, chosen by a hash of the image's name; 0 for none.",
@@ -174,8 +174,9 @@ def _tell(built: "Results", max_shards: int | None) -> None:
     for directory, manifest in built:
         if manifest is None:
             rejected = Manifest.load(directory).rejected
-            mended = f" ({rejected} images are rejected: when they are mended, --force builds anew)" if rejected else ""
-            click.echo(visible(f"{directory}: complete already, built by the same plan; nothing to do{mended}"))
+            told = f" ({rejected:,} images were rejected)" if rejected else ""
+            told = f"complete already, built by the same plan; nothing to do{told}"
+            click.echo(visible(f"{directory}: {told}; where images have changed since, --force builds anew"))
             continue
         labels = "unlabelled" if manifest.classes is None else f"{len(manifest.classes)} classes"
         skipped = f", {manifest.rejected} rejected (see rejects.jsonl)" if manifest.rejected else ""

@@ -4,15 +4,13 @@ from pathlib import Path
 
 import click
 
-from data_prep.commands import PATH, Progress
+from data_prep.commands import PATH, WORKERS, Progress, local_workers
 from igpt_ds.text import aligned
 
 
 @click.command()
 @click.argument("directory", type=PATH)
-@click.option(
-    "--workers", type=click.IntRange(1, 4096), default=1, show_default=True, help="Processes that read shards."
-)
+@WORKERS
 def verify(directory: Path, workers: int) -> None:
     """Read a dataset again, every byte, and hold it against its manifest.
 
@@ -27,7 +25,7 @@ def verify(directory: Path, workers: int) -> None:
     manifest = Manifest.load(directory)
     with Progress("verify", unit="B") as progress:
         progress.start(sum(shard.bytes for shard in manifest.shards))
-        with pool(workers) as executor:
+        with pool(local_workers(workers)) as executor:
             summary = read_again(directory, progress.tick, executor)
     rows = [
         ("dataset", f"{directory} ({manifest.split} split of {manifest.source})"),

@@ -19,6 +19,7 @@ from igpt_ds.atomic import publish_text, writing
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.lock import Lock
+from igpt_ds.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ class _Fit:
     def made(self) -> Fitted | None:
         """What an earlier run has fitted to the same counts."""
         try:
-            told: dict[str, Any] = json.loads(self._summary.read_text(encoding="utf-8"))
+            told: dict[str, Any] = read_json(self._summary)
             mine = {"key": self.key, "inputs": self.inputs, "k": self.k, "seed": self.seed}
             if {name: told.pop(name) for name in mine} != mine:
                 return None
             fitted = Fitted(**cast(Any, {**told, "k": self.k}))
             return fitted if Palette.load(self.out).sha256 == fitted.sha256 else None
-        except (OSError, ValueError, KeyError, TypeError, UserError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
             return None

@@ -31,6 +31,7 @@ from data_prep.workers.pool import count
 from data_prep.workers.run import Done
 from igpt_ds.atomic import publish_text
 from igpt_ds.errors import UserError
+from igpt_ds.reading import read_json
 
 CHUNK = 16384  # images whose embeddings are in memory at a time
 THUMBNAIL = 64  # side, pixels
@@ -55,10 +56,11 @@ class Chunk(NamedTuple):
         """
         arrays = read_arrays(self.path, *names)
         for name, array in zip(names, arrays, strict=True):
-            if not name.startswith("thumbnail") and array.shape[:1] != (self.rows,):
-                raise UserError(
-                    f"{self.path}: {name} of another number of images: remove it and give the command again"
-                )
+            fits = array.shape[:1] == (self.rows,)
+            if name == "thumbnail_rows":
+                fits = array.dtype == np.int64 and (array.size == 0 or 0 <= array.min() <= array.max() < self.rows)
+            if not fits and name != "thumbnails":
+                raise UserError(f"{self.path}: {name} of other images: remove it and give the command again")
         return arrays
 
 
@@ -105,7 +107,7 @@ def committed(directory: Path, piece: Piece, read: list[int] | None = None) -> E
     """
     name = piece.digest
     try:
-        mark = json.loads((directory / f"{name}.json").read_text())
+        mark = read_json(directory / f"{name}.json")
         chunks = [
             Chunk(piece.part, directory / f"{name}-{number:04d}.npz", int(rows))
             for number, rows in enumerate(mark["chunks"])
@@ -114,7 +116,7 @@ def committed(directory: Path, piece: Piece, read: list[int] | None = None) -> E
         if same and all(chunk.path.is_file() for chunk in chunks):
             unreadable = Counter({str(reason): int(n) for reason, n in mark["unreadable"].items()})
             return Embedded(chunks, unreadable, str(mark.get("content", "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
 

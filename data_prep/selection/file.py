@@ -25,6 +25,7 @@ import numpy as np
 from data_prep.files.npz import DAMAGE, read_member, write_member
 from igpt_ds.atomic import publish_file, sha256_file
 from igpt_ds.errors import UserError
+from igpt_ds.reading import open_regular, parse_json
 
 FORMAT, VERSION = "igpt-ds selection", 1
 _JSON = "selection.json"
@@ -64,7 +65,7 @@ class Selection:
         """Read all but the ids."""
         path = Path(path)
         try:
-            record = json.loads(_member(path, _JSON).tobytes())
+            record = parse_json(_member(path, _JSON).tobytes())
             if record["format"] != FORMAT:
                 raise ValueError("format")
             if record["version"] != VERSION:
@@ -82,7 +83,7 @@ class Selection:
             )
         except FileNotFoundError:
             raise UserError(f"{path}: no such selection: make one with igpt-data select") from None
-        except (*DAMAGE, AttributeError, OverflowError, MemoryError) as error:
+        except (*DAMAGE, AttributeError) as error:
             raise UserError(f"{path}: not a readable selection: {_REMEDY}") from error
         if _sum_is_wrong(selection.inputs, selection.images, selection.dropped, members):
             raise UserError(f"{path}: its counts do not add up: {_REMEDY}")
@@ -97,7 +98,7 @@ class Selection:
         member, rows = self.members[part]
         try:
             ids = _member(self.path, f"ids/{member}")
-        except (*DAMAGE, MemoryError) as error:
+        except DAMAGE as error:
             raise UserError(f"{self.path}: ids of part {part or member} cannot be read: {_REMEDY}") from error
         if ids.dtype.kind != "S" or ids.shape != (rows,):
             raise UserError(f"{self.path}: ids of part {part or member} are damaged: {_REMEDY}")
@@ -153,5 +154,5 @@ def _sum_is_wrong(inputs: int, kept: int, dropped: Mapping[str, int], members: M
 
 
 def _member(path: Path, name: str) -> np.ndarray:
-    with zipfile.ZipFile(path) as archive:
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         return read_member(archive, name)

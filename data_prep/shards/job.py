@@ -36,6 +36,7 @@ from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.lock import NAME, Lock, read, require
+from igpt_ds.reading import read_json
 from igpt_ds.text import visible
 
 # A split's directory with its manifest, or None where it was there already, complete.
@@ -359,7 +360,7 @@ def _complete(directory: Path, plan: Plan, max_shards: int | None) -> bool:
         return False
     try:
         Dataset.open(directory)
-        trial = json.loads((directory / "trial.json").read_text(encoding="utf-8"))
+        trial = read_json(directory / "trial.json")
     except FileNotFoundError:
         return True
     except (UserError, OSError, ValueError):

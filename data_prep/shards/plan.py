@@ -24,6 +24,7 @@ from data_prep.sources import Item, Pool, Source, StreamedSource
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.storage import storage_for
 from igpt_ds.errors import UserError
+from igpt_ds.reading import read_json
 
 ROWS_PER_BLOCK = 256
 _CLASS_FILES = {"classes", "truth"}  # options of sources
@@ -135,8 +136,8 @@ def _meaning(record: dict[str, Any]) -> dict[str, Any]:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The plan that stands in a dataset directory; None where there is none."""
     try:
-        record = json.loads((directory / "plan.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = read_json(directory / "plan.json")
+    except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else {}
 

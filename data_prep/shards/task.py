@@ -366,7 +366,7 @@ def _read(task: ShardTask, name: str, thorough: bool) -> Mark | None:
             if path.stat().st_size != record.bytes or (thorough and sha256_file(path) != record.sha256):
                 return None
         else:
-            mark: dict[str, Any] = json.loads((task.directory / f"{name}.json").read_text(encoding="utf-8"))
+            mark: dict[str, Any] = read_json(task.directory / f"{name}.json")
             if mark["rows"] != 0:
                 return None
             note = mark["note"]

@@ -168,7 +168,7 @@ class OnCluster:
     def pending(self) -> str:
         """As `Place.pending`."""
         return (
-            f"{self._waits_for} yet: jobs {', '.join(self.cluster.jobs())}; logs in {self.cluster.folder}\n"
+            f"{self._waits_for} yet: jobs {', '.join(self.cluster.jobs())}; logs in {self.cluster.folder}: "
             "the same command again goes on from there; with --wait it waits for them"
         )
 

@@ -225,7 +225,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert "looked at 8 of 22 images" in result.stdout
-    assert "?[31m red" in result.stdout
+    assert r"\x1b[31m red" in result.stdout
     assert "\x1b" not in result.stdout
     for name in ("samples", "palette", "tokens"):
         with Image.open(tmp_path / "pictures" / f"{name}.png") as picture:
