@@ -65,17 +65,21 @@ def files_below(
     A folder that lies below `top` has its own name, whatever links lead to it; one elsewhere has that of the first
     link. A link to a folder around `top` is not followed.
 
+    Args:
+        others: folders that are not to be entered, wherever links lead.
+
     Raises:
         UserError: a folder cannot be listed, or a link that may be one's, for it has no suffix, leads nowhere.
     """
-    seen = {*others, *(identity(folder) for folder in Path(top).resolve().parents)}
+    seen = {identity(folder) for folder in Path(top).resolve().parents}
     linked = deque([""])
     while linked:
         folders = [linked.popleft()]
         while folders:
             prefix = folders.pop()
             folder = os.path.join(top, prefix)  # noqa: PTH118 (keeps the path as it was given)
-            if (this := identity(folder)) in seen:
+            this = identity(folder)
+            if this in seen or (prefix and this in others):
                 continue
             seen.add(this)
             for entry in visible(folder):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data_prep.files import MAX_BYTES
+from data_prep.files.remote import opened
 from igpt_ds.errors import UserError
 
 BLOCK = 512
@@ -129,7 +130,7 @@ def gunzipped(path: Path, limit: int) -> BinaryIO:
     """
     file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     try:
-        with gzip.open(path) as packed:
+        with opened(str(path)) as raw, gzip.open(raw) as packed:
             while chunk := packed.read(1 << 20):
                 file.write(chunk)
                 if file.tell() > limit:

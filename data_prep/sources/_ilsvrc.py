@@ -69,21 +69,20 @@ def devkit_synsets(devkit: Path) -> list[str]:
 
 def _values(data: bytes, truth: Path, images: list[str]) -> list[str]:
     text = data.removeprefix(codecs.BOM_UTF8).decode("ascii", "replace")
-    # Of a table with commas, name,class and boxes, the first line is its title.
-    is_table = "," in text.partition("\n")[0]
+    is_table = "," in text.partition("\n")[0]  # name,class and boxes
     lines = [line.replace(",", " ").split()[: 2 if is_table else None] for line in text.splitlines() if line.strip()]
-    if is_table:
-        lines = [[f"{line[0].removesuffix('.JPEG')}.JPEG", *line[1:]] for line in lines[1:]]
+    if is_table and not re.fullmatch(rf"{WNID.pattern}|[0-9]+", lines[0][-1]):
+        lines = lines[1:]  # the first one is its title
     if len(lines) != len(images):
         raise UserError(f"{truth}: {len(lines)} lines for {len(images)} validation images: one of both is incomplete")
     named = all(len(line) == 2 for line in lines)
     if not named and not all(len(line) == 1 for line in lines):
         raise UserError(f"{truth}: not one class a line: {_HELP}")
     if named:
-        by_name = {name.rpartition("/")[2]: value for name, value in lines}
-        if missing := [name for name in images if name not in by_name]:
+        by_name = {name.rpartition("/")[2].removesuffix(".JPEG"): value for name, value in lines}
+        if missing := [name for name in images if name.removesuffix(".JPEG") not in by_name]:
             raise UserError(f"{truth}: no line for {missing[0]}: one of both is incomplete")
-        return [by_name[name] for name in images]
+        return [by_name[name.removesuffix(".JPEG")] for name in images]
     return [line[0] for line in lines]
 
 

@@ -17,7 +17,7 @@ that a folder of test images is built with --split test.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,20 +50,19 @@ class ImageFolder:
         if folder is None:
             return []
         top, prefix = self.root / folder, f"{folder}/" if folder else ""
-        classes = _classes(top)
-        if (classes is None) != (self.classes is None):
-            which = "no class folders" if classes is None else f"class folders such as {classes[0]}"
-            raise UserError(f"{top}: {which}, unlike the training images: give each by itself")
-        labels = {name: label for label, name in enumerate(self.classes or ())}
-        if unknown := sorted(set(classes or ()) - set(labels)):
-            raise UserError(f"{top / unknown[0]}: no class of the training images: mend its name or move it away")
         folders = _folders(top)
-        if classes is None:
-            items = [Item(prefix + i, None) for i in sorted(_images(top, set(folders.values())))]
-        else:
-            items = [
-                Item(f"{prefix}{c}/{i}", labels[c]) for c in classes for i in sorted(_class_images(top, c, folders))
-            ]
+        images = {name: sorted(_images(top / name, folders)) for name in folders.values()}
+        classes = [name for name, found in images.items() if found]
+        if bool(classes) != (self.classes is not None):
+            which = f"class folders such as {classes[0]}" if classes else "no class folders"
+            raise UserError(f"{top}: {which}, unlike the training images: give each by itself")
+        _refuse_loose(top, folders)
+        labels = {name: label for label, name in enumerate(self.classes or ())}
+        if unknown := sorted(set(classes) - set(labels)):
+            raise UserError(f"{top / unknown[0]}: no class of the training images: mend its name or move it away")
+        items = [Item(f"{prefix}{name}/{i}", labels[name]) for name in classes for i in images[name]]
+        if not classes:
+            items = [Item(prefix + i, None) for i in sorted(_images(top, folders))]
         if not items:
             raise UserError(f"{top}: no images: give a folder of images or of class folders")
         _refuse_splits(self.root, (item.id for item in items))
@@ -124,39 +123,32 @@ def _splits(root: Path, folders: list[str]) -> dict[str, str]:
 def _classes(root: Path) -> list[str] | None:
     """The sorted names of the folders that hold images; None where images lie in `root` itself, or nowhere."""
     folders = _folders(root)
-    classes = [name for name in folders if any(_class_images(root, name, folders))]
-    loose = [each.name for each in visible(root) if _is_image(each.name) and is_file(each)]
-    if folders and loose:
-        raise UserError(
-            f"{root}: images such as {loose[0]} beside folders such as {next(iter(folders))}: "
-            "move all images into class folders, or all out of them"
-        )
-    return classes or None
+    _refuse_loose(root, folders)
+    return [name for name in folders.values() if any(_images(root / name, folders))] or None
 
 
-def _folders(root: Path) -> dict[str, Identity]:
-    """The folders in `root`, but for links to folders around it."""
+def _folders(root: Path) -> dict[Identity, str]:
+    """The names of the folders in `root`, sorted, but for links to folders around it."""
     around = {identity(folder) for folder in (root, *root.resolve().parents)}
-    found: dict[str, Identity] = {}
+    found: dict[Identity, str] = {}
     for entry in visible(root):
-        if is_folder(entry):
-            if (this := identity(entry.path)) in around:
-                continue
-            if this in found.values():
-                twin = next(name for name, other in found.items() if other == this)
-                raise UserError(f"{entry.path}: the same folder as {twin}: remove the link")
-            found[entry.name] = this
-        else:
+        if not is_folder(entry):
             refuse_lost(entry)
+        elif (this := identity(entry.path)) not in around and found.setdefault(this, entry.name) != entry.name:
+            raise UserError(f"{entry.path}: the same folder as {found[this]}: remove the link")
     return found
 
 
-def _class_images(root: Path, name: str, folders: dict[str, Identity]) -> Iterator[str]:
-    """The images of a class, by their paths in its folder; links from there to other classes are not followed."""
-    return _images(root / name, {identity(root), *folders.values()} - {folders[name]})
+def _refuse_loose(root: Path, folders: dict[Identity, str]) -> None:
+    if folders and (loose := [entry.name for entry in visible(root) if _is_image(entry.name) and is_file(entry)]):
+        raise UserError(
+            f"{root}: images such as {loose[0]} beside folders such as {next(iter(folders.values()))}: "
+            "move all images into class folders, or all out of them"
+        )
 
 
-def _images(top: Path, others: set[Identity]) -> Iterator[str]:
+def _images(top: Path, others: Collection[Identity]) -> Iterator[str]:
+    """The paths of the images below a folder; links from there to other folders of classes are not followed."""
     return (name for name, entry in files_below(str(top), SUFFIXES, others) if is_file(entry))
 
 

@@ -21,7 +21,7 @@ pyarrow.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -34,6 +34,7 @@ from data_prep.sources._splits import check_pool, files_of, split_named, test_sp
 from igpt_ds.errors import UserError
 
 CLASS_FILES = ("classes",)
+_LONGEST = 300  # characters of columns' names in a message
 _LARGE, _MOST_PACKED = 256 << 20, 100  # a row group's images of more bytes cannot be packed more than so many times
 
 
@@ -159,16 +160,18 @@ def _columns(schema: Any, url: str, image: str | None, label: str | None, classe
     fitting = [name for name in images if name in kinds and (is_nested(kinds[name]) or holds_bytes(kinds[name]))]
     if len(fitting) != 1 or len(images) != 1:
         what = f"column {image} holds no images" if image else f"{len(fitting)} columns hold bytes, not one"
-        raise UserError(f"{url}: {what}: choose one with --option image=COLUMN from {', '.join(kinds)}")
+        raise UserError(f"{url}: {what}: choose one with --option image=COLUMN from {_some(kinds)}")
     names = _class_labels(schema)
     if label is None and not classes and len(names) > 1:
-        raise UserError(f"{url}: {len(names)} columns of classes: choose one with --option label={' or '.join(names)}")
+        raise UserError(
+            f"{url}: {len(names)} columns of classes: choose one with --option label=COLUMN from {_some(names)}"
+        )
     chosen = label or (next(iter(names)) if len(names) == 1 else None)
     if chosen == "none" or (chosen is None and not classes):
         return Columns(fitting[0], fitting[0] in nested, None, None)
     if chosen is None or not types.is_integer(kinds.get(chosen, pyarrow.null())):
         what = "--option classes needs --option label" if chosen is None else f"column {chosen} holds no class numbers"
-        raise UserError(f"{url}: {what}: choose --option label=COLUMN from {', '.join(kinds)}")
+        raise UserError(f"{url}: {what}: choose --option label=COLUMN from {_some(kinds)}")
     if not classes and not names.get(chosen):
         raise UserError(f"{url}: column {chosen} has no class names: give them with --option classes=FILE")
     return Columns(fitting[0], fitting[0] in nested, chosen, names.get(chosen))
@@ -185,6 +188,12 @@ def _class_labels(schema: Any) -> dict[str, tuple[str, ...] | None]:
         }
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _some(columns: Iterable[str]) -> str:
+    """Columns, not too many of them, in a line."""
+    text = ", ".join(columns)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _names(found: object) -> tuple[str, ...] | None:

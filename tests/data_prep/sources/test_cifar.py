@@ -300,5 +300,9 @@ def test_other_faults_of_cifar(tmp_path: Path) -> None:
     cut = tmp_path / "cifar-10-binary.tar.gz"
     cut.write_bytes(gzip.compress(os.urandom(5000))[:-100])
     assert "cannot be unpacked" in refusal(lambda: listed("cifar10", cut))
+    cut.unlink()
+    os.mkfifo(cut)  # to open it would hang
+    assert "not a regular file" in refusal(lambda: listed("cifar10", cut))
+    cut.unlink()
     cut.write_bytes(gzip.compress(os.urandom(5000)))
     assert "not a tar" in refusal(lambda: listed("cifar10", cut))

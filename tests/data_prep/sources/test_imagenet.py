@@ -191,6 +191,9 @@ def test_other_forms_of_the_classes(tmp_path: Path) -> None:
     kaggle = "".join(["\ufeffImageId,PredictionString\r\n", *reversed(rows)]).encode()
     for file in ("LOC_val_solution.csv", "csv.txt", "no_suffix"):
         assert labels(file, kaggle) == VALIDATION
+    assert labels("no_title.csv", kaggle.partition(b"\r\n")[2]) == VALIDATION
+    named = "".join(row.replace(",", " ").partition(" 1 ")[0] + "\n" for row in reversed(rows))
+    assert labels("names.txt", named.encode()) == VALIDATION
     assert "5 lines for 6" in refusal(lambda: labels("short.csv", kaggle.rpartition(b"ILSVRC")[0]))
     plain = "".join(f"{SYNSETS[label]}\r\n" for label in VALIDATION)
     assert labels("bom", ("\ufeff" + plain).encode()) == VALIDATION

@@ -204,6 +204,8 @@ def test_other_columns(tmp_path: Path) -> None:
     source = streamed("parquet", tmp_path / "b", image="one", label="none")
     assert (source.classes, [(e.item.label, e.data) for e in everything(source)]) == (None, [(None, png(1))])
     write(tmp_path / "c/x.parquet", {"text": ["no images"]})
+    write(tmp_path / "d/x.parquet", {f"column {i}": ["no images"] for i in range(500)})
+    assert len(refusal(lambda: streamed("parquet", tmp_path / "d"))) < 600
     assert "0 columns hold bytes" in refusal(lambda: streamed("parquet", tmp_path / "c"))
 
 
