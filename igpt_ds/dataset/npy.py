@@ -5,6 +5,7 @@ NumPy and the standard library only, as shards.py.
 
 import io
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -20,6 +21,23 @@ def to_npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the order is Fortran's, and dtype, as an .npy file begins with them.
+
+    Raises:
+        OSError, ValueError: it begins otherwise, or is of a later version.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in _READERS:
+        raise ValueError(f"version {version} of the .npy format")
+    try:
+        return _READERS[version](file)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses it as Python, which fails in many ways
+        raise ValueError(f"its header cannot be read ({type(error).__name__})") from None
+
+
 def from_npy(data: bytes, fortran: bool = False) -> np.ndarray:
     """The array of an .npy file, read-only.
 
@@ -30,13 +48,7 @@ def from_npy(data: bytes, fortran: bool = False) -> np.ndarray:
         ValueError: it is none, of a later version, of Python objects, or not as long as its header says.
     """
     file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    if version not in _READERS:
-        raise ValueError(f"version {version} of the .npy format")
-    try:
-        shape, turned, dtype = _READERS[version](file)
-    except Exception as error:  # NumPy parses it as Python, which fails in many ways
-        raise ValueError(f"its header cannot be read ({type(error).__name__})") from None
+    shape, turned, dtype = read_header(file)
     if (turned and not fortran) or min(shape, default=0) < 0 or max(shape, default=0) > len(data):
         raise ValueError(f"shape {shape}, Fortran order {turned}")
     # frombuffer refuses Python objects and broken elements, reshape any other wrong length.

@@ -104,7 +104,8 @@ def read(path: Path) -> Imported:
         raise UserError(f"{place}: {OURS} is no record of ours: take it out")
     objective = "next_pixel"
     if told is not None and isinstance(told.get("config"), dict):
-        objective = (told["config"].get("objective") or {}).get("name", objective)
+        recorded = told["config"].get("objective")
+        objective = recorded.get("name", objective) if isinstance(recorded, dict) else objective
     model = ModelConfig(layers, width, heads, _has_biases(files, layers))
     return imported(
         path,

@@ -6,6 +6,7 @@ Beside the variables, as arrays: `kmeans_centers`, the palette by the name of th
 
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from igpt_ds.atomic import sha256_file, writing
 from igpt_ds.config.schema import Config
+from igpt_ds.dataset.npy import from_npy, read_header
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
@@ -24,6 +26,9 @@ from igpt_ds.weights.safetensors_stream import Precision
 
 NAME, FOLDER, PRECISIONS = "npz", False, ("float32",)
 PALETTE, RECORD = "kmeans_centers", "igpt_ds"
+_MOST_BESIDE = 1 << 24  # bytes of the palette, and of the record
+# What zipfile raises of a damaged file: a password is asked for, or a compression is not known.
+_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same weights give the same bytes
 
 
@@ -43,11 +48,11 @@ def read(path: Path) -> Imported:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
                 with archive.open(member) as file:
-                    shape, dtype = _header(file)
+                    shape, _, dtype = read_header(file)
                 if dtype.hasobject:
                     raise UserError(f"{path}: {member} holds pickled objects, which are never read: save plain arrays")
                 shapes[released.plain_name(member.removesuffix(".npy"))] = shape
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, SyntaxError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path}: no whole .npz of arrays ({error}): get it anew") from error
 
     def array(name: str) -> np.ndarray:
@@ -68,22 +73,14 @@ def read(path: Path) -> Imported:
     return released.from_variables(path, "released names, .npz", shapes, array, told, palette, files)
 
 
-def _header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read_header:
-        raise ValueError(f"version {version} of the .npy format")
-    shape, _, dtype = read_header[version](file)
-    return shape, dtype
-
-
 def _array(path: Path, name: str) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive:
             member = next(n for n in archive.namelist() if released.plain_name(n.removesuffix(".npy")) == name)
-            with archive.open(member) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
+            if name in (RECORD, PALETTE) and archive.getinfo(member).file_size > _MOST_BESIDE:
+                raise ValueError(f"more than {_MOST_BESIDE:,} bytes")
+            return from_npy(archive.read(member), fortran=True)
+    except _DAMAGE as error:
         raise UserError(f"{path}: {name} cannot be read ({error}): get it anew") from error
 
 

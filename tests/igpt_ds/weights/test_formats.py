@@ -125,6 +125,7 @@ def test_parts_are_read_across_rows(whole: Path) -> None:
         ({"model_type": "gpt2"}, "no run directory and no checkpoint: name a run"),
         ({"igpt_ds": 3}, "no record of ours"),
         ({"igpt_ds": {"version": 9}}, "version 9"),
+        ({"igpt_ds": {"version": 1, "step": 1, "identity": {}, "config": {"objective": "x"}}}, "objective"),
         ({"igpt_ds": {"version": 1, "step": 1, "identity": {}, "config": {}}}, "model"),
     ],
     ids=str,
@@ -257,6 +258,15 @@ def test_damaged_npz_files(copies: Path, refused: Refused) -> None:
     assert "its tensors are of" in refused(saved(model__sos=None))  # the record tells of a start vector
     assert "not readable JSON" in refused(saved(igpt_ds=np.array("{")))
     assert "kmeans_centers: palette" in refused(saved(kmeans_centers=np.zeros((16, 4), np.float32)))
+    assert "igpt_ds cannot be read (more than" in refused(saved(igpt_ds=np.array("x" * (1 << 23))))
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for header in (b"{" * 20, b"9" * 20, b"(((1,),", b"-" * 9000):  # NumPy reads it as Python
+        npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in {**members, "model/sos.npy": npy}.items():
+                archive.writestr(name, data)
+        assert "its header cannot be read" in refused(path)
 
 
 def test_damaged_runs(copies: Path, refused: Refused) -> None:
