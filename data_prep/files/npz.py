@@ -7,16 +7,15 @@ zip's checksums are compared on reading, and before any memory is asked for, wha
 import math
 import zipfile
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 
 from igpt_ds.atomic import publish_file
+from igpt_ds.dataset.npy import read_header
 from igpt_ds.errors import UserError
 
 # What reading a damaged file raises.
-_BY_HEADER = (RuntimeError, MemoryError, SyntaxError, TokenError)  # which is read as an expression of Python's
-DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, *_BY_HEADER)
+DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile)
 
 
 def write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
@@ -31,9 +30,7 @@ def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     if info.compress_type != zipfile.ZIP_STORED or info.header_offset + info.file_size > archive.start_dir:
         raise ValueError("packed, or larger than its file")
     with archive.open(info) as member:
-        if np.lib.format.read_magic(member) != (1, 0):
-            raise ValueError("not an .npy file of version 1.0")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        shape, _, dtype = read_header(member)
         if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
             raise ValueError("not as long as its header says")
     with archive.open(info) as member:

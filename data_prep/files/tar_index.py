@@ -16,10 +16,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.files.npz import DAMAGE
 from data_prep.files.remote import opened
 from data_prep.files.tar import members, read_member
 from igpt_ds.atomic import publish_file
+from igpt_ds.dataset.npy import read_header
 from igpt_ds.errors import UserError
 
 Entry = tuple[str, int, int]  # id, offset, size
@@ -97,8 +97,10 @@ def _random_access(path: Path) -> BinaryIO:
 
 def _load(path: Path) -> np.ndarray | None:
     try:
+        with path.open("rb") as file:
+            read_header(file)  # which np.load fails to read in more ways
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except DAMAGE:
+    except (OSError, ValueError, EOFError):
         return None
     return table if table.dtype.names == ("id", "offset", "size") and table.ndim == 1 else None
 

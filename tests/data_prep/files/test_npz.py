@@ -38,7 +38,7 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
         (npy("(1 << 60, 1 << 60)"), zipfile.ZIP_STORED),
         (npy("(-4, -4)"), zipfile.ZIP_STORED),
         (npy("(" + "-" * 9000 + "1,)"), zipfile.ZIP_STORED),
-        (npy("(16,)", version=b"\x02\x00"), zipfile.ZIP_STORED),
+        (npy("(16,)", version=b"\x03\x00"), zipfile.ZIP_STORED),
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{", zipfile.ZIP_STORED),
         (npy("(8,)", kind="|O"), zipfile.ZIP_STORED),
         (npy("(16,"), zipfile.ZIP_STORED),
