@@ -219,7 +219,7 @@ def test_damaged_single_files(copies: Path, refused: Refused) -> None:
     edit(folder / "config.json", config={**config, "model": {**config["model"], "layers": 10**12}})
     assert "1000000000000 layers, but" in refused(folder)
     edit(folder / "config.json", config={**config, "model": {**config["model"], "width": 2 * 10**12}})
-    assert "mend model and data" in refused(folder)
+    assert "model.width must be at most" in refused(folder)
     edit(folder / "config.json", config=None)
     assert "its facts are no record" in refused(folder)
     edit(folder / "config.json", sha256=None)
