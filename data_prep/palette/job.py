@@ -15,6 +15,7 @@ from typing import Any, cast
 from data_prep.palette.count import ColourTask, add_up, count_colours, counted
 from data_prep.palette.fit import distortion, fit
 from data_prep.workers.run import Here, Meter, Place, Step
+from data_prep.workers.slurm import refuse_pending
 from igpt_ds.atomic import publish_text, writing
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
@@ -69,6 +70,8 @@ def fit_palette(
     )
     if place.busy():
         return place.run(step, meter)
+    if isinstance(place, Here):
+        refuse_pending(work, out)
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
     lock = Lock.take(work)

@@ -37,7 +37,8 @@ from data_prep.selection.pictures import Pictures
 from data_prep.selection.ranking import Cut
 from data_prep.selection.verdicts import FATES, KEPT, Scored, drop_duplicates, judge, threshold
 from data_prep.workers import pool as executors
-from data_prep.workers.run import Meter, Place, Step, nothing
+from data_prep.workers.run import Here, Meter, Place, Step, nothing
+from data_prep.workers.slurm import refuse_pending
 from igpt_ds.atomic import writing
 from igpt_ds.errors import UserError
 from igpt_ds.lock import Lock
@@ -111,6 +112,8 @@ class Job:
         Returns:
             None: jobs of a cluster have still to end; then the same call goes on.
         """
+        if isinstance(place, Here):
+            refuse_pending(self.work / "jobs", self.work)
         with _alone(self.work):
             found = [each.pieces() for each in self._collections]
             fitted = self._fitted(found[1 : 1 + len(self.like)], stages)

@@ -4,13 +4,12 @@ Each slice of a `Build` (see `data_prep.shards.job`) is built by a pure function
 marks (see `data_prep.shards.task`); the marks are merged into the manifests at the end.
 """
 
-import shutil
 from typing import Any
 
 from data_prep.shards.job import Build, Results
 from data_prep.shards.task import OWNER, build_slice, finished
 from data_prep.workers.run import Here, Meter, Place, Step
-from data_prep.workers.slurm import Cluster
+from data_prep.workers.slurm import refuse_pending
 from igpt_ds.errors import UserError
 
 
@@ -25,7 +24,8 @@ def build(job: Build, place: Place, meter: Meter) -> Results | None:
         if other := next((job.directory(p) for p in job.planned if p.difference(job.directory(p))), None):
             raise UserError(f"{other}: jobs are still building another dataset there: wait, or end them with scancel")
         return place.run(_step(job.joined()), meter)
-    _refuse_jobs(job, place)
+    if isinstance(place, Here) and any((job.directory(plan) / OWNER).exists() for plan in job.planned):
+        refuse_pending(job.out / "jobs", job.out)
     with job.owned() as mine:
         try:
             mine.prepare()
@@ -34,16 +34,6 @@ def build(job: Build, place: Place, meter: Meter) -> Results | None:
             if isinstance(place, Here):
                 mine.clean_up()
             raise
-
-
-def _refuse_jobs(job: Build, place: Place) -> None:
-    """Refuse to build here what jobs of a cluster, submitted by an earlier call, are still building."""
-    jobs = Cluster(job.out / "jobs")
-    pending = any((job.directory(plan) / OWNER).exists() for plan in job.planned)
-    if isinstance(place, Here) and pending and shutil.which("squeue") and jobs.running():
-        raise UserError(
-            f"{job.out}: jobs {', '.join(jobs.jobs())} are still building there: wait, or end them with scancel"
-        )
 
 
 def _step(job: Build) -> Step[Results]:

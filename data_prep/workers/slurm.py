@@ -10,6 +10,7 @@ FOLDER must lie where all nodes see it. Tasks are idempotent, so jobs may be req
 
 import json
 import os
+import shutil
 import subprocess
 import time
 import uuid
@@ -122,6 +123,18 @@ class Cluster:
         except (submitit.core.utils.FailedJobError, RuntimeError, OSError) as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise UserError(f"--executor slurm: cannot submit: {lines[-1] if lines else error}") from error
+
+
+def refuse_pending(folder: Path, out: Path) -> None:
+    """Refuse to make here what jobs that an earlier call has submitted are still making, where Slurm can be asked.
+
+    Args:
+        folder: of their scripts.
+        out: what they make.
+    """
+    jobs = Cluster(folder)
+    if shutil.which("squeue") and jobs.running():
+        raise UserError(f"{out}: jobs {', '.join(jobs.jobs())} are at work there: wait, or end them with scancel")
 
 
 class _Job:

@@ -1,6 +1,7 @@
 """Where tasks run changes nothing; workers end with their parent; clusters are asked for the right jobs."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,8 +296,11 @@ def test_jobs_outlive_the_process_that_submitted_them(
     (slurm / "queue").write_text("70\n")
     task = next(iter(begun().joined().tasks(begun().plans[0])))
     assert build_slice(task).tally.seen  # as a job does it: the lock is gone, the right is not
-    with pytest.raises(UserError, match=r"d: jobs 70, 71 are still building there: wait, or end them with scancel"):
+    with pytest.raises(UserError, match=r"d: jobs 70, 71 are at work there: wait, or end them with scancel"):
         build_here(begun())
+    shutil.copytree(tmp_path / "d" / "jobs", tmp_path / "p.npy.work")
+    with pytest.raises(UserError, match=r"p\.npy: jobs 70, 71 are at work there"):
+        fit_at(Here(), source, evaluation(16, crop=True), tmp_path / "p.npy")
     (slurm / "queue").write_text("12\n")
     build_here(begun())
     before = digest(tmp_path / "d")
