@@ -101,6 +101,11 @@ class _Fit:
         """Add up, fit, publish the palette, and only then forget the counts."""
         counts, tally = add_up(self.counts, self.key)
         tally.judge(self.allowed, tally.seen)
+        if not counts.any():
+            what = (
+                f"all {tally.seen} images were rejected ({tally.table()})" if tally.seen else "the source has no images"
+            )
+            raise UserError(f"{self.out}: no palette: {what}: mend the path, or look at the images")
         palette = fit(counts, self.k, self.seed)
         palette.save(self.out)
         found, unique = distortion(counts, palette), int((counts > 0).sum())

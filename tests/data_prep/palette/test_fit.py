@@ -198,6 +198,16 @@ def test_a_file_that_changed_is_counted_again(photos: Path, tmp_path: Path) -> N
     assert add_up([task.path for task in tasks])[1].seen == 3
 
 
+def test_a_source_without_images_is_told(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    source, transform = Folders(tmp_path / "in"), evaluation(8, crop=True)
+    with pytest.raises(UserError, match=r"p\.npy: no palette: the source has no images: mend the path"):
+        fit_at(Here(), source, transform, tmp_path / "p.npy")
+    (tmp_path / "in" / "a" / "0.jpg").write_text("<html>")
+    with pytest.raises(UserError, match=r"all 1 images were rejected \(not an image 1\)"):
+        fit_at(Here(), source, transform, tmp_path / "q.npy", max_reject_rate=1.0)
+
+
 def test_a_second_palette_at_one_place_is_refused(photos: Path, tmp_path: Path) -> None:
     work = tmp_path / "p.npy.work"
     work.mkdir()

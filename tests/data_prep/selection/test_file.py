@@ -98,6 +98,11 @@ def altered(path: Path, **changes: Any) -> None:
         ({"parts": [1]}, "not a readable selection"),
         ({"inputs": 8}, "counts do not add up"),
         ({"kept": 5, "inputs": 10}, "counts do not add up"),
+        ({"inputs": float("inf")}, "not a readable selection"),
+        ({"inputs": 10**400}, "not a readable selection"),
+        ({"dropped": [1]}, "not a readable selection"),
+        ({"settings": 5}, "not a readable selection"),
+        ({"parts": {"a.tar": {"member": float("nan"), "kept": 1}}}, "not a readable selection"),
     ],
 )
 def test_a_selection_that_is_none_is_told(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
@@ -123,6 +128,14 @@ def test_other_files_are_told(tmp_path: Path) -> None:
         Selection.open(path)
     with pytest.raises(UserError, match="not a readable selection"):
         Selection.open(tmp_path)
+    deep = io.BytesIO()
+    np.lib.format.write_array(deep, np.frombuffer(b"[" * 100_000, np.uint8))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("selection.json.npy", deep.getvalue())
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a writer
+    for each in (path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="not a readable selection"):
+            Selection.open(each)
 
 
 def igpt_data(*arguments: object) -> "subprocess.CompletedProcess[str]":
