@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, ImageGPTConfig, ImageGPTForCausalImageModeling
 
+from igpt_ds.atomic import unfinished
 from igpt_ds.checkpoint.read import MOMENTS, Checkpoint, Shard
 from igpt_ds.config.file import to_tree
 from igpt_ds.config.schema import Config
@@ -295,6 +296,20 @@ def test_nothing_is_published_that_is_not_what_was_written(tmp_path: Path, monke
     with pytest.raises((RunError, UserError)):
         convert(run, tmp_path / "out", "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there"]
+
+
+@pytest.mark.parametrize("target", ["npz", "safetensors"])
+def test_what_killed_conversions_left_is_cleared(tmp_path: Path, target: str) -> None:
+    run, _ = saved_run(tmp_path / "run")
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    victim.write_text("mine")
+    killed = [unfinished(out), unfinished(out), tmp_path / ".out.tmp"]
+    (killed[0] / "inside").mkdir(parents=True)
+    killed[1].write_bytes(b"half")
+    killed[2].symlink_to(victim)
+    convert(run, out, target)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out", "victim"}
+    assert victim.read_text() == "mine"
 
 
 def test_a_palette_is_taken_only_if_it_fits(tmp_path: Path) -> None:
