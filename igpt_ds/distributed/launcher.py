@@ -6,7 +6,6 @@ a shell, nohup, cron or setsid may end as they like, and what no launcher starte
 """
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -114,9 +113,9 @@ def _watch(launchers: Sequence[Process], gone: str | None, about_to_stop: Callab
     while about_to_stop() and time.monotonic() < deadline:
         time.sleep(_LOOK_EVERY)
     rank = f"rank {os.environ['RANK']}: " if not _alone() else ""
-    text = f"igpt-ds: {rank}its launcher ({gone}) is gone, so this process ends; what was saved stands"
-    # Nobody may read what it writes any more, and it must not wait for that.
-    speaker = threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr, "flush": True}, daemon=True)
+    text = f"igpt-ds: {rank}its launcher ({gone}) is gone, so this process ends; what was saved stands\n"
+    # In one piece, since all ranks speak. Nobody may read it any more, and it must not wait for that.
+    speaker = threading.Thread(target=os.write, args=(2, text.encode()), daemon=True)
     speaker.start()
     speaker.join(1.0)
     os._exit(1)

@@ -90,7 +90,7 @@ class Ranks:
             else:
                 socket.getaddrinfo(host, port)
         except OSError as error:
-            where = f"rank {self.rank}: MASTER_ADDR, MASTER_PORT: {host}:{port}:"
+            where = f"MASTER_ADDR, MASTER_PORT: {host}:{port}:"
             if agent:
                 raise UserError(
                     f"{where} torchrun does not answer there ({error}): it is gone; or, if its variables are left "
@@ -112,7 +112,7 @@ class Ranks:
         except DistError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = " ".join(str(error).split())[:200]
-            raise RunError(f"rank {self.rank} of {self.world}: did not meet the others at {where}: {reason}") from error
+            raise RunError(f"{self.world} ranks: did not meet at {where}: {reason}") from error
 
     def wait_patiently(self) -> None:
         """Leave hangs to the watchdog from now on: torch's time-outs run on while a job is suspended, and would end

@@ -1,4 +1,4 @@
-"""Real launchers that are killed or interrupted: no orphan trains on, and a person's Ctrl-C is no reason to requeue."""
+"""Real launchers, killed or interrupted: no orphan trains on, and what a person asks is no reason to requeue."""
 
 import contextlib
 import os
@@ -84,10 +84,16 @@ def test_ranks_end_with_their_launcher(digits: Path, tmp_path: Path, launcher: s
 
 
 @pytest.mark.parametrize(
-    ("launcher", "to"), [("deepspeed", "the terminal's processes"), ("deepspeed", NODE), ("torchrun", "bin/torchrun")]
+    ("launcher", "to", "number"),
+    [
+        ("deepspeed", "the terminal's processes", signal.SIGINT),
+        ("deepspeed", NODE, signal.SIGINT),
+        ("torchrun", "bin/torchrun", signal.SIGINT),
+        ("deepspeed", "the terminal's processes", signal.SIGHUP),  # the launchers die of it, the ranks do not
+    ],
 )
-def test_ctrl_c_saves_and_is_no_reason_to_requeue(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, to: str
+def test_ctrl_c_and_a_lost_terminal_save_and_are_no_reason_to_requeue(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, to: str, number: signal.Signals
 ) -> None:
     run, output, outcome = tmp_path / "run", tmp_path / "output.txt", tmp_path / "outcome"
     monkeypatch.setenv("IGPT_OUTCOME", str(outcome))
@@ -95,10 +101,10 @@ def test_ctrl_c_saves_and_is_no_reason_to_requeue(
         family = [process.pid, *descendants(process.pid)]
         ranks = [pid for pid in family if rank_of(pid)]
         if to == "the terminal's processes":
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, number)
         else:
             (pid,) = [pid for pid, command in commands(family).items() if to in command]
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, number)
         finish(process, output, 60)
         wait_for(lambda: not commands(ranks), output)
     assert "; the same command goes on from there" in output.read_text()

@@ -4,9 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 
+from igpt_ds.distributed import ranks
 from igpt_ds.distributed.ranks import Ranks, launched
 from igpt_ds.errors import RunError, UserError
 from tests.helpers.ranks import ROOT, free_port, kill_group, quick_start
@@ -98,6 +100,15 @@ def test_an_address_that_leads_nowhere_is_a_line(environment: pytest.MonkeyPatch
     set_words(environment, "MASTER_ADDR=nowhere.invalid MASTER_PORT=29500")
     with pytest.raises(RunError, match=r"nowhere.invalid:29500: .*: mend the address"):
         Ranks(1, 2, 1, 2).join()
+
+
+def test_ranks_that_never_come_are_a_line(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(ranks, "_MEETING", timedelta(seconds=1))
+    set_words(environment, f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port()}")
+    for rank in range(2):
+        with pytest.raises(RunError, match=r"2 ranks: did not meet at 127.0.0.1:\d+: ") as caught:
+            Ranks(rank, 2, rank, 2).join()
+        assert "\n" not in str(caught.value)
 
 
 def test_variables_that_torchrun_left_over_are_a_line(environment: pytest.MonkeyPatch) -> None:
