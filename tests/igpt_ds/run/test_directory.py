@@ -6,8 +6,18 @@ from pathlib import Path
 import pytest
 
 from igpt_ds.errors import UserError
-from igpt_ds.run.directory import Run
+from igpt_ds.run.directory import LOGGER, Run, log_to
 from igpt_ds.weights.formats import open_weights
+
+
+def test_a_log_is_not_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("handlers", []), ("level", LOGGER.level), ("propagate", LOGGER.propagate)):
+        monkeypatch.setattr(LOGGER, name, value)  # as it was, afterwards
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "log.rank00003.txt").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="a symbolic link is in the way: remove it"):
+        log_to(Run(tmp_path), 3)
+    assert (tmp_path / "victim").read_text() == "mine"
 
 
 def filled(path: Path) -> Run:

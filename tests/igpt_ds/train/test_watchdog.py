@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from igpt_ds.atomic import unfinished
 from igpt_ds.errors import UserError
 from igpt_ds.train.watchdog import Watchdog
 from tests.helpers.ranks import kill_group, quick_start
@@ -84,6 +85,10 @@ def wait_for(path: Path) -> None:
 
 
 def test_a_run_without_a_hang_ends_by_itself(tmp_path: Path) -> None:
+    """And clears what a killed one was writing."""
+    (tmp_path / "heartbeats").mkdir()
+    for rank in range(3):
+        unfinished(tmp_path / "heartbeats" / f"rank-{rank:05d}.json").symlink_to(tmp_path / "victim")
     with ranks(tmp_path, "none") as processes:
         for process in processes:
             assert process.wait(timeout=30) == 0
