@@ -7,7 +7,6 @@ A task's counts are kept as (colours that occur, how often), for few of the 2^24
 
 import hashlib
 import json
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import PIL
 
+from data_prep.files.npz import DAMAGE
 from data_prep.images.pieces import Piece, cut, pieces_of, pixels, stamp, stream, unit_hash
 from data_prep.images.rejects import Rejected, Tally
 from data_prep.images.transforms import Transform
@@ -150,7 +150,7 @@ def counted(task: ColourTask) -> Done | None:
         tally = _tally(told)
         same = told["key"] == task.key and told["inputs"] == task.inputs
         return Done(tally, tally.seen) if same else None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+    except DAMAGE:
         return None
 
 
@@ -169,7 +169,7 @@ def add_up(paths: list[Path], key: str | None = None) -> tuple[np.ndarray, Tally
                     raise KeyError(key)
                 dense[np.cumsum(file["packed"], dtype=np.int64)] += file["times"]
                 tally.add(_tally(told))
-        except (OSError, ValueError, KeyError, IndexError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        except (*DAMAGE, IndexError) as error:
             raise UserError(f"{path}: cannot be read: delete it; the same command again continues") from error
     return dense, tally
 

@@ -74,7 +74,7 @@ class Cluster:
         """Ids of the jobs that were submitted last, here or by an earlier call."""
         try:
             return [str(each) for each in json.loads((self.folder / "submitted.json").read_text())["jobs"]]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return []
 
     def running(self) -> bool:

@@ -191,7 +191,7 @@ class Watchdog:
             try:
                 heartbeat = typed(Heartbeat, json.loads(path.read_text()))
                 silence = now - path.stat().st_mtime
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, RecursionError):
                 missing.append(f"rank {rank} has shown no sign of life")
                 continue
             gone = silence > self._timeout / 2 or self._stopped(rank).exists()

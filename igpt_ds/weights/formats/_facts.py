@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from igpt_ds import reading
 from igpt_ds.config.file import from_tree, load_config, presets, to_tree
 from igpt_ds.config.schema import Config, ModelConfig, identity
 from igpt_ds.dataset.palette import Palette
@@ -35,15 +36,11 @@ def record(weights: Weights, palette: Palette | None, class_head: bool = True) -
 
 def parse(path: Path, text: str) -> dict[str, Any]:
     """A JSON object without NaN and infinity."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
-
     try:
-        content = json.loads(text, parse_constant=refuse)
+        content = reading.parse_json(text)
         if not isinstance(content, dict):
             raise ValueError("no object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not readable JSON ({error}): get it anew") from error
     return content
 
@@ -51,7 +48,7 @@ def parse(path: Path, text: str) -> dict[str, Any]:
 def stated(path: Path, key: str) -> Any:
     """What a directory's config.json says under a key; None where there is none that can be read."""
     try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(reading.read_regular(path / "config.json"))
     except (OSError, ValueError, RecursionError):
         return None
     return content.get(key) if isinstance(content, dict) else None
@@ -60,8 +57,8 @@ def stated(path: Path, key: str) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file, as `parse`."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = reading.read_regular(path).decode()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}): get it anew") from error
     return parse(path, text)
 

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sys
 import zipfile
 from collections.abc import Callable
@@ -135,6 +136,17 @@ def test_configurations_that_are_wrong(copies: Path, refused: Refused, changes: 
     message = refused(copies / "hf")
     for part in says.split("*"):
         assert part in message
+
+
+def test_a_configuration_that_is_a_pipe_is_not_waited_for(copies: Path, refused: Refused) -> None:
+    path = copies / "hf" / "config.json"
+    path.unlink()
+    os.mkfifo(path)
+    signal.alarm(60)
+    try:
+        assert "no run directory and no checkpoint" in refused(copies / "hf")
+    finally:
+        signal.alarm(0)
 
 
 def test_a_record_of_another_network(copies: Path, refused: Refused) -> None:
