@@ -131,7 +131,8 @@ def build_slice(task: ShardTask) -> Done:
     read = stamp(task.source, task.slice.piece)
     done = _go_on(task, marks)
     if done is None:
-        told = f"{task.slice.piece.part}: holds other images than when {len(marks)} of its shards were built"
+        holds = "holds" if marks[-1].passed else "may hold"  # older versions have not kept what it held
+        told = f"{task.slice.piece.part}: {holds} other images than when {len(marks)} of its shards were built"
         sys.stderr.write(visible(f"igpt-data: {told}: they are built anew for {task.split}") + "\n")
         done = _go_on(task, [])
     if read is not None:

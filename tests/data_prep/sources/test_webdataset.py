@@ -265,6 +265,7 @@ HASH = "0123456789abcdef" * 4
 
 
 def test_shards_of_img2dataset(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "around" / "in"  # what other tests leave beside it is no part of this one
     shard(tmp_path, 7, sample("000070001", 3, "webp", sha256=HASH))
     shard(tmp_path, 0, sample("000000000", 1) + sample("000000004", 2, "png", sha256="nonsense"))
     shard(tmp_path, 3, sample("000030000", 4), stats=False)
