@@ -29,10 +29,15 @@ _STALE = 90.0  # seconds without one after which an owner on another machine is 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process: pid and start (clock ticks since boot), of which machine, boot and container; `token` is its own."""
+    """A process: pid and start (clock ticks since boot), of which machine, boot and container; `token` is its own.
+
+    Attributes:
+        directory: the number of the directory's inode: a copy of the directory is another one, and not owned.
+    """
 
     host: str
     machine: str
+    directory: int
     pid: int
     born: int
     since: str
@@ -65,6 +70,7 @@ class Lock:
         mine = Owner(
             socket.gethostname(),
             _machine(),
+            directory.stat().st_ino,
             os.getpid(),
             born(os.getpid()) or 0,
             time.strftime("%F %T %z"),
@@ -124,7 +130,8 @@ def read(path: Path) -> Owner | None:
         with open(descriptor, encoding="utf-8") as file:
             fields = json.loads(file.read(4096))
         owner = Owner(**fields)
-        whole = all(type(value) is (int if name in ("pid", "born") else str) for name, value in fields.items())
+        numbers = ("directory", "pid", "born")
+        whole = all(type(value) is (int if name in numbers else str) for name, value in fields.items())
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     return owner if whole else None
@@ -154,6 +161,8 @@ def _machine() -> str:
 
 
 def _lives(path: Path, owner: Owner) -> bool:
+    if owner.directory != path.parent.stat().st_ino:
+        return False
     if owner.machine == _machine():
         return born(owner.pid) == owner.born
     # Another machine's: it lives if its time is seen to move, or is young and then moves.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -70,6 +71,17 @@ def test_a_dead_owner_is_no_hindrance(tmp_path: Path) -> None:
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         Lock.take(tmp_path).release()
+
+
+def test_a_copy_of_an_owned_directory_is_free(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    held = Lock.take(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    Lock.take(tmp_path / "copy").release()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="in use by process"):
+        Lock.take(tmp_path / "moved")
+    held.release()
 
 
 def test_an_owner_on_another_machine(tmp_path: Path) -> None:
