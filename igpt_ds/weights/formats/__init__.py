@@ -108,6 +108,10 @@ def _reader(path: Path) -> tuple[Path, ModuleType]:
             )
         if len(places) > 1:
             raise UserError(f"{path}: no config.json beside it tells what network it is: put the two into a directory")
+    if (path / "config.json").is_file():
+        from igpt_ds.weights.formats._facts import read_json
+
+        read_json(path / "config.json")  # tells why it cannot be read
     raise UserError(f"{path}: no run directory and no checkpoint: name {KNOWN}")
 
 
@@ -115,7 +119,7 @@ def _holds_tensors(path: Path) -> bool:
     """Whether it is a safetensors file, whose description lies beside it, or a Hugging Face pickle's place."""
     with path.open("rb") as file:
         start = file.read(9)
-    return start[8:] == b"{" or path.name == "pytorch_model.bin"
+    return start[8:] == b"{" or (path.name.startswith("pytorch_model") and path.suffix == ".bin")
 
 
 def _is_pickle(path: Path) -> bool:
@@ -128,5 +132,5 @@ def _is_pickle(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False

@@ -1,6 +1,5 @@
 """What every format that we write tells beside the tensors, and what is concluded where others do not tell it."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from igpt_ds import reading
 from igpt_ds.config.file import from_tree, load_config, presets, to_tree
 from igpt_ds.config.schema import Config, ModelConfig, identity
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
+from igpt_ds.reading import parse_json, read_regular
 from igpt_ds.weights.base import Imported, Weights, shapes_of
 
 VERSION = 1
@@ -21,23 +20,27 @@ VERSION = 1
 def record(weights: Weights, palette: Palette | None, class_head: bool = True) -> dict[str, Any]:
     """Step, identity and configuration, as JSON; what makes a round trip complete.
 
+    Weights are given to others: where the data and the first weights lay on this machine is not told.
+
     Args:
         class_head: whether the format has a place for it; otherwise a fine-tuning becomes a network without one.
     """
     known = palette.sha256 if palette else weights.identity.get("palette_sha256")
+    left_out = () if class_head else ("finetune",)
+    config = {key: value for key, value in weights.config.items() if key not in left_out}
     return {
         "version": VERSION,
         "step": weights.step,
-        "identity": {k: v for k, v in weights.identity.items() if class_head or k != "finetune"}
+        "identity": {k: v for k, v in weights.identity.items() if k not in (*left_out, "init_from")}
         | {"palette_sha256": known},
-        "config": {key: value for key, value in weights.config.items() if class_head or key != "finetune"},
+        "config": {**config, "init_from": "", "data": {**config["data"], "sources": [], "weights": []}},
     }
 
 
-def parse(path: Path, text: str) -> dict[str, Any]:
+def parse(path: Path, text: str | bytes) -> dict[str, Any]:
     """A JSON object without NaN and infinity."""
     try:
-        content = reading.parse_json(text)
+        content = parse_json(text)
         if not isinstance(content, dict):
             raise ValueError("no object")
     except ValueError as error:
@@ -48,8 +51,8 @@ def parse(path: Path, text: str) -> dict[str, Any]:
 def stated(path: Path, key: str) -> Any:
     """What a directory's config.json says under a key; None where there is none that can be read."""
     try:
-        content = json.loads(reading.read_regular(path / "config.json"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_regular(path / "config.json"))
+    except (OSError, ValueError):
         return None
     return content.get(key) if isinstance(content, dict) else None
 
@@ -57,10 +60,10 @@ def stated(path: Path, key: str) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file, as `parse`."""
     try:
-        text = reading.read_regular(path).decode()
+        data = read_regular(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}): get it anew") from error
-    return parse(path, text)
+    return parse(path, data)
 
 
 def whole_number(path: Path, facts: Mapping[str, Any], key: str) -> int:

@@ -80,7 +80,7 @@ def from_variables(
     if len(first) != 3 or any(len(shape) != 2 for shape in tables):
         raise UserError(f"{path}: has no wpe, wte and h0/attn/q_proj as the released code names them: get it anew")
     heads, width = first[0], first[2]
-    layers = 1 + max(int(name[1:].partition("/")[0]) for name in found if re.match(r"h\d+/", name))
+    layers = 1 + max(int(name[1:].partition("/")[0]) for name in found if re.match(r"h\d{1,6}/", name))
     (positions, _), (colours, _) = tables
     if layers > len(found) or width % max(heads, 1):
         raise UserError(f"{path}: {layers} layers of {width} in {heads} heads: it is no whole Image GPT")
@@ -104,7 +104,10 @@ def from_variables(
 def _rows(path: Path, array: Callable[[str], np.ndarray], shapes: Shapes) -> Callable[[str, int, int], Tensor]:
     @functools.lru_cache(maxsize=1)  # a tensor is mostly read in several parts, one after another
     def values(name: str) -> Tensor:
-        found = np.ascontiguousarray(array(name), dtype=np.float32).reshape(shapes[name])
+        stored = array(name)
+        if stored.dtype.kind in "OSUcmM" or stored.dtype.names:
+            raise UserError(f"{path}: {name} is of type {stored.dtype}, no real numbers: get it anew")
+        found = np.ascontiguousarray(stored, dtype=np.float32).reshape(shapes[name])
         return torch.from_numpy(found if found.flags.writeable else found.copy())
 
     def rows(name: str, first: int, last: int) -> Tensor:

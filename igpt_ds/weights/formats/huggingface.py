@@ -29,7 +29,7 @@ from igpt_ds.memory import available_bytes
 from igpt_ds.model.transformer import NORM_EPSILON
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
 from igpt_ds.weights.formats._facts import imported, read_json, record, side, stated, whole_number
-from igpt_ds.weights.formats._tensors import PickledFile, SafetensorsFiles, TensorFiles
+from igpt_ds.weights.formats._tensors import PickledFiles, SafetensorsFiles, TensorFiles
 from igpt_ds.weights.safetensors_stream import BYTES, Precision, Streamed, write_safetensors
 
 NAME, FOLDER, PRECISIONS = "hf", True, ("float32", "bfloat16")
@@ -98,6 +98,11 @@ def read(path: Path) -> Imported:
     resolution = side(place, positions)
     files = _open_files(path)
     files.require_layers(layers)
+    if not files.shapes.keys() & {"lm_head.weight"}:
+        raise UserError(
+            f"{path}: has no lm_head.weight, the head over the colours, as ImageGPTModel and its classifier have none: "
+            "get the ImageGPTForCausalImageModeling that it comes from"
+        )
     files.require(_their_shapes(layers, width, positions, colours), _IGNORED)
     told = config.get(OURS)
     if told is not None and not isinstance(told, dict):
@@ -133,16 +138,20 @@ def _rows(files: TensorFiles, colours: int) -> Callable[[str, int, int], Tensor]
 
 
 def _open_files(path: Path) -> TensorFiles:
-    if (path / INDEX).is_file():
-        index = read_json(path / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index or not all(_plain(file) for file in index.values()):
-            raise UserError(f"{path / INDEX}: has no weight_map of file names in this directory: get it anew")
-        return SafetensorsFiles(path, sorted(set(index.values())), index)
-    if (path / "model.safetensors").is_file():
-        return SafetensorsFiles(path, ["model.safetensors"])
-    if (path / "pytorch_model.bin").is_file():
-        return PickledFile(path, "pytorch_model.bin")
-    raise UserError(f"{path}: holds neither model.safetensors, its index, nor pytorch_model.bin: get it anew")
+    kinds: tuple[tuple[type[SafetensorsFiles | PickledFiles], str], ...] = (
+        (SafetensorsFiles, "model.safetensors"),
+        (PickledFiles, "pytorch_model.bin"),
+    )
+    for kind, file in kinds:
+        place = path / f"{file}.index.json"
+        if place.is_file():
+            index = read_json(place).get("weight_map")
+            if not isinstance(index, dict) or not index or not all(_plain(name) for name in index.values()):
+                raise UserError(f"{place}: has no weight_map of file names in this directory: get it anew")
+            return kind(path, sorted(set(index.values())), index)
+        if (path / file).is_file():
+            return kind(path, [file])
+    raise UserError(f"{path}: holds neither model.safetensors, pytorch_model.bin nor an index of one: get it anew")
 
 
 def _plain(file: Any) -> bool:
@@ -188,7 +197,7 @@ def _palette(path: Path) -> Palette | None:
         return None
     try:
         colours = torch.tensor(clusters, dtype=torch.float32).numpy()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RecursionError is a RuntimeError
         raise UserError(f"{file}: its clusters are no table of colours: get it anew") from error
     try:
         return Palette(colours)

@@ -16,11 +16,11 @@ from igpt_ds.atomic import publish_text
 from igpt_ds.checkpoint.names import list_checkpoints, step_directory
 from igpt_ds.checkpoint.read import Checkpoint, newest_valid, rank_file
 from igpt_ds.checkpoint.write import publish_checkpoint
-from igpt_ds.config.file import to_toml
+from igpt_ds.config.file import from_tree, to_toml
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.run.directory import LOGGER, Run
-from igpt_ds.weights.base import Weights, chunks, config_of
+from igpt_ds.weights.base import Weights, chunks
 from igpt_ds.weights.formats._facts import record
 from igpt_ds.weights.safetensors_stream import Precision, Streamed, write_safetensors
 
@@ -100,7 +100,7 @@ def write(
     }
     final = step_directory(run.checkpoints, step)
     publish_checkpoint(hidden, final, step, 1, content)
-    publish_text(run.config, to_toml(config_of(weights)))
+    publish_text(run.config, to_toml(from_tree(facts["config"], str(weights.path))))
     if palette is not None:
         palette.save(run.palette)
     return {str((final / rank_file(0)).relative_to(folder)): digest}

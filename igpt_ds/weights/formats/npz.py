@@ -5,6 +5,7 @@ Beside the variables, as arrays: `kmeans_centers`, the palette by the name of th
 """
 
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from igpt_ds.config.schema import Config
 from igpt_ds.dataset.npy import from_npy, read_header
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
+from igpt_ds.memory import available_bytes
+from igpt_ds.reading import open_regular
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
 from igpt_ds.weights.formats import _released as released
 from igpt_ds.weights.formats._facts import parse, record
@@ -27,17 +30,17 @@ from igpt_ds.weights.safetensors_stream import Precision
 NAME, FOLDER, PRECISIONS = "npz", False, ("float32",)
 PALETTE, RECORD = "kmeans_centers", "igpt_ds"
 _MOST_BESIDE = 1 << 24  # bytes of the palette, and of the record
-# What zipfile raises of a damaged file: a password is asked for, or a compression is not known.
-_DAMAGE = (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile)
+# What reading a damaged or hostile archive raises.
+_DAMAGE = (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same weights give the same bytes
 
 
 def recognises(path: Path) -> bool:
     """Whether it is a zip archive of .npy members."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return any(name.endswith(".npy") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False
 
 
@@ -46,12 +49,17 @@ def read(path: Path) -> Imported:
     shapes = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
+            for member in archive.infolist():
                 with archive.open(member) as file:
                     shape, _, dtype = read_header(file)
+                    offset = file.tell()
                 if dtype.hasobject:
-                    raise UserError(f"{path}: {member} holds pickled objects, which are never read: save plain arrays")
-                shapes[released.plain_name(member.removesuffix(".npy"))] = shape
+                    raise UserError(
+                        f"{path}: {member.filename} holds pickled objects, which are never read: save plain arrays"
+                    )
+                if offset + math.prod(shape) * dtype.itemsize != member.file_size:
+                    raise ValueError(f"{member.filename} is not as long as its header says")
+                shapes[released.plain_name(member.filename.removesuffix(".npy"))] = shape
     except _DAMAGE as error:
         raise UserError(f"{path}: no whole .npz of arrays ({error}): get it anew") from error
 
@@ -76,9 +84,11 @@ def read(path: Path) -> Imported:
 def _array(path: Path, name: str) -> np.ndarray:
     try:
         with zipfile.ZipFile(path) as archive:
-            member = next(n for n in archive.namelist() if released.plain_name(n.removesuffix(".npy")) == name)
-            if name in (RECORD, PALETTE) and archive.getinfo(member).file_size > _MOST_BESIDE:
-                raise ValueError(f"more than {_MOST_BESIDE:,} bytes")
+            members = archive.infolist()
+            member = next(m for m in members if released.plain_name(m.filename.removesuffix(".npy")) == name)
+            most = _MOST_BESIDE if name in (RECORD, PALETTE) else available_bytes()
+            if member.file_size > most:  # a few bytes may stand for very many
+                raise ValueError(f"more than {most:,} bytes")
             return from_npy(archive.read(member), fortran=True)
     except _DAMAGE as error:
         raise UserError(f"{path}: {name} cannot be read ({error}): get it anew") from error

@@ -4,11 +4,13 @@ PREFIX.index, PREFIX.data-00000-of-00001    named by PREFIX, by the .index file,
 """
 
 import importlib
+import os
 from pathlib import Path
 
 import numpy as np
 
 from igpt_ds.errors import UserError
+from igpt_ds.reading import open_regular
 from igpt_ds.weights.base import Imported
 from igpt_ds.weights.formats import _released as released
 
@@ -33,7 +35,9 @@ def _indices(path: Path) -> list[Path]:
 
 def _ends_as_index(file: Path) -> bool:
     try:
-        return file.read_bytes()[-len(_MAGIC) :] == _MAGIC  # it holds names alone: some kilobytes
+        with open_regular(file) as opened:
+            opened.seek(-len(_MAGIC), os.SEEK_END)
+            return opened.read() == _MAGIC
     except OSError:
         return False
 

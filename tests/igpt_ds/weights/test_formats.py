@@ -3,10 +3,8 @@
 import io
 import json
 import os
-import pickle
 import shutil
 import signal
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,52 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from igpt_ds import cli
 from igpt_ds.errors import UserError
-from igpt_ds.weights.convert import convert
 from igpt_ds.weights.formats import huggingface, open_weights, single
-from tests.igpt_ds.weights.test_convert import saved_run
-
-Refused = Callable[[Path], str]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one good example of each format."""
-    folder = tmp_path_factory.mktemp("whole")
-    run, _ = saved_run(folder / "run")
-    convert(run, folder / "hf", "hf")
-    convert(run, folder / "sharded", "hf", shard_bytes=20_000)
-    convert(run, folder / "single", "safetensors")
-    convert(run, folder / "out.npz", "npz")
-    convert(run, folder / "native", "native")
-    return folder
-
-
-@pytest.fixture
-def copies(whole: Path, tmp_path: Path) -> Path:
-    """The same, to be damaged."""
-    shutil.copytree(whole, tmp_path / "copies")
-    return tmp_path / "copies"
-
-
-@pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Convert in this process, see it refuse with nothing left behind, return its one line."""
-
-    def call(source: Path) -> str:
-        words = ["convert", source, tmp_path / "out", "--to", "native"]
-        monkeypatch.setattr(sys, "argv", ["igpt-ds", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, errors = capsys.readouterr()
-        assert (end.value.code, out) == (2, ""), errors
-        assert errors.startswith("igpt-ds: ") and errors.count("\n") == 1, errors
-        assert errors.count(": ") >= 3, f"not of the form name: what is wrong: what to do: {errors}"
-        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
-        return errors
-
-    return call
+from tests.igpt_ds.weights.conftest import Refused
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -231,7 +186,7 @@ def test_damaged_single_files(copies: Path, refused: Refused) -> None:
     edit(folder / "config.json", config={**config, "model": {**config["model"], "layers": 10**12}})
     assert "1000000000000 layers, but" in refused(folder)
     edit(folder / "config.json", config={**config, "model": {**config["model"], "width": 2 * 10**12}})
-    assert "model.width must be at most" in refused(folder)
+    assert "model.width must be at most 1048576" in refused(folder)
     edit(folder / "config.json", config=None)
     assert "its facts are no record" in refused(folder)
     edit(folder / "config.json", sha256=None)
@@ -298,68 +253,3 @@ def test_damaged_runs(copies: Path, refused: Refused) -> None:
         open_weights(copies / "run", step=3)
     with pytest.raises(UserError, match="leave --step out"):
         open_weights(copies / "hf", step=3)
-
-
-# --- malice ------------------------------------------------------------------------------------------------------
-
-
-class Trap:
-    """Unpickling it makes a file."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
-def test_the_trap_works(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
-    assert (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "plain pickle", "beside tensors"])
-def test_a_malicious_pytorch_file_is_not_run(copies: Path, refused: Refused, tmp_path: Path, kind: str) -> None:
-    file, trap = copies / "hf" / "pytorch_model.bin", Trap(tmp_path / "sprung")
-    tensors = load_file(copies / "hf" / "model.safetensors")
-    (copies / "hf" / "model.safetensors").unlink()
-    if kind == "plain pickle":
-        file.write_bytes(pickle.dumps({"transformer.wte.weight": trap}, protocol=2))
-    elif kind == "beside tensors":
-        torch.save({**tensors, "extra": trap}, file)
-    else:
-        torch.save({"transformer.wte.weight": trap}, file, _use_new_zipfile_serialization=kind == "zip")
-    for path in (copies / "hf", file):
-        assert "nothing of it was run" in refused(path)
-    (copies / "hf" / "config.json").unlink()
-    assert "is a pickle, which runs code when it is read" in refused(file)
-    assert not (tmp_path / "sprung").exists()
-    torch.save(tensors, file)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_a_malicious_npz_is_not_run(copies: Path, refused: Refused, tmp_path: Path) -> None:
-    path, trap = copies / "out.npz", Trap(tmp_path / "sprung")
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    for name in ("model/wte", "kmeans_centers", "igpt_ds", "extra"):
-        np.savez(path, allow_pickle=True, **{**arrays, name: np.array([trap], dtype=object)})
-        assert "holds pickled objects, which are never read" in refused(path)
-    # A header that lies: plain floats, and a pickle in the data's place.
-    stream = io.BytesIO()
-    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (16, 32)})
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/wte.npy", stream.getvalue() + pickle.dumps(trap))
-        for name, array in arrays.items():
-            if name != "model/wte":
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-    assert "wte cannot be read" in refused(path)
-    assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize("name", ["weights.pt", "pytorch_model.bin", "model.safetensors", "model.npz"])
-def test_a_pickle_by_any_name_is_not_run(tmp_path: Path, refused: Refused, name: str) -> None:
-    (tmp_path / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    assert "is a pickle, which runs code when it is read" in refused(tmp_path / name)
-    assert not (tmp_path / "sprung").exists()
