@@ -174,7 +174,7 @@ def _look_at(pickle: BinaryIO) -> None:
     """Walk through one pickle with the number of parts of what lies on its stack; refuse a tuple of too many."""
     stack: list[int] = []
     marks: list[int] = []
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     for code, argument, _ in pickletools.genops(pickle):
         if code.name == "MARK":
             marks.append(len(stack))

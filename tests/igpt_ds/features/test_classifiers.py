@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from igpt_ds.errors import UserError
+from igpt_ds.errors import RunError, UserError
 from igpt_ds.features import classifier, classifier_sgd
 from igpt_ds.features.classifier import Classifier, Rows
 
@@ -106,6 +106,17 @@ def test_more_than_memory_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # --- SGD -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_never_classified() -> None:
+    rows = clouds(3, 60)
+    found = next(classifier.fit(rows, (1.0,)))
+    damaged = Rows([(rows.parts[0][0].copy(),)], rows.labels_I)
+    damaged.parts[0][0][7, 2] = np.nan
+    with pytest.raises(RunError, match="scores are not finite"):
+        found.accuracy(damaged)
+    with pytest.raises(RunError, match="features of a classifier are not finite"):
+        next(classifier.fit(damaged, (1.0,)))
 
 
 def numbered(*sizes: int) -> Rows:
