@@ -5,7 +5,6 @@ validation split are chosen: each layer's regularisation (or rate, with SGD), an
 is the validation split folded back into training and the test split looked at, once (section 3.4).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from igpt_ds.features.cache import Features
-    from igpt_ds.features.classifier import Classifier, Rows
+    from igpt_ds.features.choice import Choice
+    from igpt_ds.features.classifier import Rows
     from igpt_ds.features.extract import Network
     from igpt_ds.features.splits import Scored, Splits
 
@@ -176,15 +176,6 @@ class Collected:
     untrained: "tuple[Features, Features] | None" = None  # of train/ and val/
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A classifier, what was chosen for it (a strength, or a rate), and its accuracy on the validation split."""
-
-    accuracy: float
-    setting: float
-    classifier: "Classifier"
-
-
 def collect(
     trained: "Network", untrained: "Network | None", splits: "Splits", settings: Settings, folder: Path
 ) -> Collected | None:
@@ -209,40 +200,6 @@ def collect(
             before = (take(untrained, splits.train, folder, images), take(untrained, splits.validation, folder, images))
             untrained.close()
     return Collected(train, validation, test, before) if trained.ranks.rank == 0 else None
-
-
-def choose(train: "Rows", validation: "Rows", classes: int, settings: Settings, seed: int, title: str) -> Choice:
-    """The classifier that does best on the validation split.
-
-    With L-BFGS every strength is tried. With SGD the rates are tried in order, until the accuracy falls (section 3.4).
-
-    Raises:
-        RunError: SGD diverged at every rate.
-    """
-    best: Choice | None = None
-    for setting, found in _candidates(train, classes, settings, seed, title):
-        if found is None:
-            continue
-        accuracy = found.accuracy(validation)
-        if best is None or accuracy > best.accuracy:
-            best = Choice(accuracy, setting, found)
-        elif settings.solver == "sgd" and accuracy < best.accuracy:
-            break
-    if best is None:
-        raise RunError(f"{title}: SGD diverged at every rate: look at the features, or take --solver lbfgs")
-    return best
-
-
-def _candidates(
-    train: "Rows", classes: int, settings: Settings, seed: int, title: str
-) -> "Iterator[tuple[float, Classifier | None]]":
-    from igpt_ds.features import classifier, classifier_sgd
-
-    if settings.solver == "lbfgs":
-        yield from zip(settings.strengths, classifier.fit(train, settings.strengths), strict=True)
-        return
-    for rate in classifier_sgd.RATES:
-        yield rate, classifier_sgd.fit(train, classes, rate, settings.iterations, seed, f"{title}, rate {rate:g}")
 
 
 def judge(collected: Collected, splits: "Splits", config: Config, settings: Settings) -> Record:
@@ -289,10 +246,14 @@ class _Judge:
     config: Config
     settings: Settings
 
-    def choose(self, train: "Rows", validation: "Rows", title: str) -> Choice:
-        return choose(train, validation, self.classes, self.settings, self.config.seed, title)
+    def choose(self, train: "Rows", validation: "Rows", title: str) -> "Choice":
+        from igpt_ds.features.choice import choose
 
-    def each_layer(self, train: "Features", validation: "Features", name: str) -> dict[int, Choice]:
+        settings = self.settings
+        strengths = settings.strengths if settings.solver == "lbfgs" else ()
+        return choose(train, validation, self.classes, strengths, settings.iterations, self.config.seed, title)
+
+    def each_layer(self, train: "Features", validation: "Features", name: str) -> "dict[int, Choice]":
         from igpt_ds.features.splits import rows
 
         bar = tqdm(train.numbers, desc=f"probes of {name}", unit=" layers", leave=False, disable=None)
@@ -306,7 +267,7 @@ class _Judge:
         test = self.tested(layers, choice)
         return {"layers": list(layers), "features": train.width, **self.result(choice), "test": test}
 
-    def result(self, choice: Choice) -> Record:
+    def result(self, choice: "Choice") -> Record:
         sgd = self.settings.solver == "sgd"
         return {
             "accuracy": choice.accuracy,
@@ -316,7 +277,7 @@ class _Judge:
             "converged": choice.classifier.converged,
         }
 
-    def tested(self, layers: Layers, choice: Choice) -> Record | None:
+    def tested(self, layers: Layers, choice: "Choice") -> Record | None:
         """The test split once, by a classifier of train and validation images with what was chosen."""
         from igpt_ds.features import classifier, classifier_sgd
         from igpt_ds.features.splits import ensemble, rows

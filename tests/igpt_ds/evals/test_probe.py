@@ -16,9 +16,10 @@ from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import RunError
 from igpt_ds.evals import probe
-from igpt_ds.evals.probe import Collected, Settings, centred, choose, judge
+from igpt_ds.evals.probe import Collected, Settings, centred, judge
 from igpt_ds.features import classifier_sgd
 from igpt_ds.features.cache import Features
+from igpt_ds.features.choice import choose
 from igpt_ds.features.classifier import Classifier, Rows
 from igpt_ds.features.splits import Scored, Splits
 from tests.helpers.commands import call
@@ -44,8 +45,8 @@ def test_the_strength_that_validation_prefers_is_chosen() -> None:
     """With more features than tell anything and wrong labels, little regularisation learns the set by heart."""
     train, validation = noisy(150, 0, wrong=0.2), noisy(2000, 1, wrong=0.0)
     strengths = (1e6, 60.0, 1.0, 1e-3)
-    each = [choose(train, validation, 2, Settings(strengths=(s,)), 0, "test").accuracy for s in strengths]
-    chosen = choose(train, validation, 2, Settings(strengths=strengths), 0, "test")
+    each = [choose(train, validation, 2, (s,), 1, 0, "test").accuracy for s in strengths]
+    chosen = choose(train, validation, 2, strengths, 1, 0, "test")
     assert each[1] > max(each[0], each[3]) + 0.1  # the search has something to find
     assert chosen.setting == strengths[int(np.argmax(each))]
     assert chosen.accuracy == pytest.approx(max(each), abs=0.002)
@@ -64,7 +65,7 @@ def rates_tried(monkeypatch: pytest.MonkeyPatch, accuracies: dict[float, float |
     monkeypatch.setattr(classifier_sgd, "fit", fit)
     monkeypatch.setattr(Classifier, "accuracy", lambda self, rows: accuracies[float(self.mean_D[0])])
     rows = Rows([(np.zeros((2, 1)),)], np.arange(2))
-    return tried, lambda: choose(rows, rows, 2, Settings("sgd"), 0, "test")
+    return tried, lambda: choose(rows, rows, 2, (), 1, 0, "test")
 
 
 @pytest.mark.parametrize(
