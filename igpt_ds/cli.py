@@ -98,4 +98,4 @@ def _let_others_speak() -> None:
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(10)  # on a busy machine a launcher takes its time

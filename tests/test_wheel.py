@@ -76,7 +76,7 @@ def test_it_works_from_an_empty_directory(wheel: Path, photos: Path, tmp_path: P
         return done.stdout
 
     where = subprocess.check_output(
-        [str(python), "-c", "import igpt_ds; print(igpt_ds.__file__)"], cwd=empty, text=True
+        [str(python), "-c", "import igpt_ds; print(igpt_ds.__file__)"], cwd=empty, env=environment, text=True
     )
     assert Path(where).is_relative_to(site)
     assert call("igpt-data --version").endswith(f"version {__version__}\n")

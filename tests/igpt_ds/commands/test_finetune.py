@@ -301,7 +301,7 @@ def test_labels_that_do_not_serve(
     [
         (["finetune.layer=3"], "finetune.layer 3 is not in 0..2"),
         (["finetune.classes=7"], "has 10 classes, 7 are needed"),
-        (["finetune.generative_weight=-1"], "finetune.generative_weight must be finite and not negative"),
+        (["finetune.generative_weight=-1"], "finetune.generative_weight must not be negative, but is -1.0"),
         (["finetune.dropout=1.0"], "finetune.dropout 1.0 is not in [0, 1)"),
         (["training.validate_every=0"], "leaves no best checkpoint"),
         (["finetune.fold_validation=true"], "leaves nothing to validate on"),
