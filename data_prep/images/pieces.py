@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.images.rejects import Rejected
 from data_prep.images.transforms import RejectError, Transform
-from data_prep.sources import Encoded, Item, PlacedSource, Pool, Source, StreamedSource, UnusableError
+from data_prep.sources import Encoded, FiledSource, Item, PlacedSource, Pool, Source, StreamedSource, UnusableError
 
 
 class Piece(NamedTuple):
@@ -50,18 +51,42 @@ def cut(items: list[Item], images: int) -> list[Piece]:
     return [Piece("", items[first : first + images]) for first in range(0, len(items), images)]
 
 
-def stamp(source: Source, piece: Piece) -> list[int] | None:
-    """Size and time (nanoseconds) of a piece's input file; None where images are listed, or it is not a local file.
+def stamp(source: Source, piece: Piece) -> list[int] | str | None:
+    """What changes where a piece's images do; None where that cannot be seen without reading them.
 
-    While they are the same, so are its images.
+    Returns:
+        Size and time (nanoseconds) of an input file; where images are listed, a hash of ids, labels and files.
     """
-    if piece.items is not None or not isinstance(source, PlacedSource):
+    if piece.items is not None:
+        return _stamp_of_listed(source, piece.items) if isinstance(source, FiledSource) else None
+    if not isinstance(source, PlacedSource):
         return None
     try:
         found = os.stat(source.place(piece.part))  # noqa: PTH116 (of a URL there is none)
     except (OSError, ValueError):
         return None
     return [found.st_size, found.st_mtime_ns]
+
+
+def _stamp_of_listed(source: FiledSource, items: list[Item]) -> str:
+    digest = hashlib.sha256()
+    states: dict[Path, str] = {}  # many images may lie in one file
+    for item in items:
+        digest.update(f"{item.id}\0{item.label}\0".encode("utf-8", "surrogateescape"))
+        for path in source.files(item.id):
+            if path not in states:
+                states[path] = _state(path)
+            digest.update(states[path].encode())
+    return digest.hexdigest()
+
+
+def _state(path: Path) -> str:
+    """Also when a file was put in its place: what is copied or unpacked may bear the time of another."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        return f"{error.errno}\0"
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\0"
 
 
 def stream(source: Source, piece: Piece) -> Iterator[Encoded]:

@@ -54,7 +54,7 @@ class ColourTask:
     max_reject_rate: float
 
     @property
-    def inputs(self) -> list[list[int] | None]:
+    def inputs(self) -> list[list[int] | str | None]:
         """What the input files are now, see `data_prep.images.pieces.stamp`."""
         return [stamp(self.source, piece) for piece in self.pieces]
 

@@ -99,7 +99,7 @@ def images(source: Source, some: list[Piece], number: int) -> Iterator[Image.Ima
                 continue
 
 
-def committed(directory: Path, piece: Piece, read: list[int] | None = None) -> Embedded | None:
+def committed(directory: Path, piece: Piece, read: list[int] | str | None = None) -> Embedded | None:
     """What an earlier run made of a piece, if it finished.
 
     Args:
@@ -112,7 +112,7 @@ def committed(directory: Path, piece: Piece, read: list[int] | None = None) -> E
             Chunk(piece.part, directory / f"{name}-{number:04d}.npz", int(rows))
             for number, rows in enumerate(mark["chunks"])
         ]
-        same = read is None or mark.get("input", read) == read
+        same = read is None or mark.get("input") in (None, read)  # older versions have not kept what all were
         if same and all(chunk.path.is_file() for chunk in chunks):
             unreadable = Counter({str(reason): int(n) for reason, n in mark["unreadable"].items()})
             return Embedded(chunks, unreadable, str(mark.get("content", "")))

@@ -154,8 +154,9 @@ class Build:
         manifests = {plan.split: self._publish(plan, *merged[plan.split]) for plan in self.planned}
         for plan in self.planned:
             (self.directory(plan) / OWNER).unlink(missing_ok=True)
-            for path in self.directory(plan).glob(f".{plan.split}-*.input"):
-                path.unlink(missing_ok=True)
+            if not _is_trial(plan, self.max_shards):  # which the whole goes on from
+                for path in self.directory(plan).glob(f".{plan.split}-*.input"):
+                    path.unlink(missing_ok=True)
         return [(self.directory(plan), manifests.get(plan.split)) for plan in self.plans]
 
     def made(self) -> Results | None:

@@ -4,9 +4,8 @@ A slice of a source that lists its images is one shard. An input file of a strea
 becomes as many shards as its rows need; each is committed by its mark, and the mark of the last one says that it
 is the last. A task that was stopped goes on after the last committed shard: it passes over the images before it
 without decoding them. Each mark carries a hash of all images up to its end; where those that are passed over are
-others, the input has changed, and the slice is built anew; so it is if a file that was read to its end has changed
-since. A slice in which no image can be used leaves a mark
-without a shard.
+others, the input has changed, and the slice is built anew; so it is if a file that was read to its end, or that of a
+listed image, has changed since. A slice in which no image can be used leaves a mark without a shard.
 """
 
 import hashlib
@@ -129,11 +128,15 @@ def build_slice(task: ShardTask) -> Done:
         tally = _tally(marks)
         return Done(tally, tally.seen, _again(task))
     read = stamp(task.source, task.slice.piece)
+    _stamp_of(task).unlink(missing_ok=True)  # what it tells of shards that may be replaced
     done = _go_on(task, marks)
     if done is None:
         holds = "holds" if marks[-1].passed else "may hold"  # older versions have not kept what it held
         told = f"{task.slice.piece.part}: {holds} other images than when {len(marks)} of its shards were built"
-        sys.stderr.write(visible(f"igpt-data: {told}: they are built anew for {task.split}") + "\n")
+        told += f": they are built anew for {task.split}"
+        if task.slice.piece.items is not None:
+            told = f"{task.slice.name}: its images have changed since it was built: it is built anew"
+        sys.stderr.write(visible(f"igpt-data: {told}") + "\n")
         done = _go_on(task, [])
     if read is not None:
         publish_text(_stamp_of(task), json.dumps(read))
@@ -174,7 +177,7 @@ def _go_on(task: ShardTask, marks: list[Mark]) -> Done | None:
 
 
 def _is_finished(task: ShardTask, marks: list[Mark]) -> bool:
-    """Are all shards there, and the input file what it was? Older versions have not kept what it was."""
+    """Are all shards there, and the input what it was? Older versions have not kept what it was."""
     if not marks or not marks[-1].last:
         return False
     now = stamp(task.source, task.slice.piece)
@@ -187,7 +190,7 @@ def _is_finished(task: ShardTask, marks: list[Mark]) -> bool:
 
 
 def _stamp_of(task: ShardTask) -> Path:
-    """What the input file was when it was read; until the data set is complete."""
+    """What the input was when it was read; until the data set is complete."""
     return task.directory / f".{task.slice.name}.input"
 
 

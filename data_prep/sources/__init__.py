@@ -18,6 +18,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -104,6 +105,14 @@ class PlacedSource(Protocol):
 
     def place(self, part: str) -> str:
         """A file's path or URL."""
+
+
+@runtime_checkable
+class FiledSource(Protocol):
+    """A listed source whose images lie in local files, so that it can be seen that one has changed."""
+
+    def files(self, item_id: str) -> Sequence[Path]:
+        """Those that hold an image, or may hold it."""
 
 
 Source = ListedSource | StreamedSource

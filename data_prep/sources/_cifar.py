@@ -69,6 +69,11 @@ class Cifar:
         pixels, _ = self._load("test" if pool == "test" else "train")
         return ppm(pixels[int(number)].reshape(3, SIDE, SIDE).transpose(1, 2, 0))
 
+    def files(self, item_id: str) -> list[Path]:
+        """The archive, or all of its pool's."""
+        files = self.layout.files["test" if item_id.startswith("test/") else "train"]
+        return [self.path / file for file in files] if self.path.is_dir() else [self.path]
+
     def _load(self, pool: Pool) -> tuple[np.ndarray, np.ndarray]:
         layout = self.layout
         return _load(self.path, layout.files[pool], layout.label, layout.header)

@@ -73,6 +73,10 @@ class ImageFolder:
         with (self.root / item_id).open("rb") as file:
             return file.read(MAX_BYTES + 1)
 
+    def files(self, item_id: str) -> list[Path]:
+        """Its own."""
+        return [self.root / item_id]
+
 
 def open_source(paths: list[str], *, test: str | None = None) -> ImageFolder:
     """Look at the top of the folder: are there classes, or splits?

@@ -83,15 +83,21 @@ class ImageNet:
 
     def read(self, item_id: str) -> bytes:
         """The file's bytes."""
+        (path,) = self.files(item_id)
+        if path in (self.train, self.val):
+            return tar_index(path, _train_entries if "/" in item_id else _validation_images).read(item_id)
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+
+    def files(self, item_id: str) -> list[Path]:
+        """Its own, or the tar."""
         in_training = "/" in item_id
         root = self.train if in_training else self.val
         if root is None:
             raise FileNotFoundError("no such pool")
         if not root.is_dir():
-            return tar_index(root, _train_entries if in_training else _validation_images).read(item_id)
-        folder = root if in_training else root / _folders_for_reading(root).get(item_id, "")
-        with (folder / item_id).open("rb") as file:
-            return file.read(MAX_BYTES + 1)
+            return [root]
+        return [(root if in_training else root / _folders_for_reading(root).get(item_id, "")) / item_id]
 
 
 def open_source(paths: list[str], *, truth: str | None = None, order: str | None = None) -> ImageNet:

@@ -60,6 +60,10 @@ class Stl10:
             raise OSError(f"{file}_X.bin ends before the image does")
         return ppm(np.frombuffer(data, np.uint8).reshape(3, SIDE, SIDE).transpose(2, 1, 0))
 
+    def files(self, item_id: str) -> list[Path]:
+        """The one of its pool."""
+        return [self.folder / f"{item_id.partition('/')[0]}_X.bin"]
+
 
 def open_source(paths: list[str], *, part: str | None = None) -> Stl10:
     """Find the files.

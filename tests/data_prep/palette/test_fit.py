@@ -198,6 +198,19 @@ def test_a_file_that_changed_is_counted_again(photos: Path, tmp_path: Path) -> N
     assert add_up([task.path for task in tasks])[1].seen == 3
 
 
+def test_listed_images_that_changed_are_counted_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_prep.palette.count._IMAGES", 24)
+    shutil.copytree(photos, tmp_path / "in")
+    tasks = colour_tasks(
+        open_source("image_folder", [str(tmp_path / "in")]), evaluation(8, crop=True), tmp_path / "work"
+    )
+    assert [count_colours(task).kept for task in tasks] == [0, 0]
+    shutil.copy(photos / "china" / "01.jpg", tmp_path / "in" / "china" / "00.jpg")
+    assert [count_colours(task).kept for task in tasks] == [0, 24]
+
+
 def test_a_source_without_images_is_told(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     source, transform = Folders(tmp_path / "in"), evaluation(8, crop=True)

@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.shards.job import Results, begin
 from data_prep.shards.plan import Settings
-from data_prep.shards.task import OWNER, build_slice
+from data_prep.shards.task import OWNER, build_slice, finished
 from data_prep.sources import open_source
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
@@ -155,6 +155,74 @@ def test_a_file_of_another_time_but_the_same_images_is_kept(
     found, after = of_tars(tars, tmp_path / "d", palette)
     assert len(found) == 12
     assert before == after
+    assert capsys.readouterr().err == ""
+
+
+def swap_classes(root: Path) -> None:
+    """The same names, the same images: of other classes."""
+    for old, new in (("china", "x"), ("flower", "china"), ("x", "flower")):
+        (root / old).rename(root / new)
+
+
+def same_time_and_size(root: Path) -> None:
+    """As an archive unpacked over the images, whose files all bear one time."""
+    for path in root.glob("china/*"):
+        data = path.read_bytes()
+        path.write_bytes(data[:-30] + bytes([data[-30] ^ 1]) + data[-29:])
+    of_one_time(root)
+
+
+def of_one_time(root: Path) -> None:
+    for path in root.glob("*/*"):
+        os.utime(path, ns=(0, 0))
+
+
+@pytest.mark.parametrize("change", [swap_classes, same_time_and_size])
+@pytest.mark.parametrize("trial", [True, False])
+def test_listed_images_that_changed_are_built_anew(
+    photos: Path, tmp_path: Path, palette: Palette, change: Callable[[Path], None], trial: bool,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    root, chosen = tmp_path / "in", of_folders(holdout=0, rows_per_shard=24)
+    shutil.copytree(photos, root)
+    of_one_time(root)
+
+    def make(out: Path, **choices: object) -> None:
+        build_here(begin(open_source("image_folder", [str(root)]), out, palette, chosen, **choices))
+
+    with monkeypatch.context() as patched:
+        if not trial:  # killed before its end
+            patched.setattr("data_prep.shards.job.Build.finish", lambda _: [])
+        make(tmp_path / "d", max_shards=1 if trial else None)
+    with monkeypatch.context() as patched:  # what is as it was is not read
+        patched.setattr("data_prep.sources.image_folder.ImageFolder.read", None)
+        job = begin(open_source("image_folder", [str(root)]), tmp_path / "d", palette, chosen)
+        built = [finished(task) for task in job.tasks(job.plans[0])]
+        assert [each is not None for each in built] == [True, not trial]
+    change(root)
+    make(tmp_path / "d")
+    make(tmp_path / "fresh")
+    assert digest(tmp_path / "d") == digest(tmp_path / "fresh")
+    told = capsys.readouterr().err
+    assert "igpt-data: train-00000: its images have changed since it was built: it is built anew\n" in told
+
+
+def test_copies_of_listed_images_are_the_same(
+    photos: Path, tmp_path: Path, palette: Palette, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read again, not built anew: also where an older version has not kept what their files were."""
+    chosen = of_folders(holdout=0)
+    shutil.copytree(photos, tmp_path / "in")
+    source = open_source("image_folder", [str(tmp_path / "in")])
+    build_here(begin(source, tmp_path / "d", palette, chosen, max_shards=2))
+    (tmp_path / "d" / "train" / ".train-00001.input").unlink()
+    os.utime(tmp_path / "in" / "china" / "00.jpg", ns=(1, 1))
+    monkeypatch.setattr("data_prep.shards.task.write_shard", None)
+    job = begin(source, tmp_path / "d", palette, chosen)
+    with job.owned() as mine:
+        mine.prepare()
+        done = [build_slice(task) for task in list(mine.tasks(mine.plans[0]))[:2]]
+    assert [each.kept for each in done] == [7, 7]
     assert capsys.readouterr().err == ""
 
 
