@@ -12,8 +12,8 @@ over. Links to folders are followed.
 Where all folders are called after splits (`data_prep.sources._splits`: train, training, test, eval, val, valid, ...)
 they are no classes: the first is the pool "train"; the second, or where there is none the third, or what
 `--option test=test` or `test=validation` says, is the pool "test"; its classes are those of the training images.
-Otherwise the folder does not say whether its images are for training or for testing: both pools are all of them, so
-that a folder of test images is built with --split test.
+A folder that is itself called so is that pool alone. Otherwise it is not said whether its images are for training or for
+testing: both pools are all of them, so that a folder of test images is built with --split test.
 """
 
 from collections import defaultdict
@@ -24,7 +24,7 @@ from pathlib import Path
 from data_prep.files import MAX_BYTES
 from data_prep.files.folders import Identity, files_below, identity, is_file, is_folder, refuse_lost, visible
 from data_prep.sources import Item, Pool
-from data_prep.sources._splits import split_of_word, splits_named, test_split
+from data_prep.sources._splits import is_plain, split_of_folder, split_of_word, test_split, unlike
 from igpt_ds.errors import UserError
 
 _JPEG, _PNM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")
@@ -65,7 +65,7 @@ class ImageFolder:
             items = [Item(prefix + i, None) for i in sorted(_images(top, folders))]
         if not items:
             raise UserError(f"{top}: no images: give a folder of images or of class folders")
-        _refuse_splits(self.root, (item.id for item in items))
+        _refuse_splits(self.root, prefix, (item.id for item in items))
         return items
 
     def read(self, item_id: str) -> bytes:
@@ -97,7 +97,10 @@ def open_source(paths: list[str], *, test: str | None = None) -> ImageFolder:
     if not splits:
         if test:
             raise UserError(f"--option test={test}: {path} holds no folders of splits: leave it out")
-        return ImageFolder(root, classes)
+        # A folder that is itself called after a split holds that one and no other.
+        told = split_of_folder(path)
+        alone: dict[str | None, Pool] = {"train": "train", "validation": "test", "test": "test"}
+        return ImageFolder(root, classes, ((alone[told], ""),)) if told else ImageFolder(root, classes)
     of_pools: tuple[tuple[Pool, str], ...] = (("train", "train"), ("test", wanted))
     pools = tuple((pool, splits[split]) for pool, split in of_pools if split in splits)
     if not pools:
@@ -117,10 +120,11 @@ def _splits(root: Path, folders: list[str]) -> dict[str, str]:
     if told := [name for name, split in splits.items() if split != "train" or _classes(root / name)]:
         other = next(name for name in folders if name not in splits)
         raise UserError(f"{root / told[0]}: looks like a split, and {other} beside it like a class: move one away")
-    # Names such as seg_train and seg_test may be classes, too: bullet_train, eye_test.
-    named = {name: found for name in folders if (found := splits_named(name))}
-    if len(set().union(*named.values())) > 1 and 2 * len(named) > len(folders):
-        raise UserError(f"{root}: {' and '.join(named)} look like splits: call them train and test, or give one")
+    if found := unlike(folders):
+        raise UserError(
+            f"{root}: {found[0]} and {found[1]} look like splits: call them train and test, or give one of them; "
+            "if they are classes, call one otherwise"
+        )
     return {}
 
 
@@ -156,19 +160,39 @@ def _images(top: Path, others: Collection[Identity]) -> Iterator[str]:
     return (name for name, entry in files_below(str(top), SUFFIXES, others) if is_file(entry))
 
 
-def _refuse_splits(root: Path, ids: Iterable[str]) -> None:
-    """Test images in folders of their own must not be taken for training images."""
-    splits: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    for folder in {i.rpartition("/")[0] for i in ids}:
-        parts = folder.split("/")
-        for depth, part in enumerate(parts):
-            if split := split_of_word(part):
-                splits["/".join(parts[:depth])][split] = part
-    for around, found in sorted(splits.items()):
-        if len(found) > 1:
+def _refuse_splits(root: Path, prefix: str, ids: Iterable[str]) -> None:
+    """Test images in folders of their own must not be taken for training images, nor folders of classes for a class."""
+    inside: defaultdict[str, set[str]] = defaultdict(set)  # the folders in each folder
+    holding = {i.rpartition("/")[0] for i in ids}
+    for parts in (folder.split("/") for folder in holding):
+        for depth, name in enumerate(parts):
+            inside["/".join(parts[:depth])].add(name)
+    for around, names in sorted(inside.items()):
+        if found := unlike(names):
             raise UserError(
-                f"{root / around}: holds {' and '.join(sorted(found.values()))}, which look like splits: "
-                "give this folder or one of them, or move them"
+                f"{root / around}: holds {found[0]} and {found[1]}, which look like splits: give this folder, with its "
+                "splits called train and test, or one of them, or move them"
+            )
+    # Folders of classes lie in the root, or in that of a split; what is deeper has no meaning but this.
+    top = prefix.rstrip("/")
+    deep = [f"{around}/{name}" for around, names in inside.items() if around != top for name in names if around]
+    if found := unlike(deep):
+        raise UserError(
+            f"{root}: {found[0]} and {found[1]} look like splits: call them train and test with the "
+            "classes inside, or move them"
+        )
+    own = split_of_word(top)
+    if other := next(
+        (path for path in sorted(deep) if own and split_of_word(path.rpartition("/")[2]) not in {None, own}), None
+    ):
+        raise UserError(f"{root / other}: looks like a split inside {top}: move it out of there")
+    classes = sorted(inside[top])
+    if len(classes) == 1 and is_plain(classes[0]):
+        alone = f"{prefix}{classes[0]}"
+        if alone not in holding and (inner := sorted(inside[alone])):
+            remedy = f"move its folders to {root / top}" if top else f"give {root / alone}"
+            raise UserError(
+                f"{root / alone}: the one class would be {classes[0]}, of folders such as {inner[0]}: {remedy}"
             )
 
 

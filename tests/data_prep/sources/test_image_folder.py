@@ -68,6 +68,16 @@ def test_three_splits_and_one(tmp_path: Path) -> None:
         (("seg_train/a/1.png", "seg_test/a/1.png", "seg_pred/1.png"), "call them train and test"),
         (("train/1.png", "test_images/1.png"), "call them train and test"),
         (("train/1.png", "training/1.png"), "one folder a split"),
+        (("bullet_train/1.png", "eye_test/1.png", "cat/1.png", "dog/1.png"), "bullet_train and eye_test look like"),
+        (("seg_train/1.png", "seg_test/1.png", "seg_pred/1.png", "seg_extra/1.png"), "seg_test and seg_train look"),
+        (("train2017/1.png", "val2017/1.png", "a/1.png", "b/1.png"), "train2017 and val2017 look like splits"),
+        (("images/train2017/1.png", "images/val2017/1.png"), "images: holds train2017 and val2017"),
+        (("images/seg_train/cat/1.png", "images/seg_test/cat/1.png"), "images: holds seg_test and seg_train"),
+        (("cat/my_train/1.png", "cat/my_test/1.png", "dog/1.png"), "cat: holds my_test and my_train"),
+        (("cat/Test/1.png", "dog/Train/1.png"), "cat/Test and dog/Train look like splits"),
+        (("train/cat/test/1.png", "train/dog/1.png"), "train/cat/test: looks like a split inside train"),
+        (("train/images/cat/1.png", "test/images/cat/1.png"), "train/images: the one class would be images"),
+        (("images/cat/1.png", "images/dog/1.png"), "of folders such as cat: give"),
         (("data/train/cat/1.png", "data/test/cat/1.png"), "data: holds test and train"),
         (("cat/train/1.png", "cat/val/1.png", "dog/1.png"), "cat: holds train and val"),
         (("train/cat/1.png", "test/1.png"), "no class folders, unlike"),
@@ -83,9 +93,32 @@ def test_what_could_be_splits_is_refused(tmp_path: Path, names: tuple[str, ...],
     assert told in refusal(read)
 
 
+def test_a_folder_that_is_a_split_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, pool in (("train", "train"), ("val2017", "test"), ("seg_test", "test"), ("test/images", "test")):
+        root = lay(tmp_path / "i" / name, "cat/1.png", "dog/2.png")
+        link = tmp_path / f"{name.replace('/', '_')[:-1]}X"
+        link.symlink_to(root)
+        monkeypatch.chdir(root)
+        for given in (root, link, Path(), root / "cat/.."):
+            source = listed("image_folder", given)
+            assert {p: len(source.items(p)) for p in ("train", "test")} == {
+                pool: 2,
+                "test" if pool == "train" else "train": 0,
+            }  # type: ignore[arg-type]
+    (tmp_path / "train").symlink_to(root)
+    assert "is called train and leads to test" in refusal(lambda: listed("image_folder", tmp_path / "train"))
+    for name in ("contest", "test_run/data", "dev/data"):
+        assert len(listed("image_folder", lay(tmp_path / "j" / name, "cat/1.png")).items("train")) == 1
+
+
 def test_classes_that_sound_like_splits(tmp_path: Path) -> None:
     names = ["bullet_train", "cat", "contest", "train"]
     assert listed("image_folder", lay(tmp_path / "a", *(f"{name}/1.png" for name in names))).classes == names
+    alone = ["bus/1.png", "car/night/1.png", "train/1.png", "car/val_thorens/1.png"]
+    assert listed("image_folder", lay(tmp_path / "c", *alone)).classes == ["bus", "car", "train"]
+    assert len(listed("image_folder", tmp_path / "c").items("train")) == 4
+    lay(tmp_path / "d", "train/bus/1.png", "train/train/1.png", "test/train/1.png")
+    assert [len(listed("image_folder", tmp_path / "d").items(pool)) for pool in ("train", "test")] == [2, 1]  # type: ignore[arg-type]
     names = ["bullet_train", "steam_train"]
     assert listed("image_folder", lay(tmp_path / "b", *(f"{name}/1.png" for name in names))).classes == names
 

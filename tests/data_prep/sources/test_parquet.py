@@ -111,7 +111,7 @@ def test_pools_by_names_as_on_the_hub(tmp_path: Path, train: list[str], test: li
         assert (told.parts(pool), told.parts(other)) == (every, [])  # type: ignore[arg-type]
 
 
-def test_names_that_do_not_tell_the_pool(tmp_path: Path) -> None:
+def test_names_that_do_not_tell_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, (first, second, told) in enumerate(
         [
             ("train-0.parquet", "extra-0.parquet", "extra-0.parquet: its name tells no split"),
@@ -131,6 +131,9 @@ def test_names_that_do_not_tell_the_pool(tmp_path: Path) -> None:
     simple(tmp_path / "hub/test/0000.parquet", [1])
     given = streamed("parquet", tmp_path / "hub/test")
     assert (given.parts("train"), given.parts("test")) == ([], ["0000.parquet"])
+    monkeypatch.chdir(tmp_path / "hub/test")
+    for path in (".", "*.parquet", "0000.parquet"):
+        assert (streamed("parquet", path).parts("train"), len(streamed("parquet", path).parts("test"))) == ([], 1)
 
 
 def test_columns_of_views(tmp_path: Path) -> None:

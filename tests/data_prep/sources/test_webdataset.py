@@ -135,6 +135,38 @@ def test_pools_by_the_names_of_tars(tmp_path: Path) -> None:
         )
 
 
+def test_the_pool_does_not_depend_on_how_a_folder_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, pool in (("a/test", "test"), ("a/test/shards", "test"), ("a/val2017", "test"), ("a/my_train", "train")):
+        for i in range(2):
+            write(tmp_path / folder / f"{i}.tar", [("1.png", png(i))])
+        link = tmp_path / f"{len(folder)}_evl"
+        link.symlink_to(tmp_path / folder)
+        monkeypatch.chdir(tmp_path / folder)
+        spelled = (".", "*.tar", "{0..1}.tar", "./", "./[01].tar", tmp_path / folder, f"{tmp_path / folder}/.", link)
+        for given in spelled:
+            source = streamed("webdataset", given)
+            other = "test" if pool == "train" else "train"
+            assert (source.parts(pool), source.parts(other)) == (["0.tar", "1.tar"], []), given  # type: ignore[arg-type]
+            assert streamed("webdataset", given, pool="train").parts("train") == ["0.tar", "1.tar"]
+        assert streamed("webdataset", "0.tar", "1.tar").parts(pool) == ["0.tar", "1.tar"]  # type: ignore[arg-type]
+        assert streamed("webdataset", f"pipe:cat {tmp_path / folder}/0.tar | cat", allow_pipe="true").parts("test") == (
+            ["0.tar"] if pool == "test" else []
+        )
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/0.tar").symlink_to(tmp_path / "a/test/0.tar")
+    assert streamed("webdataset", tmp_path / "b").parts("test") == ["0.tar"]
+    (tmp_path / "eval").symlink_to(tmp_path / "c")
+    write(tmp_path / "c/0.tar", [])
+    assert streamed("webdataset", tmp_path / "eval").parts("test") == ["0.tar"]
+    (tmp_path / "train").symlink_to(tmp_path / "a/test")
+    assert "is called train and leads to test" in refusal(
+        lambda: streamed("webdataset", tmp_path / "train").parts("train")
+    )
+    for folder in ("test_run", "dev/data", "c"):
+        write(tmp_path / folder / "0.tar", [])
+        assert streamed("webdataset", tmp_path / folder).parts("train") == ["0.tar"], folder
+
+
 def test_the_images_of_a_sample_lie_in_one_split(tmp_path: Path) -> None:
     members = [(f"s/{i:04d}.{kind}", png(i)) for i in range(40) for kind in ("jpg", "thumb.jpg", "seg.png")]
     alone = [(f"alone/{i}.png", png(i)) for i in range(40)]
