@@ -11,6 +11,7 @@ Interchange Format" and "pax Extended Header").
 import gzip
 import hashlib
 import os
+import posixpath
 import re
 import tarfile
 import tempfile
@@ -120,6 +121,11 @@ def safe_name(name: str) -> str:
         return name
     mark = hashlib.sha256(raw).hexdigest()[:16]
     return re.sub(r"[\x00-\x1f\x7f]", "?", raw[:200].decode("utf-8", "replace")) + f"~{mark}"
+
+
+def plain_name(name: str) -> str:
+    """A member's name as unpacking it would leave it, so that `./a//1.jpg` and `a/1.jpg` are seen to be one."""
+    return posixpath.normpath(f"/{name.lstrip('/')}")[1:]
 
 
 def gunzipped(path: Path, limit: int) -> BinaryIO:

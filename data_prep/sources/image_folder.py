@@ -12,8 +12,8 @@ over. Links to folders are followed.
 Where all folders are called after splits (`data_prep.sources._splits`: train, training, test, eval, val, valid, ...)
 they are no classes: the first is the pool "train"; the second, or where there is none the third, or what
 `--option test=test` or `test=validation` says, is the pool "test"; its classes are those of the training images.
-A folder that is itself called so is that pool alone. Otherwise it is not said whether its images are for training or for
-testing: both pools are all of them, so that a folder of test images is built with --split test.
+A folder that is itself called so is that pool alone. Otherwise it is not said whether its images are for training or
+for testing: both pools are all of them, so that a folder of test images is built with --split test.
 """
 
 from collections import defaultdict

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from data_prep.files.patterns import FileSet
 from data_prep.files.remote import existing, fetched
-from data_prep.files.tar import Member, members, read_member, safe_name
+from data_prep.files.tar import Member, members, plain_name, read_member, safe_name
 from data_prep.sources import Encoded, Item, Pool, UnusableError
 from data_prep.sources._opt_out import opted_out
 from data_prep.sources._splits import split_of_word
@@ -81,7 +81,7 @@ class Img2Dataset:
                 if kind in SUFFIXES:
                     images.append((key, member))
                 elif kind == "json":
-                    metadata[key] = member
+                    metadata[plain_name(key)] = member
             if len(images) != expected:
                 raise UserError(
                     f"{url}: holds {len(images)} images, its _stats.json says {expected}: "
@@ -89,7 +89,7 @@ class Img2Dataset:
                 )
             seen: set[str] = set()
             for key, member in images:
-                yield _encoded(file, part, key, member, metadata.get(key), seen)
+                yield _encoded(file, part, key, member, metadata.get(plain_name(key)), seen)
 
 
 def open_source(paths: list[str]) -> Img2Dataset:
@@ -101,10 +101,10 @@ def open_source(paths: list[str]) -> Img2Dataset:
 
 
 def _encoded(file: BinaryIO, part: str, key: str, member: Member, metadata: Member | None, seen: set[str]) -> Encoded:
-    name = safe_name(key)
-    if name in seen:
+    name, plain = safe_name(key), plain_name(key)
+    if plain in seen:
         return Encoded(Item(f"{part}/{name}", None), UnusableError("twice in the archive"))
-    seen.add(name)
+    seen.add(plain)
     described = _metadata(file, metadata)
     data = image_bytes(file, member)
     mark = ""

@@ -28,7 +28,7 @@ from typing import BinaryIO
 from data_prep.files.folders import is_left_out
 from data_prep.files.patterns import FileSet
 from data_prep.files.remote import existing, fetched
-from data_prep.files.tar import Member, members, read_member, safe_name
+from data_prep.files.tar import Member, members, plain_name, read_member, safe_name
 from data_prep.sources import Encoded, Item, Pool, UnusableError
 from data_prep.sources._class_names import read_classes
 from data_prep.sources._splits import check_pool, files_of
@@ -74,18 +74,18 @@ class WebDataset:
             found = [member for member in members(file, url) if _is_visible(member.name)]
             labels = None if self.classes is None else _labels(file, found, len(self.classes))
             images = [member for member in found if self._is_image(member.name)]
-            samples = _samples(images)
+            samples = _samples(found)
             seen: set[str] = set()
             for member in images:
-                name = safe_name(member.name)
+                name, plain = safe_name(member.name), plain_name(member.name)
                 label = None if labels is None else _label(labels, member.name)
                 item = Item(f"{part}/{name}", label if isinstance(label, int) else None)
                 data: bytes | OSError
-                if name in seen:
+                if plain in seen:
                     item, data = Item(item.id, None), UnusableError("twice in the archive")
                 else:
                     data = label if isinstance(label, UnusableError) else image_bytes(file, member)
-                seen.add(name)
+                seen.add(plain)
                 yield Encoded(item, data, f"{part}/{samples[_key(member.name)]}")
 
     def _is_image(self, name: str) -> bool:
@@ -144,17 +144,20 @@ def _is_visible(name: str) -> bool:
 
 def _key(name: str) -> str:
     """A sample's key: the name up to the first dot after the last slash, as the format has it."""
-    folder, slash, base = name.rpartition("/")
+    folder, slash, base = plain_name(name).rpartition("/")
     return folder + slash + base.partition(".")[0]
 
 
-def _samples(images: list[Member]) -> dict[str, str]:
-    """By each sample's key the name by which it is held out or not: of its first image in the order of names."""
+def _samples(found: list[Member]) -> dict[str, str]:
+    """By each sample's key the name by which it is held out or not, whichever of its members are chosen as images.
+
+    It is that of the first by name that is called like an image, or else the key.
+    """
     first: dict[str, str] = {}
-    for name in (member.name for member in images):
-        key = _key(name)
-        first[key] = min(first.get(key, name), name)
-    return {key: safe_name(name) for key, name in first.items()}
+    names = [member.name for member in found]
+    for name in (name for name in names if name.lower().endswith(SUFFIXES)):
+        first[_key(name)] = min(first.get(_key(name), name), name)
+    return {key: safe_name(first.get(key, key)) for key in map(_key, names)}
 
 
 def _labels(file: BinaryIO, found: list[Member], count: int) -> dict[str, int | UnusableError]:
@@ -167,12 +170,12 @@ def _labels(file: BinaryIO, found: list[Member], count: int) -> dict[str, int | 
         if isinstance(text, bytes) and len(text) == member.size and text.strip().isdigit() and int(text) < count:
             value = int(text)
         # Named in full, and by the key: two images of one key may have a class each.
-        for name in {member.name[: -len(".cls")], _key(member.name)}:
+        for name in {plain_name(member.name)[: -len(".cls")], _key(member.name)}:
             if labels.setdefault(name, value) != value:
                 labels[name] = UnusableError("no valid class", "two classes")
     return labels
 
 
 def _label(labels: dict[str, int | UnusableError], name: str) -> int | UnusableError:
-    full = name.rpartition(".")[0]
+    full = plain_name(name).rpartition(".")[0]
     return labels.get(full, labels.get(_key(name), UnusableError("no valid class", "no .cls member")))

@@ -185,6 +185,51 @@ def test_the_images_of_a_sample_lie_in_one_split(tmp_path: Path) -> None:
     assert all(each.sample in {None, each.item.id} for each in found if "alone" in each.item.id)
 
 
+def test_a_sample_is_held_out_whatever_is_chosen_of_it(tmp_path: Path) -> None:
+    kinds = ("jpg", "depth.png", "raw", "mask")
+    write(tmp_path / "0.tar", [(f"s/{i}.{kind}", png(i)) for i in range(9) for kind in kinds])
+    write(tmp_path / "1.tar", [(f"s/{i}.{kind}", png(i)) for i in range(9) for kind in ("raw", "mask")])
+
+    def samples(**options: str) -> dict[str, set[str | None]]:
+        found: dict[str, set[str | None]] = {}
+        for each in everything(streamed("webdataset", tmp_path, **options)):
+            found.setdefault(each.item.id.partition(".tar")[0] + each.item.id.partition("s/")[2][0], set()).add(
+                each.sample
+            )
+        return found
+
+    every = samples(image="jpg;depth.png;raw;mask")
+    assert {len(each) for each in every.values()} == {1}
+    for chosen in ("jpg", "depth.png;jpg", "depth.png", "raw", "raw;mask"):
+        assert samples(image=chosen).items() <= every.items()
+    assert samples().items() <= every.items()
+
+
+def test_names_of_one_place_are_one(tmp_path: Path) -> None:
+    names = [
+        "a/1.jpg",
+        "./a/1.thumb.jpg",
+        "./2.jpg",
+        "2.jpg",
+        "a//3.jpg",
+        "a/3.jpg",
+        "/4.jpg",
+        "b/../4.jpg",
+        ".//5.jpg",
+    ]
+    labels: list[tuple[str | tarfile.TarInfo, bytes]] = [(f"{i}.cls", b"1") for i in ("./a/1", "2", "./a/3", "4", "5")]
+    write(tmp_path / "0.tar", [*labels, *((name, png(i)) for i, name in enumerate(names))])
+    (tmp_path / "names").write_text("cat\ndog\n")
+    found = everything(streamed("webdataset", tmp_path, classes=str(tmp_path / "names")))
+    assert [each.item.id for each in found] == [f"0.tar/{name}" for name in names], "ids are names as they are written"
+    twice = "twice in the archive"
+    assert [reason(each) for each in found] == [None, None, None, twice, None, twice, None, twice, None]
+    assert {each.item.label for each in found if not reason(each)} == {1}
+    assert found[0].sample == found[1].sample
+    shard(tmp_path / "w", 0, [*sample("1", 1), *((f"./{name}", data) for name, data in sample("1", 2))])
+    assert [reason(each) for each in everything(streamed("img2dataset", tmp_path / "w"))] == [None, twice]
+
+
 def test_a_choice_of_members(tmp_path: Path) -> None:
     names = ["a/1.jpg", "a/1.seg.png", "a/1.depth.png", "a.b/2.JPG", "3.png", "4.tiff", ".h/5.jpg", "__MACOSX/6.jpg"]
     write(tmp_path / "0.tar", [(f"./{name}", png(1)) for name in names])
