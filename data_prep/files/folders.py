@@ -10,16 +10,15 @@ from pathlib import Path
 
 from igpt_ds.errors import UserError
 
-_OF_SYSTEMS = {"__MACOSX", "lost+found", "@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN"}
-_OF_SYSTEMS |= {"System Volume Information"}
-
+_OF_SYSTEMS = {"__macosx", "lost+found", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin"}
+_OF_SYSTEMS |= {"system volume information"}  # in small letters, as some file systems give all names
 
 Identity = tuple[int, int] | str
 
 
 def is_left_out(name: str) -> bool:
     """Is a file or folder of this name none of the user's: hidden, or made by a system for itself?"""
-    return name.startswith(".") or name in _OF_SYSTEMS
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
 
 
 def visible(folder: str | Path) -> list[os.DirEntry[str]]:

@@ -21,6 +21,10 @@ WNID = re.compile(r"n[0-9]{8}")
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 GZIP = b"\x1f\x8b"
 _LARGEST = 1 << 26
+_FORM = (
+    "write one class a line in the order of the images' names, or NAME CLASS or NAME,CLASS, in UTF-8 "
+    "(Kaggle's LOC_val_solution.csv is such a file)"
+)
 _HELP = "give the devkit, or --option order=ilsvrc or order=synset with a file of numbers"
 
 
@@ -68,20 +72,26 @@ def devkit_synsets(devkit: Path) -> list[str]:
 
 
 def _values(data: bytes, truth: Path, images: list[str]) -> list[str]:
+    if b"\0" in data:
+        raise UserError(f"{truth}: no plain text, UTF-16 maybe: {_FORM}")
     text = data.removeprefix(codecs.BOM_UTF8).decode("ascii", "replace")
-    is_table = "," in text.partition("\n")[0]  # name,class and boxes
-    lines = [line.replace(",", " ").split()[: 2 if is_table else None] for line in text.splitlines() if line.strip()]
-    if is_table and not re.fullmatch(rf"{WNID.pattern}|[0-9]+", lines[0][-1]):
-        lines = lines[1:]  # the first one is its title
+    is_table = re.search("[,;]", text.partition("\n")[0]) is not None  # name,class and boxes
+    rows = (re.sub('[,;"]', " ", line).split() for line in text.splitlines())
+    lines = [row[: 2 if is_table else None] for row in rows if row]
+    has_title = is_table or len(lines) == len(images) + 1
+    if has_title and not re.fullmatch(rf"{WNID.pattern}|[0-9]+", lines[0][-1]):
+        lines = lines[1:]
     if len(lines) != len(images):
-        raise UserError(f"{truth}: {len(lines)} lines for {len(images)} validation images: one of both is incomplete")
+        raise UserError(
+            f"{truth}: {len(lines)} lines for {len(images)} validation images: one of both is incomplete, or {_FORM}"
+        )
     named = all(len(line) == 2 for line in lines)
     if not named and not all(len(line) == 1 for line in lines):
-        raise UserError(f"{truth}: not one class a line: {_HELP}")
+        raise UserError(f"{truth}: not one class a line: {_FORM}")
     if named:
         by_name = {name.rpartition("/")[2].removesuffix(".JPEG"): value for name, value in lines}
         if missing := [name for name in images if name.removesuffix(".JPEG") not in by_name]:
-            raise UserError(f"{truth}: no line for {missing[0]}: one of both is incomplete")
+            raise UserError(f"{truth}: no line for {missing[0]}: one of both is incomplete, or {_FORM}")
         return [by_name[name.removesuffix(".JPEG")] for name in images]
     return [line[0] for line in lines]
 

@@ -12,8 +12,8 @@ on the hub needs `--option test=validation`, since its `test` files have no labe
 
 The image column is the only one that holds images, or `--option image=COLUMN`: a struct with `bytes`, or plain binary.
 The label column is the only ClassLabel, or `--option label=COLUMN`; with `--option classes=FILE` (one name a line) it
-can be any column of integers. Without a ClassLabel or these options the images are unlabelled, and so they are with
-`--option label=none`. All files must agree.
+can be any column of integers; other names than a ClassLabel's own are refused. Without a ClassLabel or these options
+the images are unlabelled, and so they are with `--option label=none`. All files must agree.
 
 An image's id is the file's name, a slash and its row. Rejected: a row without bytes (a path alone is not followed) or,
 with labels, without a class. Read row by row; in memory is a page as its writer cut it, some 1 000 rows maybe. Needs
@@ -23,6 +23,7 @@ pyarrow.
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, BinaryIO
 
 from data_prep.files import MAX_BYTES
@@ -122,6 +123,11 @@ def open_source(
     names = read_classes(classes) if classes else columns.names
     if columns.label is None or names is None:
         return Parquet(files, columns, None, (image, label, classes), test, pool)
+    if columns.names and (differing := [pair for pair in zip_longest(columns.names, names) if pair[0] != pair[1]]):
+        own, given = (name or "none" for name in differing[0])
+        raise UserError(
+            f"{classes}: names {given} where the column {columns.label} of {first} has {own}: leave it out"
+        )
     return Parquet(files, columns, list(names), (image, label, classes), test, pool)
 
 

@@ -128,6 +128,7 @@ def test_folders_that_are_no_classes_are_left_out(tmp_path: Path) -> None:
         tmp_path, "cat/1.png", "dog/2.png", "empty/", "notes/deep/", "lost+found/", "__MACOSX/cat/1.png", ".cache/3.png"
     )
     lay(tmp_path, "cat/@eaDir/1.png/SYNOPHOTO_THUMB_XL.jpg", "cat/.hidden/4.png", "cat/._1.png", "@eaDir/x/5.jpg")
+    lay(tmp_path, "__macosx/1.png", "@eadir/1.png", "LOST+FOUND/1.png")
     (tmp_path / "notes/readme.txt").write_text("no image")
     source = listed("image_folder", tmp_path)
     assert source.classes == ["cat", "dog"]

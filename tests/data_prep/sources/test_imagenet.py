@@ -194,6 +194,17 @@ def test_other_forms_of_the_classes(tmp_path: Path) -> None:
     assert labels("no_title.csv", kaggle.partition(b"\r\n")[2]) == VALIDATION
     named = "".join(row.replace(",", " ").partition(" 1 ")[0] + "\n" for row in reversed(rows))
     assert labels("names.txt", named.encode()) == VALIDATION
+    pairs = [row.partition(" 1 ")[0].split(",") for row in rows]
+    for begin, line in (
+        ("name\tclass\n", "{}\t{}\n"),
+        ("name;class\n", "{};{};\n"),
+        ("", '"{}","{}"\n'),
+        ("a b\n", "{} {}\n"),
+    ):
+        assert labels("form", (begin + "".join(line.format(*pair) for pair in reversed(pairs))).encode()) == VALIDATION
+    assert labels("title", "".join(["class\n", *(f"{pair[1]}\n" for pair in pairs)]).encode()) == VALIDATION
+    assert "UTF-16 maybe: write one class a line" in refusal(lambda: labels("16", named.encode("utf-16")))
+    assert "or write one class a line" in refusal(lambda: labels("none", b"x"))
     assert "5 lines for 6" in refusal(lambda: labels("short.csv", kaggle.rpartition(b"ILSVRC")[0]))
     plain = "".join(f"{SYNSETS[label]}\r\n" for label in VALIDATION)
     assert labels("bom", ("\ufeff" + plain).encode()) == VALIDATION

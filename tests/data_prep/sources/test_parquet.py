@@ -206,6 +206,12 @@ def test_other_columns(tmp_path: Path) -> None:
     assert (source.classes, [(e.item.label, e.data) for e in everything(source)]) == (["x", "y"], [(1, png(2))])
     source = streamed("parquet", tmp_path / "b", image="one", label="none")
     assert (source.classes, [(e.item.label, e.data) for e in everything(source)]) == (None, [(None, png(1))])
+    for text, told in (("x\nz\n", "names z where the column coarse"), ("x\n", "none where"), ("x\ny\nz\n", "has none")):
+        (tmp_path / "other").write_text(text)
+        options = {"image": "one", "label": "coarse", "classes": str(tmp_path / "other")}
+        assert told in refusal(lambda options=options: streamed("parquet", tmp_path / "b", **options))
+    (tmp_path / "other").write_text("x\ny\n")
+    assert streamed("parquet", tmp_path / "b", **options).classes == ["x", "y"]
     write(tmp_path / "c/x.parquet", {"text": ["no images"]})
     write(tmp_path / "d/x.parquet", {f"column {i}": ["no images"] for i in range(500)})
     assert len(refusal(lambda: streamed("parquet", tmp_path / "d"))) < 600
