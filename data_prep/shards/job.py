@@ -26,7 +26,7 @@ import PIL
 
 from data_prep.images.rejects import Tally
 from data_prep.selection.file import Selection
-from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Settings, Split, make_plans, no_images, read_record
+from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Settings, Split, make_plans, no_images, refuse_mismatch
 from data_prep.shards.task import OWNER, ShardTask, committed, records, task_of
 from data_prep.sources import Source
 from igpt_ds import __version__
@@ -290,7 +290,8 @@ def begin(
     others: list[Split] = [each for each in ("train", "val", "test") if each not in chosen]
     for other in others:
         if not (force and stale == out / other):  # that one goes
-            _refuse_mismatch(plans[0], out / other, other)
+            for plan in plans:
+                refuse_mismatch(plan, out / other, other)
     return Build(
         out=out,
         palette=palette,
@@ -315,40 +316,6 @@ def _refuse_other(plan: Plan, directory: Path) -> None:
     # An unfinished build of ours has its plan. Anything else is not ours to clear away.
     if not (directory / "plan.json").exists() and any(directory.glob("[!.]*")):
         raise UserError(f"{directory}: is not empty and no unfinished build: choose another --out")
-
-
-def _refuse_mismatch(plan: Plan, there: Path, split: Split) -> None:
-    """The splits of one directory are one data set, also when they are built one after the other."""
-    other = read_record(there)
-    if other is None:
-        return
-    remedy = f"or choose another --out, or remove {there}"
-    transform, held_out = other.get("transform"), other.get("holdout")
-    resolution = transform.get("resolution") if isinstance(transform, dict) else None
-    if "test" not in (split, plan.split) and held_out != plan.settings.holdout:
-        raise UserError(
-            f"{there}: was built with --holdout {held_out}, not {plan.settings.holdout:g}, so that the splits "
-            f"would overlap: give the same share, {remedy}"
-        )
-    if other.get("palette_sha256") != plan.record["palette_sha256"]:
-        raise UserError(f"{there}: was built with another palette: give --palette {there}/palette.npy, {remedy}")
-    if resolution != plan.settings.resolution:
-        raise UserError(
-            f"{there}: was built with --resolution {resolution}, not {plan.settings.resolution}: "
-            f"give the same, {remedy}"
-        )
-    if other.get("classes") != plan.record["classes"]:
-        raise UserError(
-            f"{there}: has {_listed(other.get('classes'))}, but {plan.split} would have "
-            f"{_listed(plan.record['classes'])}: give both the same classes in the same order "
-            f"(folders: as train/ and test/ of one folder), {remedy}"
-        )
-
-
-def _listed(classes: object) -> str:
-    if not isinstance(classes, list):
-        return "no classes"
-    return f"{len(classes)} classes ({', '.join(map(str, classes[:4]))}{', ...' if len(classes) > 4 else ''})"
 
 
 def _is_trial(plan: Plan, max_shards: int | None) -> bool:

@@ -28,6 +28,8 @@ from igpt_ds.reading import read_json
 
 ROWS_PER_BLOCK = 256
 _CLASS_FILES = {"classes", "truth"}  # options of sources
+_OF_OTHERS = {*_CLASS_FILES, "test", "order", "pool", "allow_pipe"}  # these change no name of a training image
+_POOL = "pool_sha256"  # of the ids of all images that a listed source's split is a share of
 _MOST_SHARDS = 1_000_000  # of a split, each with its file and its mark
 
 Split = Literal["train", "val", "test"]
@@ -126,11 +128,11 @@ class Plan:
 
 
 def _meaning(record: dict[str, Any]) -> dict[str, Any]:
-    """Without the names of files that are read for what they say of classes and labels, which the plan holds."""
-    options = record.get("options")
-    if not isinstance(options, dict):
-        return record
-    return {**record, "options": {name: value for name, value in options.items() if name not in _CLASS_FILES}}
+    """Without what other splits hold, and names of files of classes or labels, which the plan holds itself."""
+    record = {name: value for name, value in record.items() if name != _POOL}
+    if isinstance(options := record.get("options"), dict):
+        record["options"] = {name: value for name, value in options.items() if name not in _CLASS_FILES}
+    return record
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -174,14 +176,14 @@ def make_plans(
         raise UserError(
             f"{selection.path}: was made from {selection.source}, not from {source.name}: select from this source"
         )
-    pools: dict[Pool, list[Item] | list[Piece]] = {}
+    pools: dict[Pool, tuple[list[Item] | list[Piece], str | None]] = {}
     plans = []
     for split in splits:
         pool: Pool = "test" if split == "test" else "train"
         if pool not in pools:
             pools[pool] = _pool(source, pool, selection)
         transform = _transform(split, settings)
-        plans.append(_plan(split, source, pools[pool], palette, settings, transform, selection, options or {}))
+        plans.append(_plan(split, source, *pools[pool], palette, settings, transform, selection, options or {}))
     return plans
 
 
@@ -206,24 +208,29 @@ def _check(settings: Settings, splits: tuple[Split, ...]) -> None:
         raise UserError("--split val: --holdout 0 holds nothing out: give a share, or leave out --split val")
 
 
-def _pool(source: Source, pool: Pool, selection: Selection | None) -> list[Item] | list[Piece]:
+def _pool(source: Source, pool: Pool, selection: Selection | None) -> tuple[list[Item] | list[Piece], str | None]:
+    """What a pool holds of the selection and, of listed images, a hash of the ids of all."""
     found = pieces_of(source, pool, 0) if isinstance(source, StreamedSource) else source.items(pool)
     if not found:
         raise UserError(f"{source.name}: has no images for --split {pool}: leave it out or mend the path")
-    if selection is None:
-        return found
     if isinstance(source, StreamedSource):
-        missing = [piece.part for piece in cast(list[Piece], found) if piece.part not in selection.members]
-        if missing:
+        missing = [
+            piece.part for piece in cast(list[Piece], found) if selection and piece.part not in selection.members
+        ]
+        if selection and missing:
             raise UserError(
                 f"{selection.path}: was made without {missing[0]}: select again from all that is to be built"
             )
-        return found
+        return found, None
+    ids = "\0".join(sorted(item.id for item in cast(list[Item], found)))
+    content = hashlib.sha256(ids.encode("utf-8", "surrogateescape")).hexdigest()
+    if selection is None:
+        return found, content
     kept = selection.kept("")
     items = [item for item in cast(list[Item], found) if item.id.encode("utf-8", "surrogateescape") in kept]
     if len(items) != len(kept):
         raise missing_selected(selection, source.name, len(kept) - len(items), len(kept))
-    return items
+    return items, content
 
 
 def missing_selected(selection: Selection, where: str, missing: int, of: int) -> UserError:
@@ -235,6 +242,7 @@ def _plan(
     split: Split,
     source: Source,
     pool: list[Item] | list[Piece],
+    pool_sha256: str | None,
     palette: Palette,
     settings: Settings,
     transform: Transform,
@@ -280,7 +288,7 @@ def _plan(
             raise no_images(split, settings.holdout, len(every))
         for item in items:
             content.update(f"{item.label}\0{item.id}\0".encode("utf-8", "surrogateescape"))
-        record |= {"images": len(items), "images_sha256": content.hexdigest()}
+        record |= {"images": len(items), "images_sha256": content.hexdigest(), _POOL: pool_sha256}
         pieces = cut(items, settings.rows_per_shard)
     return Plan(split, source, settings, transform, views, pieces, selection, record)
 
@@ -293,3 +301,57 @@ def no_images(split: Split, holdout: float, pool: int | None = None) -> UserErro
         f"--holdout {holdout:g}: of {many} images none is left for {which}: "
         "choose another share, or 0 for no validation"
     )
+
+
+def refuse_mismatch(plan: Plan, there: Path, split: Split) -> None:
+    """The splits of one directory are one data set, also when they are built one after the other."""
+    other = read_record(there)
+    if other is None:
+        return
+    remedy = f"or choose another --out, or remove {there}"
+    transform, held_out = other.get("transform"), other.get("holdout")
+    resolution = transform.get("resolution") if isinstance(transform, dict) else None
+    if "test" not in (split, plan.split) and held_out != plan.settings.holdout:
+        raise UserError(
+            f"{there}: was built with --holdout {held_out}, not {plan.settings.holdout:g}, so that the splits "
+            f"would overlap: give the same share, {remedy}"
+        )
+    if "test" not in (split, plan.split) and (told := _other_pool(plan.record, other)):
+        raise UserError(
+            f"{there}: was built from {told}, so that the splits may overlap: "
+            f"build both in one command (--split train --split val), {remedy}"
+        )
+    if other.get("palette_sha256") != plan.record["palette_sha256"]:
+        raise UserError(f"{there}: was built with another palette: give --palette {there}/palette.npy, {remedy}")
+    if resolution != plan.settings.resolution:
+        raise UserError(
+            f"{there}: was built with --resolution {resolution}, not {plan.settings.resolution}: "
+            f"give the same, {remedy}"
+        )
+    if other.get("classes") != plan.record["classes"]:
+        raise UserError(
+            f"{there}: has {_listed(other.get('classes'))}, but {plan.split} would have "
+            f"{_listed(plan.record['classes'])}: give both the same classes in the same order "
+            f"(folders: as train/ and test/ of one folder), {remedy}"
+        )
+
+
+def _listed(classes: object) -> str:
+    if not isinstance(classes, list):
+        return "no classes"
+    return f"{len(classes)} classes ({', '.join(map(str, classes[:4]))}{', ...' if len(classes) > 4 else ''})"
+
+
+def _other_pool(mine: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """How the images differ that two splits are shares of, in words: an image's share depends on its id."""
+    if other.get("source") != mine["source"]:
+        return f"{other.get('source')}, not {mine['source']}"
+    options = other.get("options")
+    there = options if isinstance(options, dict) else {}
+    for name in sorted({*mine["options"], *there} - _OF_OTHERS):
+        if there.get(name) != mine["options"].get(name):
+            return f"other images (--option {name} was {there.get(name)} and is {mine['options'].get(name)})"
+    # Older versions have not kept the ids of all listed images.
+    if any(other.get(name, found) != found for name, found in mine.items() if name in {"parts_sha256", _POOL}):
+        return "images or files of other names (they are called by their place below the path that is given)"
+    return None

@@ -346,6 +346,39 @@ def test_splits_of_one_directory_are_one_data_set(photos: Path, tmp_path: Path, 
     assert Dataset.open(out / second).manifest.classes == ["flower"]
 
 
+def test_splits_are_shares_of_the_same_images(tars: Path, photos: Path, tmp_path: Path, palette: Palette) -> None:
+    """An image's share depends on its id, and so on the spelling of the path."""
+    pack(tars / "b.tar", sorted((photos / "flower").iterdir())[:6])
+    shutil.copytree(photos, tmp_path / "of" / "train")
+    out = tmp_path / "d"
+
+    def make(split: str, source: str, path: Path | str, **options: str) -> object:
+        chosen = replace(PLAIN, holdout=0.4)
+        return build_here(
+            begin(open_source(source, [str(path)], options), out, palette, chosen, splits=(split,), options=options)  # type: ignore[arg-type]
+        )
+
+    for first, second in (("train", "val"), ("val", "train")):
+        make(first, "webdataset", tars)
+        for source, path, options in [
+            ("webdataset", tmp_path / "tar*" / "[ab].tar", {}),
+            ("webdataset", tars / "a.tar", {}),
+            ("webdataset", tars, {"image": "jpg"}),
+            ("image_folder", photos / "china", {}),
+        ]:
+            with pytest.raises(UserError, match=rf"d/{first}: was built from .* may overlap: build both in one"):
+                make(second, source, path, **options)
+        make(second, "webdataset", f"{tars}/*.tar", pool="train")
+        found = [i for split in (first, second) for i in Dataset.open(out / split).ids().tolist()]
+        assert len(set(found)) == len(found) == 12
+        shutil.rmtree(out)
+    make("train", "image_folder", tmp_path / "of")
+    with pytest.raises(UserError, match="may overlap"):
+        make("val", "image_folder", tmp_path / "of" / "train")
+    make("val", "image_folder", f"{tmp_path}/./of/")
+    make("test", "image_folder", photos)
+
+
 def test_millions_of_shards_are_refused(photos: Path, tmp_path: Path, palette: Palette) -> None:
     source = open_source("image_folder", [str(photos)])
     with pytest.raises(UserError, match=r"--rows-per-shard 1: 48,000,000 shards in 1000000 view\(s\) for train"):
