@@ -26,14 +26,16 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.files.patterns import FileSet
-from data_prep.files.remote import existing, fetched
+from data_prep.files.remote import existing, fetched, scheme
 from data_prep.files.tar import Member, members, plain_name, read_member, safe_name
 from data_prep.sources import Encoded, Item, Pool, UnusableError
 from data_prep.sources._opt_out import opted_out
-from data_prep.sources._splits import split_of_word
+from data_prep.sources._splits import split_of_folder, splits_named
 from data_prep.sources.webdataset import image_bytes
 from igpt_ds.errors import UserError
 
@@ -54,8 +56,13 @@ class Img2Dataset:
         if pool == "test":
             return []
         places = self.tars.places()
+        of_folder = cache(split_of_folder)
         for name, url in places.items():
-            if told := [part for part in name.split("/")[:-1] if split_of_word(part) in {"test", "validation"}]:
+            folders = name.split("/")[:-1]
+            told = [part for part in folders if {"test", "validation"} & set(splits_named(part))]
+            if not told and folders and not scheme(url) and of_folder(str(Path(url).parent)) in {"test", "validation"}:
+                told = folders[-1:]  # a link to one
+            if told:
                 raise UserError(f"{url}: in a folder {told[0]}, and not to be trained on: give the other folders")
         stats = {_stats(url): name.removesuffix(".tar") for name, url in places.items()}
         finished = [stats[url] for url in existing(stats)]

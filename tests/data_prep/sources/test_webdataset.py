@@ -357,6 +357,16 @@ def test_shards_of_img2dataset(tmp_path: Path) -> None:
     assert [tuple(each.item) for each in found] == [(i, None) for i in ids]
     for each, seed in zip(found, (1, 2, 3), strict=True):
         assert np.array_equal(decoded(each.data), random_pixels(seed))
+    (tmp_path / "more").symlink_to(tmp_path.parent / "web/val2017")
+    for name in ("val2017", "my_test"):
+        shard(tmp_path.parent / "web" / name, 0, [])
+        assert "not to be trained on" in refusal(
+            lambda: streamed("img2dataset", tmp_path.parent / "web").parts("train")
+        )
+        if name == "val2017":
+            assert "in a folder more" in refusal(lambda: streamed("img2dataset", tmp_path).parts("train"))
+        shutil.rmtree(tmp_path.parent / "web")
+    (tmp_path / "more").unlink()
     for name in ("val", "Test"):
         shard(tmp_path.parent / "web" / name, 0, [])
         assert "not to be trained on" in refusal(
