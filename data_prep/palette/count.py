@@ -83,7 +83,10 @@ def colour_tasks(
         images = len(items)
         pieces = cut(items, max(_IMAGES, -(-images // _TASKS)))
     if not pieces:
-        raise UserError(f"{source.name}: no training images to count: mend the path, or raise --share")
+        raise UserError(
+            f"{source.name}: no training images to count: raise --share, or mend the path "
+            "or the names in it, which tell train from test (docs/data.md)"
+        )
     record = [source.name, options or {}, transform.record(), sample, PIL.__version__]
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for piece in pieces:

@@ -212,7 +212,10 @@ def _pool(source: Source, pool: Pool, selection: Selection | None) -> tuple[list
     """What a pool holds of the selection and, of listed images, a hash of the ids of all."""
     found = pieces_of(source, pool, 0) if isinstance(source, StreamedSource) else source.items(pool)
     if not found:
-        raise UserError(f"{source.name}: has no images for --split {pool}: leave it out or mend the path")
+        raise UserError(
+            f"{source.name}: has no images for --split {pool}: leave it out, or mend the path "
+            "or the names in it, which tell train from test (docs/data.md)"
+        )
     if isinstance(source, StreamedSource):
         missing = [
             piece.part for piece in cast(list[Piece], found) if selection and piece.part not in selection.members

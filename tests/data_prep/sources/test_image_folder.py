@@ -3,11 +3,15 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.images.pieces import pieces_of, pixels, stream
 from data_prep.images.transforms import evaluation
+from data_prep.palette.count import colour_tasks
+from data_prep.shards.plan import Settings, make_plans
 from data_prep.sources import ListedSource
+from igpt_ds.dataset.palette import Palette
 from tests.helpers.source_fixtures import listed, png, refusal
 
 
@@ -105,6 +109,10 @@ def test_a_folder_that_is_a_split_itself(tmp_path: Path, monkeypatch: pytest.Mon
                 pool: 2,
                 "test" if pool == "train" else "train": 0,
             }  # type: ignore[arg-type]
+    palette, settings = Palette(np.zeros((2, 3), np.float32)), Settings(8, 0, 1, crop=False, seed=0, rows_per_shard=9)
+    told = "mend the path or the names in it, which tell train from test"
+    assert told in refusal(lambda: make_plans(listed("image_folder", root), palette, settings, ("train",)))
+    assert told in refusal(lambda: colour_tasks(listed("image_folder", root), evaluation(8, crop=False), tmp_path))
     (tmp_path / "train").symlink_to(root)
     assert "is called train and leads to test" in refusal(lambda: listed("image_folder", tmp_path / "train"))
     for name in ("contest", "test_run/data", "dev/data"):
