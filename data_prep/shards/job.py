@@ -27,8 +27,8 @@ import PIL
 from data_prep.images.rejects import Tally
 from data_prep.selection.file import Selection
 from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Settings, Split, make_plans, no_images, refuse_mismatch
-from data_prep.shards.task import OWNER, ShardTask, committed, records, task_of
-from data_prep.sources import Source
+from data_prep.shards.task import OWNER, UNKNOWN, ShardTask, committed, records, task_of
+from data_prep.sources import PlacedSource, Source, StreamedSource
 from igpt_ds import __version__
 from igpt_ds.atomic import fsync_directory, publish_file, publish_text, writing
 from igpt_ds.dataset.manifest import Manifest, ShardRecord
@@ -116,6 +116,8 @@ class Build:
 
     def prepare(self) -> None:
         """Make the splits' directories ready: nothing of another plan in them, and no manifest until the end."""
+        places = {self.directory(plan) for plan in self.planned}
+        again = {place for place in places if (place / "manifest.json").exists() or (place / OWNER).exists()}
         for plan in self.planned if self.token else ():
             owner = (self.directory(self.planned[0]) / NAME).read_text(encoding="utf-8")
             publish_text(self.directory(plan) / OWNER, owner)
@@ -138,6 +140,11 @@ class Build:
                 for path in directory.glob(".*.tmp"):  # what a killed build left behind
                     path.unlink(missing_ok=True)
                 fsync_directory(directory)
+            if directory in again and not isinstance(plan.source, StreamedSource):
+                # Damaged since it was complete, or of an older version: what its images were is not known any more.
+                for mark in directory.glob(f"{plan.split}-*.json"):
+                    if not (stamp := directory / f".{mark.stem}.input").exists():
+                        publish_text(stamp, UNKNOWN)
             publish_text(directory / "plan.json", json.dumps(plan.record, indent=1) + "\n")
             self.palette.save(directory / "palette.npy")
 
@@ -215,8 +222,11 @@ class Build:
             )
         if not any(self._merge(each)[0].seen for each in self.planned):
             first, more = plan.pieces[0].part, len(plan.pieces) - 1
+            first = plan.source.place(first) if isinstance(plan.source, PlacedSource) else first
             files = f"{first} and {more} more files" if more else first
-            return UserError(f"{plan.source.name}: no images in {files}: mend the path")
+            image = plan.record["options"].get("image")
+            remedy = f"mend --option image={image}, or the path" if image else "mend the path"
+            return UserError(f"{plan.source.name}: no images in {files}: {remedy}")
         return no_images(plan.split, plan.settings.holdout)
 
     def _publish(self, plan: Plan, tally: Tally, shards: list[ShardRecord], squared_error: float) -> Manifest:

@@ -39,6 +39,7 @@ from igpt_ds.reading import read_json
 from igpt_ds.text import visible
 
 OWNER = ".build"  # names the build that may publish in a split's directory: the text of its lock
+UNKNOWN = "null"  # in place of what a slice's input was
 _FIRST_BYTES = 1 << 20  # of a shard's buffer, which doubles as it fills
 
 
@@ -128,7 +129,9 @@ def build_slice(task: ShardTask) -> Done:
         tally = _tally(marks)
         return Done(tally, tally.seen, _again(task))
     read = stamp(task.source, task.slice.piece)
-    _stamp_of(task).unlink(missing_ok=True)  # what it tells of shards that may be replaced
+    if read is not None:
+        require(task.directory / OWNER, task.token)
+        publish_text(_stamp_of(task), UNKNOWN)  # until all shards are of what is read now
     done = _go_on(task, marks)
     if done is None:
         holds = "holds" if marks[-1].passed else "may hold"  # older versions have not kept what it held
@@ -185,6 +188,8 @@ def _is_finished(task: ShardTask, marks: list[Mark]) -> bool:
         return True
     try:
         return bool(read_json(_stamp_of(task)) == now)
+    except FileNotFoundError:
+        return task.slice.piece.items is not None  # the data set was complete, see `Build.prepare`
     except (OSError, ValueError):
         return False
 
