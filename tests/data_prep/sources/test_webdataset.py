@@ -14,10 +14,12 @@ from click.testing import CliRunner
 
 from data_prep.cli import cli
 from data_prep.files import patterns, remote
-from data_prep.shards.plan import belongs
+from data_prep.shards.job import begin
+from data_prep.shards.plan import Settings, belongs
 from data_prep.sources import UnusableError, recorded
 from data_prep.sources._opt_out import opted_out
 from igpt_ds.dataset.palette import Palette
+from tests.helpers.places import build_here
 from tests.helpers.source_fixtures import (
     decoded,
     everything,
@@ -244,6 +246,17 @@ def test_a_choice_of_members(tmp_path: Path) -> None:
     assert ids(image="jpg;.png") == ["a/1.jpg", "a.b/2.JPG", "3.png"]
     assert ids(image="seg.png") == ["a/1.seg.png"]
     assert "an empty name" in refusal(lambda: ids(image="jpg;"))
+    palette = Palette(np.zeros((2, 3), np.float32))
+    settings = Settings(8, 0, 1, crop=False, seed=0, rows_per_shard=9, augment=False)
+    for options, told in (
+        ({"image": "webp"}, "mend --option image=webp, or the path"),
+        ({}, f"in {tmp_path}/e/1.tar: mend"),
+    ):
+        write(tmp_path / "e/1.tar", [("1.txt", b"")])
+        job = begin(
+            streamed("webdataset", tmp_path / "e", **options), tmp_path / "out", palette, settings, options=options
+        )
+        assert told in refusal(lambda job=job: build_here(job))
 
 
 def test_numbers_of_classes(tmp_path: Path) -> None:
