@@ -70,6 +70,18 @@ def no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
+def refuse_special(path: Path) -> None:
+    """Refuse what is there and no regular file, nor a link to one: a device or a pipe would be replaced by a file.
+
+    Links into /proc, such as /dev/stdout, are the system's, whatever they lead to.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "", path)
+    of_system = path.is_symlink() and path.readlink().is_relative_to("/proc")
+    if of_system or (path.exists() and not path.is_file()):
+        raise UserError(f"{path}: is a device or a pipe, no file: choose another path")
+
+
 @contextmanager
 def publish_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; on success it gets its final name, on failure it vanishes."""
@@ -77,6 +89,7 @@ def publish_file(path: Path) -> Iterator[BinaryIO]:
     # Two writers of the same file have two names; the last rename wins, whole.
     temporary = unfinished(path)
     with writing(path):
+        refuse_special(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:  # x: never a file that is there, nor what a link leads to

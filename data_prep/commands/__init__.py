@@ -3,7 +3,6 @@
 Heavy imports stay inside the commands, so that --help answers at once.
 """
 
-import errno
 import glob
 import os
 import re
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from igpt_ds.atomic import writing
+from data_prep.files.folders import is_left_out
+from igpt_ds.atomic import refuse_special, writing
 from igpt_ds.errors import UserError
 from igpt_ds.options import Number
 
@@ -132,12 +132,15 @@ def place_of(folder: Path, where: dict[str, Any]) -> "Iterator[Here | OnCluster]
     yield OnCluster(cluster, where["wait"])
 
 
-# Sources that find their files by name; all others take whatever a folder holds.
-_BY_NAME = ("cifar10", "cifar100", "imagenet", "stl10")
+_BY_NAME = ("cifar10", "cifar100", "stl10")  # they find their files by name; others take whatever a folder holds
 
 
 def refuse_inside(source: str, paths: Sequence[str], *outputs: Path) -> None:
     """Refuse to write into a folder that is read: what lies there would be taken for images, or for a class."""
+    if source == "imagenet":
+        from data_prep.sources.imagenet import folders_of_classes
+
+        paths = folders_of_classes(paths)
     for path in () if source in _BY_NAME else paths:
         for folder in _folders(path):
             for out in outputs:
@@ -146,26 +149,30 @@ def refuse_inside(source: str, paths: Sequence[str], *outputs: Path) -> None:
 
 
 def _folders(path: str) -> Iterator[Path]:
-    """The folders that a path of a source stands for, and those that links in them lead to, resolved."""
+    """The folders that a path of a source stands for, and those that links in them lead to, resolved.
+
+    As in `data_prep.files.folders`, links to folders around them and what is left out are not followed.
+    """
     found = [path] if os.path.lexists(path) else glob.glob(re.sub(r"\{[^{}]*\}", "*", path))  # noqa: PTH207
-    left, seen = [Path(each).resolve() for each in found if os.path.isdir(each)], set[Path]()  # noqa: PTH112
-    while left:
-        if (folder := left.pop()) not in seen:
-            seen.add(folder)
-            yield folder
-            links = (Path(inside, name) for inside, names, _ in os.walk(folder) for name in names)
-            left += [link.resolve() for link in links if link.is_symlink()]
+    for top in [Path(each).resolve() for each in found if os.path.isdir(each)]:  # noqa: PTH112
+        left, seen = [top], set(top.parents)
+        while left:
+            if (folder := left.pop()) not in seen:
+                seen.add(folder)
+                yield folder
+                for inside, names, _ in os.walk(folder):
+                    names[:] = [name for name in names if not is_left_out(name)]
+                    left += [link.resolve() for name in names if (link := Path(inside, name)).is_symlink()]
 
 
 def require_writable(path: Path) -> None:
     """Refuse at once what could not be written in the end.
 
     Raises:
-        UserError: the path is a folder, or no file can be made where it is to lie.
+        UserError: the path is no regular file, or no file can be made where it is to lie.
     """
     with writing(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "", path)
+        refuse_special(path)
         folder = next(each for each in path.absolute().parents if os.path.lexists(each))
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}."):
             pass

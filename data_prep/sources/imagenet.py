@@ -21,7 +21,7 @@ The tars are read where they are; the training tar is indexed once: see `data_pr
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -123,6 +123,12 @@ def open_source(paths: list[str], *, truth: str | None = None, order: str | None
             f"{paths[0]}: which classes there are is not known: give the training images or the devkit, too"
         )
     return ImageNet(train, val, chosen, order, classes)
+
+
+def folders_of_classes(paths: Sequence[str]) -> list[str]:
+    """Those among the parts of ImageNet at the paths: whatever lies in them is taken for a class or an image."""
+    found = _found([Path(path) for path in paths])
+    return [str(found[role]) for role in ("train", "val") if role in found and found[role].is_dir()]
 
 
 def _found(paths: list[Path]) -> dict[str, Path]:

@@ -27,6 +27,21 @@ def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.Monk
     assert victim.read_text() == "mine"
 
 
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    (system := tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    for path in (pipe, system):
+        with pytest.raises(UserError, match="is a device or a pipe, no file: choose another path"):
+            publish_text(path, "x")
+    with pytest.raises(UserError, match="the path is a directory"):
+        publish_text(tmp_path, "x")
+    assert pipe.is_fifo() and system.is_symlink() and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "file").write_text("before")
+    (link := tmp_path / "link").symlink_to("file")
+    publish_text(link, "x")  # what it leads to stays
+    assert (link.read_text(), (tmp_path / "file").read_text()) == ("x", "before")
+
+
 def test_two_writers_never_mix(tmp_path: Path) -> None:
     """Of one process as of two containers, whose host and process id may be the same."""
     path, texts = tmp_path / "file", [letter * 50_000 for letter in "abcd"]

@@ -52,8 +52,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> Command:
     return Command(monkeypatch, capsys)
 
 
-def shards(images: Path, out: object, *options: object, source: str = "image_folder") -> tuple[object, ...]:
-    palette = images.parent / "palette.npy"
+def shards(
+    images: Path, out: object, *options: object, source: str = "image_folder", palette: Path | None = None
+) -> tuple[object, ...]:
+    palette = palette or images.parent / "palette.npy"
     sizes = ("--resolution", 8, "--no-crop", "--holdout", 0)
     return ("shards", source, images, "--palette", palette, *sizes, "--out", out, *options)
 
@@ -101,6 +103,48 @@ def test_select_writes_no_pictures_into_the_images(images: Path, command: Comman
         arguments = ["select", "image_folder", images, "--like", f"image_folder:{tmp_path / 'like'}", *embedder]
         arguments += ["--out", tmp_path / out, "--work", tmp_path / work]
         assert "whose images are read" in command.refused(*arguments)
+
+
+@pytest.mark.usefixtures("unread")
+def test_nothing_is_written_among_the_classes_of_imagenet(images: Path, command: Command, tmp_path: Path) -> None:
+    root = tmp_path / "ILSVRC"
+    for place in ("train/n00000001", "val/n00000001"):
+        shutil.copytree(images / "cat", root / place)
+    before = sorted(tmp_path.rglob("*"))
+    for path, out, *options in [
+        (root, root / "train" / "tokens"),
+        (root / "train", root / "train" / "tokens"),
+        (root, root / "train" / "n00000001"),
+        (root, root / "val" / "tokens", "--split", "test"),
+    ]:
+        told = command.refused(*shards(path, out, *options, source="imagenet", palette=tmp_path / "palette.npy"))
+        assert "whose images are read: choose a place outside of it" in told
+    assert "whose images are read" in command.refused("palette", "imagenet", root, "--out", root / "train" / "p.npy")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_imagenet_s_own_folder_may_hold_the_tokens(images: Path, command: Command, tmp_path: Path) -> None:
+    shutil.copytree(images / "cat", tmp_path / "ILSVRC" / "train" / "n00000001")
+    root = tmp_path / "ILSVRC"
+    assert command(*shards(root, root / "t", source="imagenet", palette=tmp_path / "palette.npy"))[0] == 0
+
+
+def test_links_that_are_not_followed_are_not_read(images: Path, command: Command, tmp_path: Path) -> None:
+    (images / "cat" / "up").symlink_to("../..")
+    (tmp_path / "store").mkdir()
+    (images / "cat" / ".hidden").symlink_to(tmp_path / "store")
+    assert command(*shards(images, tmp_path / "d"))[0] == 0
+    assert command(*shards(images, tmp_path / "store" / "d"))[0] == 0
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_pipe_is_not_replaced(images: Path, command: Command, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        told = command.refused("palette", images, "--k", 1, "--out", tmp_path / name)
+        assert f"{name}: is a device or a pipe" in told
+    assert (tmp_path / "link").is_fifo() and (tmp_path / "link").is_symlink()
 
 
 def test_images_beside_the_tokens_are_read(images: Path, command: Command) -> None:
