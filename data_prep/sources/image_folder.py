@@ -157,7 +157,10 @@ def _refuse_loose(root: Path, folders: dict[Identity, str]) -> None:
 
 def _images(top: Path, others: Collection[Identity]) -> Iterator[str]:
     """The paths of the images below a folder; links from there to other folders of classes are not followed."""
-    return (name for name, entry in files_below(str(top), SUFFIXES, others) if is_file(entry))
+    for name, entry in files_below(str(top), SUFFIXES, others):
+        if not is_file(entry):
+            raise UserError(f"{entry.path}: a pipe or a device, no image: remove it")
+        yield name
 
 
 def _refuse_splits(root: Path, prefix: str, ids: Iterable[str]) -> None:

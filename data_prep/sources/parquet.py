@@ -125,9 +125,7 @@ def open_source(
         return Parquet(files, columns, None, (image, label, classes), test, pool)
     if columns.names and (differing := [pair for pair in zip_longest(columns.names, names) if pair[0] != pair[1]]):
         own, given = (name or "none" for name in differing[0])
-        raise UserError(
-            f"{classes}: names {given} where the column {columns.label} of {first} has {own}: leave it out"
-        )
+        raise UserError(f"{classes}: names {given} where the column {columns.label} of {first} has {own}: leave it out")
     return Parquet(files, columns, list(names), (image, label, classes), test, pool)
 
 

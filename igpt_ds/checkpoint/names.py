@@ -87,9 +87,10 @@ def read_content(path: Path) -> dict[str, Any]:
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise UserError(f"{path}: format {content['format']} {content['version']} is not known: update igpt-ds")
         if recorded != content_sha256(content) or type(content["step"]) is not int:
-            raise ValueError("checkpoint.json is not as it was written")
+            raise ValueError
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a whole checkpoint ({error}): remove it or take another") from error
+        why = error.strerror if isinstance(error, OSError) else "checkpoint.json is not as it was written"
+        raise UserError(f"{path}: not a whole checkpoint ({why}): remove it or take another") from error
     return dict(content)
 
 
@@ -98,11 +99,11 @@ def content_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def set_aside(path: Path, why: str) -> None:
-    """Rename what is in the way of a run, to a name that nothing has."""
+def set_aside(path: Path, why: str) -> Path:
+    """Rename what is in the way of a run, to a name that nothing has, which is returned."""
     names = (path.with_name(f"{why}-{path.name}-{number}") for number in itertools.count(time.time_ns()))
     with writing(path):
-        path.rename(next(name for name in names if not os.path.lexists(name)))
+        return path.rename(next(name for name in names if not os.path.lexists(name)))
 
 
 def set_aside_newer(folder: Path, step: int, why: str = "damaged") -> None:

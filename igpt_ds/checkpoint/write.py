@@ -10,6 +10,7 @@ knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ from igpt_ds.errors import RunError, UserError
 from igpt_ds.lock import Lock
 from igpt_ds.memory import available_bytes
 
+LOGGER = logging.getLogger("igpt_ds")
 Slices = dict[str, list[Any]]
 
 
@@ -215,7 +217,8 @@ def publish_checkpoint(
         with writing(final):
             os.rename(final, replaced)
     elif os.path.lexists(final):
-        set_aside(final, "foreign")
+        away = set_aside(final, "foreign")
+        LOGGER.warning(f"{final}: no checkpoint of this run, but a save needs the name: renamed {away.name}")
     publish_directory(temporary, final)
     # For people and other programs: we ourselves look for the newest one that is whole.
     latest = final.with_name("latest")

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_NAMED = 10  # damaged lines, each with a warning of its own
+
+
 def read_metrics(path: Path, warn: Callable[[str], None] = LOGGER.warning) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, but for damaged ones, which are named through `warn`; [] without a file.
 
@@ -39,12 +42,16 @@ def read_metrics(path: Path, warn: Callable[[str], None] = LOGGER.warning) -> li
     Raises:
         UserError: there is something else than a file.
     """
-    lines = []
+    lines, damaged = [], 0
     for number, (_, line) in enumerate(_lines(path), 1):
         if isinstance(line, dict):
             lines.append(line)
         elif line is not None:
-            warn(f"{path}: line {number} is passed over: damaged ({line}); mend or delete it")
+            damaged += 1
+            if damaged <= _NAMED:
+                warn(f"{path}: line {number} is passed over: damaged ({line}); mend or delete it")
+    if damaged > _NAMED:
+        warn(f"{path}: {damaged - _NAMED} more damaged lines are passed over")
     return lines
 
 

@@ -174,7 +174,9 @@ def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics:
     if candidates:
         found = newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
     if found is None:
-        raise RunError(f"{what} and no checkpoint from before them to go back to: {LOWER_RATE}")
+        begun = job.config.init_from
+        damaged = f", or begin with other weights than {begun}, which may be damaged" if begun else ""
+        raise RunError(f"{what} and no checkpoint from before them to go back to: {LOWER_RATE}{damaged}")
     before = sum(step >= found.step for step in progress.rollbacks)
     if before >= job.config.health.max_rollbacks:
         raise RunError(f"{what} after {before} rollbacks to step {found.step}: {LOWER_RATE} (the checkpoint stands)")

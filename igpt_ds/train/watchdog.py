@@ -29,6 +29,7 @@ from typing import TextIO, TypeVar
 
 from igpt_ds.atomic import leftovers, no_link, unfinished, writing
 from igpt_ds.dataset.manifest import typed
+from igpt_ds.errors import UserError
 from igpt_ds.lock import born
 from igpt_ds.run.directory import LOGGER
 from igpt_ds.text import visible
@@ -74,6 +75,8 @@ class Watchdog:
         if not self._timeout:
             return
         with writing(self._folder):
+            if self._folder.exists() and not self._folder.is_dir():
+                raise UserError(f"{self._folder}: is a file where the run's heartbeats go: move it away")
             self._folder.mkdir(exist_ok=True)
             for left in [self._stopped(self._rank), *leftovers(self._folder / _name(self._rank))]:
                 left.unlink(missing_ok=True)

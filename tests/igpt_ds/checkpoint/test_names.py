@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from igpt_ds.checkpoint import write
 from igpt_ds.checkpoint.names import (
     clear,
     content_sha256,
@@ -65,9 +66,11 @@ def test_the_run_goes_on_beside_it(tmp_path: Path, theirs: list[str]) -> None:
 
 @pytest.mark.parametrize("step", [20, 21, 99])
 def test_what_has_the_name_of_the_next_one_is_moved_out_of_its_way(
-    tmp_path: Path, theirs: list[str], step: int
+    tmp_path: Path, theirs: list[str], step: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(write.LOGGER, "propagate", True)
     save_all(tmp_path, step)
+    assert f"step-{step:08d}: no checkpoint of this run, but a save needs the name: renamed foreign-" in caplog.text
     save_all(tmp_path, 100)
     assert listed(tmp_path)[-2:] == [f"step-{step:08d}", "step-00000100"]
     (moved,) = tmp_path.glob(f"foreign-step-{step:08d}-*")

@@ -224,3 +224,10 @@ def test_who_lost_the_run_writes_no_line(tmp_path: Path) -> None:
             action()
     lock.release()
     assert read_metrics(tmp_path / "metrics.jsonl") == LINES[:1]
+
+
+def test_many_damaged_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "loss": 1.0}}\n' + "x\n" for n in range(1, 41)))
+    told: list[str] = []
+    assert len(read_metrics(tmp_path / "metrics.jsonl", told.append)) == 40
+    assert len(told) == 11 and told[-1].endswith("30 more damaged lines are passed over")

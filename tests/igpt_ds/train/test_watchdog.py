@@ -181,5 +181,5 @@ def test_what_hinders_the_first_heartbeat_is_a_line(tmp_path: Path, monkeypatch:
         watchdog.start()
     (tmp_path / "heartbeats").rmdir()
     (tmp_path / "heartbeats").touch()
-    with pytest.raises(UserError, match="heartbeats: cannot write: the path exists already"):
+    with pytest.raises(UserError, match="heartbeats: is a file where the run's heartbeats go: move it away"):
         watchdog.start()
