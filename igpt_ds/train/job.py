@@ -88,6 +88,10 @@ def prepare(
         train_sets += [open_split(source, "val") for source in config.data.sources]
     opened = [*train_sets, *(dataset for dataset in (validation_set, test_set) if dataset)]
     config = resolve_data(config, opened)
+    rate, pixels = config.objective.mask_rate, config.sequence_length
+    if config.objective.name == "masked_pixel" and rate * pixels < 1:
+        # Most images would hide nothing, and have a loss of 0.
+        raise UserError(f"objective.mask_rate {rate}: hides less than one of {pixels} pixels: raise it")
     if config.finetune is not None:
         config = resolve_classes(config, opened)
         if config.finetune is not None and config.finetune.fold_validation and not test:

@@ -269,7 +269,7 @@ def marks(folder: Path) -> Reader:
     from igpt_ds.dataset.shards import read_mark, write_shard
 
     write_shard(folder, "s", np.zeros((3, 4), np.uint16), ["a", "b", "c"], None, rows_per_block=2, view=0)
-    owner = lock.Owner("host", "machine", 7, 9, "today", "0" * 16)
+    owner = lock.Owner("host", "machine", folder.stat().st_ino, 7, 9, "today", "0" * 16)
     (folder / lock.NAME).write_text(json.dumps(dataclasses.asdict(owner)))
 
     def read(folder: Path) -> None:

@@ -383,6 +383,12 @@ def test_bfloat16_on_a_gpu_without_it(
     assert message.startswith("training.precision=bfloat16: this GPU has no bfloat16")
 
 
+def test_a_mask_that_hides_less_than_a_pixel(refused: Refused, digits: Path, tmp_path: Path) -> None:
+    sets = ("--set", "objective.name=masked_pixel", "--set", "objective.mask_rate=0.01")
+    message = refused(*pretrain(digits, tmp_path / "run", *sets))
+    assert message.startswith("objective.mask_rate 0.01: hides less than one of 64 pixels")
+
+
 def test_compiling_without_what_it_needs(
     refused: Refused, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

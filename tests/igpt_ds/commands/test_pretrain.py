@@ -101,7 +101,7 @@ def test_metrics_say_what_they_should(on_two: Path) -> None:
 def test_killed_and_started_again_gives_the_same_losses(on_two: Path, digits: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output.txt"
     with started(pretrain(digits, run, *LENGTH), output, world=2) as process:
-        wait_until(lambda: reached(run) >= 6, process, output)
+        wait_until(lambda: reached(run) >= 6 and steps_saved(run) != [], process, output)
         family = descendants(process.pid)
         assert len(family) >= 3, "launcher and two ranks"
         kill_all(process)

@@ -164,13 +164,6 @@ def test_a_fault_is_named(text: str, fault: str) -> None:
     assert fault in told
 
 
-def test_a_mask_that_hides_less_than_a_pixel_is_refused() -> None:
-    facts = ["data.resolution=8", "data.palette_size=16", "objective.mask_rate=0.01"]
-    assert load_config("tiny", facts).objective.mask_rate == 0.01  # nothing is masked
-    with pytest.raises(UserError, match=r"objective\.mask_rate 0\.01 hides less than one of 64 pixels"):
-        load_config("tiny", [*facts, "objective.name=masked_pixel"])
-
-
 def keys(cls: type, prefix: str = "") -> Iterator[str]:
     for name, hint in typing.get_type_hints(cls).items():
         section = next((each for each in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(each)), None)
