@@ -75,7 +75,7 @@ def test_an_array_builds_shards_that_are_merged_and_trained_on(
     size = {"TIME": "30", "CPUS": "1", "MEM": "500M"}
     options = ["--no-crop", "--resolution", "8", "--holdout", "0.1"]
     told = slurm.call("bash", "slurm/build_shards.sh", *options, **images, **where, **size)
-    found = re.search(r"2 of 2 slices are to be built by jobs (\d+), (\d+)", told)
+    found = re.search(r"2 of 2 slices are not built yet: jobs (\d+), (\d+);", told)
     assert found, told
     builders, merger = found.groups()
     after = [f"--dependency=afterok:{merger}", "--kill-on-invalid-dep=yes"]
