@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from igpt_ds.errors import UserError
 
@@ -31,7 +32,9 @@ class Division:
         return rank // self.sequence_parallel
 
 
-def divide_batch(batch: int, micro_batch: int | None, world: int, sequence_parallel: int = 1) -> Division:
+def divide_batch(
+    batch: int, micro_batch: Literal["auto"] | int | None, world: int, sequence_parallel: int = 1
+) -> Division:
     """Micro-batch and accumulation of each replica; without a micro-batch it holds its whole share at once."""
     if world % sequence_parallel:
         raise UserError(
@@ -49,7 +52,7 @@ def divide_batch(batch: int, micro_batch: int | None, world: int, sequence_paral
         ways = f"start {_nearest(world, fitting)} ranks or set training.batch={' or '.join(map(str, batches))}"
         raise UserError(f"training.batch={batch}: {world} ranks cannot share it evenly: {ways}")
     share = batch // replicas
-    micro = share if micro_batch is None else micro_batch
+    micro = micro_batch if isinstance(micro_batch, int) else share
     if share % micro:
         nearest = _nearest(micro, divisors(share))
         raise UserError(

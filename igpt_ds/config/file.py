@@ -141,8 +141,15 @@ def _convert(hint: Any, value: Any, name: str, faults: list[str]) -> Any:
         faults.append(f"{name} must be a section, not {_short(value)}")
         return None
     origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):  # only `X | None` occurs
-        return _convert(typing.get_args(hint)[0], value, name, faults)
+    if origin in (types.UnionType, typing.Union):  # `X | None`, or a word | X
+        first, *others = typing.get_args(hint)
+        words = typing.get_args(first) if typing.get_origin(first) is Literal else ()
+        if value in words:
+            return value
+        found = _convert(others[0] if words else first, value, name, faults)
+        if words and found is None:
+            faults[-1] += f" (or {', '.join(words)})"
+        return found
     if origin is Literal:
         if value in typing.get_args(hint):
             return value

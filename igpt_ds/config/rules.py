@@ -1,12 +1,13 @@
 """What the values of a configuration must satisfy, alone and together."""
 
 from igpt_ds import objectives
-from igpt_ds.config.schema import Config, FinetuneConfig
+from igpt_ds.config.schema import CHECKPOINTING, Config, FinetuneConfig, recomputed_blocks
 
 
 def contradictions(config: Config) -> list[str]:
     """Every fault of the values, a sentence each."""
     model, data, training = config.model, config.data, config.training
+    micro_batch = None if training.micro_batch == "auto" else training.micro_batch
     faults = []
 
     def require(holds: bool, text: str) -> None:
@@ -27,7 +28,7 @@ def contradictions(config: Config) -> list[str]:
         "data.window": data.window,
         "training.steps": training.steps,
         "training.batch": training.batch,
-        "training.micro_batch": training.micro_batch,
+        "training.micro_batch": micro_batch,
         "training.sequence_parallel": training.sequence_parallel,
         "training.log_every": training.log_every,
         "training.learning_rate": training.learning_rate,
@@ -61,7 +62,7 @@ def contradictions(config: Config) -> list[str]:
         "data.workers": (data.workers, 256),
         "training.steps": (training.steps, 10**12),
         "training.batch": (training.batch, 2**31 - 1),
-        "training.micro_batch": (training.micro_batch, 2**31 - 1),
+        "training.micro_batch": (micro_batch, 2**31 - 1),
         "training.sequence_parallel": (training.sequence_parallel, 2**31 - 1),
         "health.hang_timeout": (config.health.hang_timeout, 366 * 86_400),  # a timer of C takes no more than some years
         "health.window": (config.health.window, 1 << 20),
@@ -76,6 +77,12 @@ def contradictions(config: Config) -> list[str]:
     require(
         0 < config.objective.mask_rate < 1,
         f"objective.mask_rate {config.objective.mask_rate} is not in (0, 1)",
+    )
+    require(
+        training.activation_checkpointing in ("auto", *CHECKPOINTING)
+        or recomputed_blocks(training.activation_checkpointing) > 1,
+        f"training.activation_checkpointing must be one of auto, {', '.join(CHECKPOINTING)}, or a share of the blocks "
+        f"such as 1/4, not {training.activation_checkpointing!r:.40}",
     )
     for name in ("beta1", "beta2"):
         require(0 <= getattr(training, name) < 1, f"training.{name} {getattr(training, name)} is not in [0, 1)")

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from igpt_ds.objectives import load_objective
 
+CHECKPOINTING = ("none", "selective", "full")  # and "1/k"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -53,12 +55,13 @@ class TrainingConfig:
     beta2: float = 0.95  # 0.999 causes loss spikes (paper appendix A.1)
     epsilon: float = 1e-8
     gradient_clip: float = 0.0  # largest global norm; 0 never clips
-    precision: Literal["float32", "bfloat16"] = "float32"
-    micro_batch: int | None = None  # images a rank holds at once; not set: batch / world size
+    # The machine's part: of each "auto" leaves it to the planner (planner/choose.py).
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "float32"
+    micro_batch: Literal["auto"] | int | None = None  # images a rank holds at once; not set: batch / world size
     # What a block's backward pass finds and what it computes anew: "none" keeps all, "selective" attention's outputs,
-    # "full" the block's input only.
-    activation_checkpointing: Literal["none", "selective", "full"] = "full"
-    compile: bool = False  # each block through torch.compile
+    # "full" the block's input only; "1/4" is full in every fourth block, and none in the others.
+    activation_checkpointing: str = "full"
+    compile: Literal["auto"] | bool = False  # each block through torch.compile
     sequence_parallel: int = 1  # ranks that share an image's positions (DeepSpeed Ulysses), for more ranks than images
     log_every: int = 10
     validate_every: int = 1000  # 0: never
@@ -151,6 +154,14 @@ class Config:
 def _resolved(value: int | None) -> int:
     assert value is not None, "the configuration has not met its data yet"
     return value
+
+
+def recomputed_blocks(checkpointing: str) -> int:
+    """k where `training.activation_checkpointing` says that every k-th block is computed again; 0: none is."""
+    numerator, _, every = checkpointing.partition("/")
+    if numerator == "1" and every.isdecimal() and every.isascii() and 1 < int(every) <= 4096:
+        return int(every)
+    return int(checkpointing in ("full", "selective"))
 
 
 def replace(config: Config, section: str, **changes: Any) -> Config:
