@@ -76,8 +76,8 @@ class Engine:
         if not config.training.compile:
             # DeepSpeed imports an optimiser that compiles itself: a quarter of the processor time of a rank's start.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        self.device = ranks.join()
-        _prepare_deepspeed(ranks)
+        self.device = ranks.join(config.health.hang_timeout)
+        _prepare_deepspeed(ranks, self.device)
         self.stage = int(ds["zero_optimization"]["stage"])
         self.objective = load_objective(config.objective.name)
         self.measures = classify.names(config.finetune) if config.finetune else ("loss",)
@@ -100,6 +100,7 @@ class Engine:
             model.compile_blocks()
         self.optimizer = _adam(model, config, self.device)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)
+        ranks.wait_patiently(config.health.hang_timeout)  # in DeepSpeed's groups, too: those of all ranks, of hpZ
         self.module: ImageGPT = self.deepspeed.module
         self.state = ZeroState(self.deepspeed, self.optimizer, self.stage, ranks, self.device)
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
@@ -272,9 +273,11 @@ class Engine:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
-def _prepare_deepspeed(ranks: Ranks) -> None:
+def _prepare_deepspeed(ranks: Ranks, device: torch.device) -> None:
     """Give DeepSpeed the process group that the ranks have; once a process."""
-    if not torch.cuda.is_available():
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the number of the device
+    else:
         # Its shared-memory collectives would be compiled for minutes and leave files in /dev/shm; gloo serves.
         from deepspeed.ops import __compatible_ops__
 

@@ -44,33 +44,72 @@ class Ranks:
     _control: Any = field(default=None, init=False, repr=False)
     _left: bool = field(default=False, init=False, repr=False)
 
-    def join(self) -> "torch.device":
+    def join(self, hang_timeout: float = 900.0) -> "torch.device":
         """Meet the others, unless that is done; return this rank's device.
 
         Also a single rank gets a process group, which DeepSpeed needs. Ranks meet once: the first to come again would
         find the store of the old meeting, which ends when rank 0 leaves it.
+
+        Args:
+            hang_timeout: see `wait_patiently`.
+
+        Raises:
+            UserError: there is no GPU for this rank alone, but there are some.
         """
         import torch
         import torch.distributed as dist
         from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not named in __all__
 
         assert not (self._left and self.world > 1), "ranks meet once in a process"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(self.local_rank)
+        gpu = self.gpu()
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
         limit_threads(self.neighbours)
         if not dist.is_initialized():
             store = TCPStore("127.0.0.1", 0, is_master=True) if self.world == 1 else self._store()
+            if gpu is not None and torch.cuda.device_count() == 1:
+                self._require_own_gpu(store, str(torch.cuda.get_device_properties(gpu).uuid))
             if self.world == 1:
                 # Nobody is met, but where one of these is missing DeepSpeed asks MPI.
                 alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
                 for name, value in {**alone, "MASTER_PORT": str(store.port)}.items():
                     os.environ.setdefault(name, value)
-            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            backend, timeout = "gloo" if gpu is None else "nccl", _longer_than(hang_timeout)
+            store.set_timeout(timeout)  # where NCCL's ranks meet, at their first collective
             with self._met():
-                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
         if self._control is None and self.world > 1:
-            self._control = dist.new_group(backend="gloo")
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+            self._control = dist.new_group(backend="gloo", timeout=_longer_than(hang_timeout))
+        return torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+
+    def gpu(self) -> int | None:
+        """Which of the GPUs that this process sees is this rank's: that of its number, or the only one, where a
+        scheduler shows each rank its own alone. None: it sees none."""
+        import torch
+
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if 1 < seen <= self.local_rank:
+            raise UserError(
+                f"rank {self.rank} is number {self.local_rank} on its machine, but there are {seen} GPUs: start one "
+                "rank a GPU (deepspeed --num_gpus, torchrun --nproc-per-node, sbatch --ntasks-per-node)"
+            )
+        return min(seen - 1, self.local_rank) if seen else None
+
+    def _require_own_gpu(self, store: Any, gpu: str) -> None:
+        """Refuse ranks that all see the same only GPU: NCCL would say so in many lines.
+
+        Args:
+            store: where the ranks meet, which they have not yet.
+            gpu: what tells this rank's GPU from all others.
+        """
+        store.set(f"gpu/{self.rank}", gpu)
+        everyones = store.multi_get([f"gpu/{rank}" for rank in range(self.world)])
+        for rank, theirs in enumerate(everyones):
+            if theirs in everyones[:rank]:
+                raise UserError(
+                    f"ranks {everyones.index(theirs)} and {rank} see the same only GPU: start one rank a GPU, or show "
+                    "each rank another (CUDA_VISIBLE_DEVICES)"
+                )
 
     def _store(self) -> Any:
         """Where ranks meet: rank 0 serves it at MASTER_ADDR:MASTER_PORT, or torchrun's agent does."""
@@ -114,15 +153,21 @@ class Ranks:
             reason = " ".join(str(error).split())[:200]
             raise RunError(f"{self.world} ranks: did not meet at {where}: {reason}") from error
 
-    def wait_patiently(self) -> None:
-        """Leave hangs to the watchdog from now on: torch's time-outs run on while a job is suspended, and would end
-        it when it is resumed."""
+    def wait_patiently(self, hang_timeout: float = 0.0) -> None:
+        """Leave hangs to the watchdog, in all groups that there are: NCCL waits for ten minutes, and then ends its
+        rank without telling who hangs.
+
+        Args:
+            hang_timeout: seconds without progress after which the watchdog ends a rank; torch's own time-out will be
+                longer. 0: torch has none, as long as ranks train. It would run on while a job is suspended, and end
+                it when it is resumed.
+        """
         if self.world > 1:
             from torch.distributed import ProcessGroup, distributed_c10d
 
             for group in list(distributed_c10d._world.pg_map):
                 if isinstance(group, ProcessGroup):
-                    distributed_c10d._set_pg_timeout(timedelta(days=3650), group)
+                    distributed_c10d._set_pg_timeout(_longer_than(hang_timeout), group)
 
     def leave(self) -> None:
         """Leave the process group: the last thing that a rank does, since DeepSpeed cannot join a second one."""
@@ -246,6 +291,11 @@ def launched() -> Ranks:
         if not 0 < _whole("MASTER_PORT") < 65536:
             raise UserError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, not a port: {_REMEDY}")
     return Ranks(rank, world, local_rank, neighbours)
+
+
+def _longer_than(hang_timeout: float) -> timedelta:
+    """A time-out that a rank does not reach which the watchdog ends, after twice `hang_timeout` at the latest."""
+    return max(_MEETING, timedelta(seconds=3 * hang_timeout)) if hang_timeout else timedelta(days=3650)
 
 
 def limit_threads(neighbours: int) -> None:

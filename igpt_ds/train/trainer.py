@@ -79,7 +79,7 @@ def train(
         if job.config.finetune.augmentation == "crop_flip":
             augment = functools.partial(crop_and_flip, seed=job.config.seed)
     with _owned(run, ranks) as lock:
-        ranks.join()
+        ranks.join(job.config.health.hang_timeout)
         if lock is not None and fresh:
             _clear(run)
         ranks.any(False)  # all wait for it

@@ -4,9 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.distributed import HashStore
 
 from igpt_ds.distributed import ranks
 from igpt_ds.distributed.ranks import Ranks, launched
@@ -150,6 +155,7 @@ def test_ranks_that_train_wait_longer_than_torch_would() -> None:
     script = """
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 import torch.distributed.distributed_c10d as c
 from igpt_ds.distributed.ranks import launched
 ranks = launched()
@@ -164,3 +170,93 @@ ranks.leave()
 """
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     run(script, *({"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared for rank in range(2)))
+
+
+def test_torch_waits_longer_than_the_watchdog() -> None:
+    """NCCL's ten minutes would end a rank before the watchdog's fifteen, without a word about who hangs."""
+    script = """
+import torch
+from torch.distributed import distributed_c10d
+from igpt_ds.distributed.ranks import launched
+ranks = launched()
+ranks.join(hang_timeout=7200)
+distributed_c10d.new_group([0, 1])  # as DeepSpeed makes its own
+def waits():
+    yield distributed_c10d._get_default_store().timeout
+    for group in distributed_c10d._world.pg_map:
+        yield group._get_backend(torch.device("cpu")).options._timeout
+joined, *made = [wait.total_seconds() for wait in waits()]
+assert [joined, *made[:2]] == [21600] * 3 and len(made) == 3, (joined, made)
+ranks.wait_patiently(7200)
+assert {wait.total_seconds() for wait in waits()} == {21600}
+ranks.wait_patiently(1)
+assert min(waits()).total_seconds() == 600
+ranks.wait_patiently(0)
+assert sorted(waits())[1].days > 365
+ranks.leave()
+"""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    run(script, *({"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared for rank in range(2)))
+
+
+@pytest.mark.parametrize(("seen", "local_rank", "expected"), [(0, 3, None), (8, 3, 3), (4, 3, 3), (1, 0, 0), (1, 3, 0)])
+def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_it_sees(
+    monkeypatch: pytest.MonkeyPatch, seen: int, local_rank: int, expected: int | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert Ranks(3, 16, local_rank, 4).gpu() == expected
+
+
+def test_more_ranks_than_gpus_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    told = "rank 6 is number 2 on its machine, but there are 2 GPUs: start one rank a GPU"
+    with pytest.raises(UserError, match=told):
+        Ranks(6, 8, 2, 4).join()
+
+
+class OneGpuEach:
+    """Ranks as threads of this process, each of which sees one GPU; what they asked of torch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, gpus: list[str]):
+        self._gpus, self.devices, self.groups = gpus, list[int](), list[tuple[str, int]]()
+        mine, store = threading.local(), HashStore()
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", self.devices.append)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=gpus[mine.rank]))
+        monkeypatch.setattr(Ranks, "_store", lambda ranks: setattr(mine, "rank", ranks.rank) or store)
+        monkeypatch.setattr(
+            torch.distributed, "init_process_group", lambda backend, rank, **_: self.groups.append((backend, rank))
+        )
+        monkeypatch.setattr(torch.distributed, "new_group", lambda **_: "between processors")
+
+    def join(self) -> list[str]:
+        """What became of each rank."""
+        world = len(self._gpus)
+
+        def join(rank: int) -> str:
+            try:
+                return str(Ranks(rank, world, rank, world).join())
+            except UserError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(world) as pool:
+            return list(pool.map(join, range(world)))
+
+
+def test_ranks_that_each_see_one_gpu_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `srun --gpus-per-task=1` and `--gpu-bind=single` start them."""
+    started = OneGpuEach(monkeypatch, ["a", "b", "c"])
+    assert started.join() == ["cuda:0"] * 3
+    assert started.devices == [0] * 3
+    assert sorted(started.groups) == [("nccl", 0), ("nccl", 1), ("nccl", 2)]
+
+
+def test_ranks_that_see_the_same_only_gpu_are_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = OneGpuEach(monkeypatch, ["a", "b", "a"])
+    assert len(set(told := started.join())) == 1
+    assert told[0].startswith("ranks 0 and 2 see the same only GPU: start one rank a GPU, or show each rank another")
+    assert started.groups == []
