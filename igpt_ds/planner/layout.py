@@ -79,14 +79,19 @@ def gpus_of(nodes: int | None, gpus_per_node: int | None) -> int | None:
     return (nodes or 1) * (gpus_per_node or 8) if nodes or gpus_per_node else None
 
 
-def lay_out(config: Config, ds_source: str, nodes: int, ranks_per_node: int) -> Layout:
-    """Divide a job over so many GPUs."""
+def require_facts(config: Config, verb: str = "plan") -> None:
+    """Refuse a configuration that leaves open what its data would say."""
     missing = [key for key in ("resolution", "palette_size") if getattr(config.data, key) is None]
     if missing:
         examples = " ".join(f"--set data.{key}={32 if key == 'resolution' else 512}" for key in missing)
-        raise UserError(f"plan: {config.name} takes {' and '.join(missing)} from its data: add {examples}")
+        raise UserError(f"{verb}: {config.name} takes {' and '.join(missing)} from its data: add {examples}")
     if config.finetune is not None and config.finetune.classes is None:
-        raise UserError(f"plan: {config.name} takes its classes from its data: add --set finetune.classes=10")
+        raise UserError(f"{verb}: {config.name} takes its classes from its data: add --set finetune.classes=10")
+
+
+def lay_out(config: Config, ds_source: str, nodes: int, ranks_per_node: int) -> Layout:
+    """Divide a job over so many GPUs."""
+    require_facts(config)
     recipe = config.training
     division = divide_batch(recipe.batch, recipe.micro_batch, nodes * ranks_per_node, recipe.sequence_parallel)
     ds = resolve(load_ds_config(ds_source), config, division, ranks_per_node)
