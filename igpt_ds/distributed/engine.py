@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
 from torch import Tensor
@@ -150,7 +151,7 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         total = torch.zeros(len(self.measures), device=self.device)
-        norm = 0.0
+        norm, depth = 0.0, len(FWD_MODULE_STACK)
         for batch in batches:
             means = [measured_B.mean() for measured_B in self._measure(batch)]
             self.deepspeed.backward(means[0])  # divides by the accumulation
@@ -161,6 +162,9 @@ class Engine:
                     # The other stages skip such an update themselves.
                     self.module.zero_grad(set_to_none=True)
             self.deepspeed.step()
+        # ZeRO-3's list of the modules whose forward pass is under way. A recomputation ends as soon as it has what it
+        # needs, and leaves its block there: a gigabyte in the two million steps of iGPT-XL.
+        del FWD_MODULE_STACK[depth:]
         if self.stage > 0:
             norm = float(self.deepspeed.get_global_grad_norm())
         return total, norm

@@ -133,6 +133,13 @@ def saved(folder: Path, case: Case, world: int) -> Path:
     return folder / "checkpoints" / f"{world}-{case.name}" / "step-00000010"
 
 
+def shortest_wait() -> float:
+    """Seconds after which torch gives up waiting in one of the groups of this process."""
+    groups = torch.distributed.distributed_c10d._world.pg_map
+    backends = [group._get_backend(torch.device("cpu")) for group in groups if not isinstance(group, int)]
+    return min(float(backend.options._timeout.total_seconds()) for backend in backends)
+
+
 class Rank:
     """This process among the ranks."""
 
@@ -140,7 +147,7 @@ class Rank:
         from igpt_ds.distributed.ranks import launched
 
         self.folder, self.ranks = folder, launched()
-        self.results: dict[str, Any] = {"parity": {}, "resumed": {}, "loaded": {}}
+        self.results: dict[str, Any] = {"parity": {}, "left_open": {}, "waits": {}, "resumed": {}, "loaded": {}}
 
     def build(self, case: Case) -> Any:
         """A new engine."""
@@ -177,8 +184,13 @@ class Rank:
 
     def parity(self, case: Case) -> None:
         """20 steps in one go."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
         engine = self.build(case)
+        before = len(FWD_MODULE_STACK)
         self.results["parity"][case.name] = self.train(engine, 0, STEPS)
+        self.results["left_open"][case.name] = len(FWD_MODULE_STACK) - before
+        self.results["waits"][case.name] = shortest_wait()
         engine.close()
 
     def resumed(self, case: Case) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from igpt_ds.config.schema import HealthConfig
 from igpt_ds.model.transformer import ImageGPT, initialise
 from igpt_ds.objectives import masked_pixel
 from tests.helpers.ranks import recorded
@@ -90,6 +91,21 @@ def test_losses_and_gradients_are_those_of_plain_torch(ranks: Ranks, world: int,
         assert distance(found["losses"], expected["losses"]) < (3e-2 if loose else 1e-5)
         # Small differences of large sums: gradients agree to fewer digits than losses.
         assert distance(found["norms"], expected["norms"]) < (0.2 if loose else 1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_no_module_is_kept_from_step_to_step(ranks: Ranks, world: int) -> None:
+    """DeepSpeed forgets to strike out those that were computed again: a gigabyte in a run of iGPT-XL."""
+    for record in ranks(world):
+        assert set(record["left_open"].values()) == {0}, record["left_open"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_no_group_gives_up_before_the_watchdog(ranks: Ranks, world: int) -> None:
+    """Neither ours nor DeepSpeed's: its own, and those that share an image."""
+    latest = 2 * HealthConfig().hang_timeout + 30  # see guard.py
+    for record in ranks(world):
+        assert min(record["waits"].values()) > latest, record["waits"]
 
 
 def test_clipping_makes_a_difference() -> None:
