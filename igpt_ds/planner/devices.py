@@ -17,8 +17,9 @@ class Device:
     """One accelerator.
 
     Attributes:
-        label: the part of the name that its driver gives by which it is known.
-        bf16, fp32: peak FLOP/s of dense matrix products; float32 without TensorFloat-32, which torch leaves off.
+        label: by which the name that its driver gives is known, a regular expression.
+        bf16, tf32, fp32: peak FLOP/s of dense matrix products with sums in float32; fp32 without TensorFloat-32. 0: the
+            device does not compute in it.
         memory: bytes.
         bandwidth: of its memory, bytes/s.
         link: to its neighbours in the node, bytes/s one way; without NVLink or the like, the host's bus.
@@ -27,33 +28,49 @@ class Device:
 
     label: str
     bf16: float
+    tf32: float
     fp32: float
     memory: float
     bandwidth: float
     link: float
     host: float
 
+    def peak(self, precision: str) -> float:
+        """FLOP/s in a precision of the configuration; what the device does not compute goes by float32."""
+        return {"bfloat16": self.bf16, "tf32": self.tf32}.get(precision, self.fp32) or self.fp32
 
-def _device(label: str, bf16: float, fp32: float, gib: float, bandwidth: float, link: float, host: float) -> Device:
-    """In the units of data sheets: TFLOP/s, GB (which are GiB there), TB/s, GB/s."""
-    return Device(label, bf16 * TERA, fp32 * TERA, gib * 2**30, bandwidth * TERA, link * GIGA, host * GIGA)
+
+def _device(
+    label: str, bf16: float, tf32: float, fp32: float, gib: float, bandwidth: float, link: float, host: float
+) -> Device:
+    """In the units of data sheets: TFLOP/s, GB (which are GiB there), GB/s."""
+    rates = (rate * TERA for rate in (bf16, tf32, fp32))
+    return Device(label, *rates, gib * 2**30, bandwidth * GIGA, link * GIGA, host * GIGA)
 
 
-# Host links: PCIe 4.0 x16 32 GB/s, 5.0 x16 64 GB/s one way; GH200's is NVLink-C2C. NVLink bridges, which join two PCIe
-# cards only, are not counted.
+# Host links, one way: PCIe 3.0 x16 16 GB/s, 4.0 x16 32 GB/s, 5.0 x16 64 GB/s; GH200's is NVLink-C2C. NVLink bridges,
+# which join two PCIe cards only, are not counted.
 DEVICES = {
-    "b200": _device("B200", 2250, 75, 180, 7.7, 900, 64),
-    "h200": _device("H200", 989, 67, 141, 4.8, 450, 64),
-    "gh200": _device("GH200", 989, 67, 96, 4.0, 450, 450),
-    "h100": _device("H100", 989, 67, 80, 3.35, 450, 64),
-    "h100-nvl": _device("H100 NVL", 835, 60, 94, 3.9, 64, 64),
-    "h100-pcie": _device("H100 PCIe", 756, 51, 80, 2.0, 64, 64),
-    "a100": _device("A100", 312, 19.5, 80, 2.039, 300, 32),
-    "a100-40gb": _device("A100", 312, 19.5, 40, 1.555, 300, 32),
-    "mi300x": _device("MI300X", 1307, 163.4, 192, 5.3, 448, 64),
-    "l40s": _device("L40S", 362, 91.6, 48, 0.864, 32, 32),
-    "a10g": _device("A10G", 70, 31.5, 24, 0.6, 32, 32),
-    "l4": _device("L4", 121, 30.3, 24, 0.3, 32, 32),
+    "b200": _device("B200", 2250, 1125, 75, 180, 7700, 900, 64),
+    "h200": _device("H200", 989, 494, 67, 141, 4800, 450, 64),
+    "gh200": _device("GH200", 989, 494, 67, 96, 4000, 450, 450),
+    "h100": _device("H100", 989, 494, 67, 80, 3350, 450, 64),
+    "h100-nvl": _device("H100 NVL", 835, 417, 60, 94, 3900, 64, 64),
+    "h100-pcie": _device("H100 PCIe", 756, 378, 51, 80, 2000, 64, 64),
+    "a100": _device("A100", 312, 156, 19.5, 80, 2039, 300, 32),
+    "a100-40gb": _device("A100.*40GB", 312, 156, 19.5, 40, 1555, 300, 32),
+    "mi300x": _device("MI300X", 1307, 654, 163.4, 192, 5300, 448, 64),
+    "l40s": _device("L40S", 362, 183, 91.6, 48, 864, 32, 32),
+    "rtx6000-ada": _device("RTX 6000 Ada", 364, 182, 91.1, 48, 960, 32, 32),
+    "rtx-a6000": _device("RTX A6000", 155, 77.4, 38.7, 48, 768, 32, 32),
+    "rtx5090": _device("RTX 5090", 209.5, 104.8, 104.8, 32, 1792, 64, 64),
+    "rtx4090": _device("RTX 4090", 165.2, 82.6, 82.6, 24, 1008, 32, 32),
+    "rtx3090": _device("RTX 3090", 71, 35.6, 35.6, 24, 936, 32, 32),
+    "a10g": _device("A10G", 70, 35, 31.5, 24, 600, 32, 32),
+    "l4": _device("L4", 121, 60, 30.3, 24, 300, 32, 32),
+    "v100": _device("V100", 0, 0, 15.7, 32, 900, 150, 16),
+    "v100-16gb": _device("V100.*16GB", 0, 0, 15.7, 16, 900, 150, 16),
+    "t4": _device("T4", 0, 0, 8.1, 16, 320, 16, 16),
 }
 
 # Bytes/s of one GPU's share of its node's network, one way. The cloud's EFA is given for nodes of 8 GPUs.
@@ -88,8 +105,15 @@ def find_interconnect(text: str) -> float:
     return rate
 
 
+def recognise(name: str) -> Device | None:
+    """The data sheet of a device by its driver's name, or None where there is none."""
+    # A longer match is a nearer one: "H100 PCIe" before "H100". An RTX 4090 D or an RTX 4090 Laptop is another chip.
+    others = r"(?! (?:D|Ti|Laptop)\b)"
+    matches = [device for device in DEVICES.values() if re.search(rf"\b{device.label}\b{others}", name)]
+    return max(matches, key=lambda device: len(device.label)) if matches else None
+
+
 def peak_flops(device_name: str) -> float | None:
     """The dense bfloat16 peak in FLOP/s of a device by its driver's name, or None where it is not known."""
-    # The longest match: "H100 PCIe" before "H100".
-    matches = [device for device in DEVICES.values() if re.search(rf"\b{device.label}\b", device_name)]
-    return max(matches, key=lambda device: len(device.label)).bf16 if matches else None
+    device = recognise(device_name)
+    return device.bf16 or None if device else None

@@ -67,7 +67,7 @@ def make_plan(layout: Layout, machine: Machine, images: int = IMAGENET) -> dict[
         },
         "message_seconds": {transfer.operation: seconds for transfer, seconds in chosen.time.transfers},
         "tokens_per_second": training.batch * config.sequence_length / step,
-        "mfu_of_step": flops / step / (layout.ranks * (device.bf16 if layout.bf16 else device.fp32)),
+        "mfu_of_step": flops / step / (layout.ranks * device.peak(layout.config.training.precision)),
         "recomputed_flops_share": recomputed_share(layout),
         "steps": training.steps,
         "days": training.steps * step / 86400,
@@ -78,7 +78,7 @@ def make_plan(layout: Layout, machine: Machine, images: int = IMAGENET) -> dict[
         "dataset_bytes": {name: int(images * config.sequence_length * size) for name, size in _STORED.items()},
         "assumptions": {
             **asdict(assumptions),
-            "peak_flops": device.bf16 if layout.bf16 else device.fp32,
+            "peak_flops": device.peak(layout.config.training.precision),
             "device_memory": device.memory,
             "device_bandwidth": device.bandwidth,
             "link_bandwidth": device.link,

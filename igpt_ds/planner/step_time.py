@@ -92,7 +92,7 @@ def step_time(layout: Layout, device: Device, network: float, assumptions: Assum
     Args:
         network: bytes/s of a GPU's share of the network between nodes, one way.
     """
-    peak = device.bf16 if layout.bf16 else device.fp32
+    peak = device.peak(layout.config.training.precision)
     flops = flops_per_image(layout.config) * layout.config.training.batch
     computation = flops / (layout.ranks * peak * assumptions.mfu)
     timed = tuple((t, _seconds(t, layout, device, network, assumptions)) for t in transfers(layout))
