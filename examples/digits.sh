@@ -29,13 +29,12 @@ igpt-data shards image_folder "$out/images/train" "${shape[@]}" --holdout 0.1 --
 igpt-data shards image_folder "$out/images/test" "${shape[@]}" --split test
 
 for objective in next_pixel masked_pixel; do
-  run=$out/$objective masks=()
-  [[ $objective == next_pixel ]] || masks=(--masks 5)
+  run=$out/$objective
   igpt-ds pretrain "$run" --preset demo --data "$out/data" --set "objective.name=$objective"
   igpt-ds probe "$run" --untrained --concatenate 3 --split test
   igpt-ds low-data "$run" --labels 4,25 --split test
   igpt-ds eval "$run" --split test
-  igpt-ds finetune "$run-tuned" --from "$run" --data "$out/data" --split test "${masks[@]}"
+  igpt-ds finetune "$run-tuned" --from "$run" --data "$out/data" --split test
 done
 igpt-ds finetune "$out/scratch" --from "$out/next_pixel" --from-scratch --data "$out/data" --split test
 igpt-ds sample "$out/next_pixel" --images 16 --out "$out/next_pixel/samples.png"

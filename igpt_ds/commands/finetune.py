@@ -30,7 +30,7 @@ from igpt_ds.options import Renamed
     help="Whose images the best checkpoint is scored by; DIR/test is read once, at the end.",
 )
 @click.option(
-    "--masks", type=click.IntRange(1, 1000), help="BERT: also the modal prediction of so many masks (paper: 5)."
+    "--masks", type=click.IntRange(1, 1000), help="BERT: also the modal prediction of so many masks.  [default: 5]"
 )
 @training_options
 def finetune(
@@ -39,6 +39,7 @@ def finetune(
     preset: str | None,
     data: str | None,
     split: str,
+    masks: int | None,
     run_path: Path | None,
     run_option: Path | None,
     overrides: tuple[str, ...],
@@ -51,8 +52,9 @@ def finetune(
     As the paper does for CIFAR, on one machine with 8 GPUs:
         deepspeed --num_accelerators 8 --module igpt_ds finetune runs/l-cifar10 --from runs/l --data cifar10 \\
             --set finetune.augmentation=crop_flip --split test
-    Without the generative loss, and from random weights:
+    Without the generative loss:
         igpt-ds finetune A --from RUN --data DATA --set finetune.generative_weight=0
+    From random weights, which learn to classify alone; or both, by --set finetune.generative_weight=1:
         igpt-ds finetune B --from RUN --from-scratch --data DATA --set finetune.dropout=0.1
     The final run, on train/ and val/ together, for as many steps as were best:
         igpt-ds finetune C --from RUN --data DATA --split test --set finetune.fold_validation=true \\
@@ -63,10 +65,12 @@ def finetune(
     The rate is constant, a tenth of the pre-training's; validated once an epoch, it ends after 5 validations without a
     better accuracy, or after 50 epochs. The best checkpoint is kept; RUN/result.json tells its accuracy.
     """
+    from igpt_ds.features.masks import VOTES
     from igpt_ds.train.begin import finetuning
     from igpt_ds.train.launch import launch
 
     run = run_of(run_path, run_option)
     config = finetuning(weights, preset, run, data, overrides, scratch, fresh)
-    if text := launch(config, run, fresh=fresh, test=split == "test", **options):
+    masks = VOTES if masks is None and not config.causal else masks
+    if text := launch(config, run, fresh=fresh, test=split == "test", masks=masks, **options):
         click.echo(text)

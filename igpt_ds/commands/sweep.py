@@ -51,7 +51,7 @@ def sweep(
     import shlex
     import sys
 
-    from igpt_ds.results.tables import sweep_table
+    from igpt_ds.results.tables import EDGES, sweep_table
     from igpt_ds.train import sweep as sweeps
 
     if collect:
@@ -63,15 +63,15 @@ def sweep(
         start = shlex.split(launcher) if launcher else [sys.executable, "-m", "igpt_ds"]
         trials = []
         for trials in sweeps.search(out, chosen, command, start, config.training, share):
-            click.echo(sweep_table(sweeps.summary(trials)).text())
+            click.echo(sweep_table({**sweeps.summary(trials), "edge": None}).text())  # it is not over yet
     best = sweeps.winner(trials)
     if collect:
-        click.echo(sweep_table(sweeps.summary(trials)).text())
+        click.echo(sweep_table({**sweeps.summary(trials), "edge": None}).text())
     if best is None:
         raise RunError(f"{out}: no rate gave a result: see the runs' logs, or try smaller --rates")
     click.echo(visible(f"best rate   {best.rate:g} (table written: {out / 'sweep.json'})"))
-    if not sweeps.rose(trials) and best == trials[-1]:
-        click.echo("the smallest rate is the best: smaller ones may be better still (--rates)")
+    if end := sweeps.edge(trials):
+        click.echo(EDGES[end])
 
 
 def _rates(text: str) -> list[float]:

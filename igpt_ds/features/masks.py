@@ -13,6 +13,7 @@ from torch import Tensor
 from igpt_ds.config.schema import Config
 from igpt_ds.hashing import splitmix64, stable_hash
 
+VOTES = 5  # masks that an image is classified under
 _EVALUATION = zlib.crc32(b"masks of an evaluation")  # keeps these masks apart from those of a training
 _TIES = zlib.crc32(b"ties of a vote")
 

@@ -13,13 +13,11 @@ from igpt_ds.errors import UserError
 from igpt_ds.features.cache import Features, cached
 from igpt_ds.features.classifier import Classifier, Rows
 from igpt_ds.features.extract import Network
-from igpt_ds.features.masks import mask_seed, vote
+from igpt_ds.features.masks import VOTES, mask_seed, vote
 from igpt_ds.loading.splits import open_split, resolve_data
 from igpt_ds.run.directory import LOGGER
 from igpt_ds.weights.base import Weights, at_resolution, check_palette, config_of
 from igpt_ds.weights.formats import open_weights
-
-MASKS = 5  # paper section 4.6
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def open_run(
 def masks_of(config: Config, asked: int | None) -> int:
     """How many masks each image gets: of a BERT model as many as asked for, or the paper's 5; else 0."""
     if not config.causal:
-        return asked or MASKS
+        return asked or VOTES
     if asked is not None:
         raise UserError(f"--masks {asked}: {config.name} is no BERT model, nothing is hidden from it: leave it out")
     return 0

@@ -121,7 +121,8 @@ def table_5(runs: Runs) -> Table:
         rate = f"{run.config.training.learning_rate:g}"
         tried = ", ".join(f"{trial['rate']:g}" for trial in (run.sweep or {}).get("rates", []))
         if run.sweep:
-            tried += f": best {run.sweep.get('winner') or 'none'}"
+            end = run.sweep.get("edge")
+            tried += f": best {run.sweep.get('winner') or 'none'}{f', the {end}' if end else ''}"
         rows.append([run.label, run.objective, resolution(run), rate, tried, loss, n, OURS])
     headings = ["model", "objective", "input", "learning rate", "searched", "validation loss, nats", "n", "from"]
     note = "The paper searched 0.01, 0.003, 0.001, ... until the final validation loss rose, and names the best."

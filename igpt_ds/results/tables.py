@@ -4,6 +4,14 @@ from igpt_ds.evals import Record
 from igpt_ds.text import Table, number
 
 
+# What a best rate at an end of the grid leaves open.
+EDGES = {
+    "largest": "the largest rate is the best: larger ones may be better still (--rates)",
+    "smallest": "the smallest rate is the best: smaller ones may be better still (--rates)",
+    "only": "one rate alone was tried: others may be better (--rates)",
+}
+
+
 def sweep_table(record: Record) -> Table:
     """The rates that a search tried."""
     rows = [
@@ -18,4 +26,5 @@ def sweep_table(record: Record) -> Table:
         ]
         for trial in record["rates"]
     ]
-    return Table("", ["rate", "status", "step", "validation loss", "accuracy", "n", ""], rows)
+    headings = ["rate", "status", "step", "validation loss", "accuracy", "n", ""]
+    return Table("", headings, rows, EDGES.get(record.get("edge") or "", ""))

@@ -2,8 +2,9 @@
 
 The model, objective, batch and Adam's constants are those of the pre-training, the rate is a tenth of its and constant
 (paper sections 3.4 and 4.5). The paper gives no length: a fine-tuning lasts at most EPOCHS, is validated once an epoch,
-and ends when `finetune.patience` validations in a row bring no better accuracy. From random weights the rate is the
-pre-training's. Every one of these is a default that --set changes.
+and ends when `finetune.patience` validations in a row bring no better accuracy. From random weights the classification
+objective is trained alone, which is the paper's baseline, at the pre-training's rate; from others L_GEN + L_CLF. Every one
+of these is a default that --set changes.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def defaults(base: Config, begins: str, images: int, resolution: int) -> dict[st
     """
     tree = to_tree(base)
     epoch = max(1, images // base.training.batch)
-    tree["finetune"] = {}
+    tree["finetune"] = {} if begins else {"generative_weight": 0.0}
     tree["training"] |= {
         "steps": EPOCHS * epoch,
         "learning_rate": base.training.learning_rate / (SLOWER if begins else 1),

@@ -125,6 +125,15 @@ def winner(trials: Sequence[Trial]) -> Trial | None:
     return best if best is not None and best.badness < math.inf else None
 
 
+def edge(trials: Sequence[Trial]) -> str | None:
+    """At which end of the rates that were tried the best one lies: "largest", "smallest", "only"; None: at neither."""
+    best = winner(trials)
+    rates = [trial.rate for trial in trials if trial.status != "unfinished"]
+    if best is None or best.rate not in (max(rates), min(rates)):
+        return None
+    return "only" if len(rates) == 1 else "largest" if best.rate == max(rates) else "smallest"
+
+
 def summary(trials: Sequence[Trial]) -> dict[str, Any]:
     """What DIR/sweep.json tells of the trials."""
     best = winner(trials)
@@ -133,6 +142,7 @@ def summary(trials: Sequence[Trial]) -> dict[str, Any]:
         "criterion": "val_accuracy" if by_accuracy else "val_loss",
         "rates": [asdict(trial) for trial in trials],
         "winner": best.rate if best else None,
+        "edge": edge(trials),
     }
 
 

@@ -130,19 +130,20 @@ def test_killed_and_started_again_gives_the_same_run(data: Path, starts: Path, t
 def test_a_run_that_gets_no_better_ends_early_and_stays_ended(data: Path, starts: Path, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output.txt"
     sets = ("training.steps=50", "training.validate_every=2", "finetune.patience=3", "training.learning_rate=1e-12")
-    command = finetune(starts / "masked_pixel", data, run, *sets, "--from-scratch", "--masks", "5")
+    command = finetune(starts / "masked_pixel", data, run, *sets, "--from-scratch")
     text = run_command(command, output)
     assert "ended early" in text
     assert [line["step"] for line in lines(run, "val_loss")] == [2, 4, 6, 8]
     result = json.loads((run / "result.json").read_text())
     assert (result["best_step"], result["steps"], result["split"], result["from"]) == (2, 8, "val", None)
-    assert result["masks"]["count"] == 5 and 0 <= result["masks"]["accuracy"] <= 1
+    assert result["masks"]["count"] == 5 and 0 <= result["masks"]["accuracy"] <= 1  # as the paper has it, unasked
+    assert result["generative_weight"] == 0 and "val_gen_loss" not in lines(run, "val_loss")[0]
     assert result["accuracy"] == pytest.approx(
         accuracy(run / "checkpoints" / "step-00000002", Dataset.open(data / "val"))
     )
     content = (run / "result.json").read_bytes()
     (run / "result.json").unlink()  # as if killed before it was written
-    assert "nothing to do" in run_command(["finetune", str(run), "--masks", "5"], output)
+    assert "nothing to do" in run_command(["finetune", str(run)], output)
     assert (run / "result.json").read_bytes() == content
 
 
@@ -220,9 +221,10 @@ def test_defaults_come_from_the_pre_training(
     data: Path, starts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     start = starts / "next_pixel"
-    for extra, rate, origin in (
-        ([], 0.0003, str(start / "checkpoints/step-00000007")),
-        (["--from-scratch"], 0.003, ""),
+    for extra, rate, origin, generative in (
+        ([], 0.0003, str(start / "checkpoints/step-00000007"), 1),
+        (["--from-scratch"], 0.003, "", 0),
+        (["--from-scratch", "finetune.generative_weight=1"], 0.003, "", 1),
     ):
         monkeypatch.setattr(
             sys, "argv", ["igpt-ds", *finetune(start, data, tmp_path / "run", *extra), "--print-config"]
@@ -234,6 +236,7 @@ def test_defaults_come_from_the_pre_training(
         training = config.training
         assert config.finetune is not None and config.init_from == origin
         assert training.learning_rate == pytest.approx(rate)
+        assert config.finetune.generative_weight == generative  # of scratch the classification alone, as the paper's
         assert (training.schedule, training.warmup_steps, training.batch) == ("constant", 0, 16)
         assert (training.validate_every, training.steps, config.model.layers) == (533 // 16, 50 * (533 // 16), 2)
 

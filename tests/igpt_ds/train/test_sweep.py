@@ -152,9 +152,22 @@ def test_nothing_but_divergence_is_told(call: Any) -> None:
     assert (status, started) == (1, [0.01, 0.003]) and "no rate gave a result" in errors
 
 
-def test_the_smallest_rate_being_the_best_is_told(call: Any) -> None:
-    _, out, _, _ = call({0.01: [2.0, None], 0.003: [1.0, None]}, "--rates", "0.01,0.003")
-    assert out.endswith("smaller ones may be better still (--rates)\n")
+@pytest.mark.parametrize(
+    ("plan", "edge", "told"),
+    [
+        ({0.01: [2.0, None], 0.003: [1.0, None]}, "smallest", "smaller ones may be better still (--rates)\n"),
+        ({0.01: [1.0, None], 0.003: [2.0, None]}, "largest", "larger ones may be better still (--rates)\n"),
+        ({0.01: [1.0, None]}, "only", "one rate alone was tried: others may be better (--rates)\n"),
+        ({0.01: "lost", 0.003: [1.0, None], 0.001: [2.0, None]}, None, "sweep.json)\n"),
+    ],
+    ids=["smallest", "largest", "only", "between"],
+)
+def test_a_best_rate_at_the_edge_of_the_grid_is_told(
+    call: Any, tmp_path: Path, plan: Plan, edge: str | None, told: str
+) -> None:
+    _, out, _, _ = call(plan, "--rates", ",".join(map(str, plan)))
+    assert out.endswith(told) and out.count("--rates") == ("--rates" in told)
+    assert recorded(tmp_path)["edge"] == edge
 
 
 def test_collecting_runs_that_were_started_otherwise(call: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -167,7 +180,7 @@ def test_collecting_runs_that_were_started_otherwise(call: Any, tmp_path: Path, 
         (0.003, "done"),
         (0.001, "unfinished"),
     ]
-    assert recorded(tmp_path)["winner"] == 0.003
+    assert (recorded(tmp_path)["winner"], recorded(tmp_path)["edge"]) == (0.003, "smallest")  # of those that ended
     assert "best rate   0.003" in capsys.readouterr().out
 
 
