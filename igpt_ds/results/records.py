@@ -110,7 +110,13 @@ def read_run(path: Path, label: str = "") -> RunRecords:
 
 
 _MOST = 1e30  # an axis of far greater numbers cannot be divided
-_RESULT = {"accuracy": SHARE, "n": int, "split?": str, "masks?": {"accuracy": SHARE}}
+_RESULT = {
+    "accuracy": SHARE,
+    "n": int,
+    "split?": str,
+    "validation?": {"accuracy": SHARE, "n": int},
+    "masks?": {"accuracy": SHARE},
+}
 _TRIAL = {"rate": float, "status?": str, "step?": int, "val_loss?": float, "val_accuracy?": SHARE, "n?": int}
 _SWEEP = {"rates": [_TRIAL], "winner?": float, "edge?": str}
 

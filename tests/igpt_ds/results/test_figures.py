@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def test_papers_rows_are_those_of_its_text(runs: list[RunRecords]) -> None:
     assert ["iGPT-L", "26.8 ± 1.5", "12.4 ± 0.6", "5.7 ± 0.1", "5", "", "paper"] in [list(r) for r in tables[3].rows]
     accuracies = [float(row[4]) for row in paper_numbers.TABLE_2]
     assert accuracies == sorted(accuracies)
-    assert dict(paper_numbers.FIGURE_2)["CIFAR-10,\nlast layer"] == pytest.approx(96.3 - 2.4)
+    derived = [(name, value) for name, value, is_derived in paper_numbers.FIGURE_2 if is_derived]
+    assert derived == [("CIFAR-10,\nlast layer", pytest.approx(96.3 - 2.4))]
     for _, model, accuracy, _ in paper_numbers.TABLE_1:
         assert 70 < float(accuracy) < 100 and model
 
@@ -128,8 +130,8 @@ def words(axes: Axes) -> str:
 def test_figure_2_draws_the_newest_probe_of_each_run(runs: list[RunRecords]) -> None:
     axes, theirs = paper_figures.figure_2(runs).axes
     assert points(axes) == [([0, 1, 2], [50, 87.5, 75]), ([0, 1, 2], [50, 75, 50])]
-    assert "n = 60" in axes.get_legend().get_texts()[0].get_text()
-    assert "96.3" in words(theirs)
+    assert "ar, pets (n = 60), 600 steps" == axes.get_legend().get_texts()[0].get_text()
+    assert "96.3 | 93.9\nderived | 82.8" in words(theirs)
     assert "missing" in words(paper_figures.figure_2(runs[-1:]).axes[0])
 
 
@@ -139,22 +141,60 @@ def test_figure_3_pairs_probes_and_losses_of_a_step(runs: list[RunRecords]) -> N
     low, high = axes.get_xlim()
     assert low > high  # better to the right, as in the paper
     assert points(theirs)[2] == ([2.0466], [60.3])
+    assert theirs.get_ylabel() == "accuracy on ImageNet, %" and "not figure 3's" in theirs.get_title()
+    assert axes.get_legend().get_texts()[0].get_text() == "ar, pets (n = 60)"
     assert "missing" in words(paper_figures.figure_3(runs[-1:]).axes[0])
 
 
+def test_a_line_of_figure_3_is_of_one_data_set(tmp_path: Path) -> None:
+    run = records.make_run(tmp_path / "run")
+    for step, accuracy, data in ((100, 0.9, "x/cats"), (200, 0.6, "x/pets"), (300, 0.7, "x/pets")):
+        records.write(run / f"probe-{step}.json", records.probe(step, accuracy, data=data))
+    records.write_metrics(run, *({"step": s, "val_loss": s / 100, "val_images": 60} for s in (100, 200, 300)))
+    axes = paper_figures.figure_3(read_runs([run])).axes[0]
+    assert points(axes) == [([2, 3], [60, 70])]
+
+
+def bars(runs: list[RunRecords]) -> list[tuple[str, Any, Any]]:
+    """What figure 4 draws: of each group the name, and (accuracy, n, accuracy of the vote) of probe and fine-tuning."""
+
+    def shown(score: paper_figures.Score | None) -> tuple[float, int | None, float | None] | None:
+        return score and (score.accuracy, score.n, score.masks)
+
+    groups = paper_figures.groups_of(runs, paper_figures.split_of(runs))
+    return [(group.name, shown(group.probe), shown(group.tuned)) for group in groups]
+
+
 def test_figure_4_puts_fine_tunings_beside_their_pre_training(runs: list[RunRecords]) -> None:
-    groups = paper_figures.groups_of(runs)
-    assert [(g.name, g.probe, g.tuned, g.probe_masks) for g in groups] == [
-        ("ar\nauto-regressive", 81.25, 90, None),
-        ("bert\nBERT", 75, None, 78),
-        ("scratch\nfrom scratch", None, 70, None),
+    assert bars(runs) == [
+        ("ar\nauto-regressive", (87.5, 60, None), (90, 60, None)),
+        ("bert\nBERT", (75, 60, 78), None),
+        ("scratch\nfrom scratch", None, (70, 60, None)),
     ]
     axes, theirs = paper_figures.figure_4(runs).axes
     heights = [(round(bar.get_y(), 6), round(bar.get_height(), 6)) for bar in axes.patches if bar.get_x() > -5]
-    assert heights == [(0, 81.25), (0, 90), (0, 75), (75, 3), (0, 70)]
-    assert [words(axes).count(f"n = {n}") for n in ("320 test", "60 val")] == [1, 3]
+    assert heights == [(0, 87.5), (0, 90), (0, 75), (75, 3), (0, 70)]
+    assert words(axes).count("n = 60") == 4 and axes.get_title() == "these runs, validation images"
     assert words(axes).count("no record") == 2 and words(theirs).count("not printed") == 2
     assert "missing" in words(paper_figures.figure_4(runs[-1:]).axes[0])
+
+
+def test_all_bars_of_figure_4_are_of_one_split(tmp_path: Path) -> None:
+    """Those of the test split only where each has a result on it; a result on test/ keeps the validation's beside it."""
+    ar, tuned = records.make_run(tmp_path / "ar"), tmp_path / "tuned"
+    records.make_run(tuned, start=f"{ar}/checkpoints/step-00000600")
+    test = {"accuracy": 0.8125, "n": 320, "masks": records.masks(0.85)}
+    records.write(ar / "probe.json", records.probe(600, 0.5, 0.875, masks=records.masks(0.9), test=test))
+    result = {"accuracy": 0.75, "n": 320, "split": "test", "masks": {"count": 5, "accuracy": 0.8}}
+    records.write(tuned / "result.json", {**result, "validation": {"accuracy": 0.875, "n": 60}})
+    both = read_runs([ar, tuned])
+    assert bars(both) == [("ar\nauto-regressive", (81.25, 320, 85), (75, 320, 80))]
+    assert paper_figures.figure_4(both).axes[0].get_title() == "these runs, test images"
+    records.write(ar / "probe.json", records.probe(600, 0.5, 0.875))
+    assert bars(read_runs([ar, tuned])) == [("ar\nauto-regressive", (87.5, 60, None), (87.5, 60, None))]
+    # Folded into training, no validation images are left to have an accuracy of.
+    records.write(tuned / "result.json", {**result, "validation": None})
+    assert bars(read_runs([ar, tuned])) == [("ar\nauto-regressive", (87.5, 60, None), None)]
 
 
 def test_heat_map_puts_every_position_in_its_place() -> None:
