@@ -3,7 +3,6 @@
 from igpt_ds.evals import Record
 from igpt_ds.text import Table, number
 
-
 # What a best rate at an end of the grid leaves open.
 EDGES = {
     "largest": "the largest rate is the best: larger ones may be better still (--rates)",

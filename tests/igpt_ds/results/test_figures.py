@@ -130,7 +130,7 @@ def words(axes: Axes) -> str:
 def test_figure_2_draws_the_newest_probe_of_each_run(runs: list[RunRecords]) -> None:
     axes, theirs = paper_figures.figure_2(runs).axes
     assert points(axes) == [([0, 1, 2], [50, 87.5, 75]), ([0, 1, 2], [50, 75, 50])]
-    assert "ar, pets (n = 60), 600 steps" == axes.get_legend().get_texts()[0].get_text()
+    assert axes.get_legend().get_texts()[0].get_text() == "ar, pets (n = 60), 600 steps"
     assert "96.3 | 93.9\nderived | 82.8" in words(theirs)
     assert "missing" in words(paper_figures.figure_2(runs[-1:]).axes[0])
 
@@ -180,7 +180,7 @@ def test_figure_4_puts_fine_tunings_beside_their_pre_training(runs: list[RunReco
 
 
 def test_all_bars_of_figure_4_are_of_one_split(tmp_path: Path) -> None:
-    """Those of the test split only where each has a result on it; a result on test/ keeps the validation's beside it."""
+    """Those of the test split only where each has a result on it; a result on test/ keeps that on val/ beside it."""
     ar, tuned = records.make_run(tmp_path / "ar"), tmp_path / "tuned"
     records.make_run(tuned, start=f"{ar}/checkpoints/step-00000600")
     test = {"accuracy": 0.8125, "n": 320, "masks": records.masks(0.85)}
