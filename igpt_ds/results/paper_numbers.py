@@ -84,8 +84,8 @@ FIGURE_2 = (
 )
 
 # In place of figure 3, none of whose accuracies is printed (its axis is above 90 %, so they are not of ImageNet):
-# (model, nats a token, accuracy) of the last step. The accuracies are those of the probes on ImageNet at 32² (section 4.4), the
-# losses are not the paper's: they are the test losses told with the released checkpoints.
+# (model, nats a token, accuracy) of the last step. The accuracies are those of the probes on ImageNet at 32² (section
+# 4.4), the losses are not the paper's: they are the test losses told with the released checkpoints.
 FIGURE_3 = (("iGPT-S", 2.0895, 41.9), ("iGPT-M", 2.0614, 54.5), ("iGPT-L", 2.0466, 60.3))
 
 # Figure 4, iGPT-L at 32²: (data and objective, linear probe, fine-tuned); None: no number is printed.
