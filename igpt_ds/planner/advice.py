@@ -1,111 +1,56 @@
-"""What limits a job, and what would make it fit or faster: the same arithmetic, over the choices that a user has."""
+"""What limits a job, and what would make it fit or faster: what `choose` would do with everything left open."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from igpt_ds.config.batch import divisors
-from igpt_ds.config.deepspeed import ds_presets, load_ds_config, offloads, resolve
+from igpt_ds.config.deepspeed import ds_presets, load_ds_config, resolve
+from igpt_ds.config.schema import replace as changed
+from igpt_ds.errors import UserError
+from igpt_ds.planner.choose import Choice, Here, choose
 from igpt_ds.planner.devices import Device
 from igpt_ds.planner.layout import Layout
-from igpt_ds.planner.memory import Memory, bytes_per_rank
-from igpt_ds.planner.step_time import Assumptions, StepTime, recomputed_share, step_time
+from igpt_ds.planner.step_time import Assumptions
+from igpt_ds.text import size_text
 
-USABLE = 0.9  # of a device's memory: the rest goes to the driver, NCCL and fragments
 _WORTH = 0.97  # a choice is named that takes at most this share of the time
-_MODES = ("none", "selective", "full")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One way to run the job.
-
-    Attributes:
-        ds: the name in ds_configs/ of its DeepSpeed configuration; None: the one that was asked for.
-    """
-
-    layout: Layout
-    memory: Memory
-    time: StepTime
-    ds: str | None = None
-
-    def fits(self, device: Device) -> bool:
-        """Whether a rank's memory suffices."""
-        return self.memory.total <= USABLE * device.memory
-
-    def differs(self, other: Layout) -> list[str]:
-        """How to make this choice, coming from another."""
-        ours, found = self.layout, []
-        if self.ds is not None:
-            found.append(f"--ds {self.ds}")
-        if ours.division.micro_batch != other.division.micro_batch:
-            found.append(f"--set training.micro_batch={ours.division.micro_batch}")
-        if ours.checkpointing != other.checkpointing:
-            found.append(f"--set training.activation_checkpointing={ours.checkpointing}")
-        return found
-
-
-def judge(layout: Layout, device: Device, network: float, assumptions: Assumptions, ds: str | None = None) -> Choice:
-    """Memory and time of a layout."""
-    return Choice(layout, bytes_per_rank(layout), step_time(layout, device, network, assumptions), ds)
-
-
-def choices(layout: Layout, device: Device, network: float, assumptions: Assumptions) -> Iterator[Choice]:
-    """Stages, hpZ and offload, micro-batches and checkpointing on the same GPUs."""
-    share = layout.config.training.batch // layout.division.replicas
-    layouts: dict[str | None, Layout] = {None: layout}
-    layouts.update({name: other for name, other in presets(layout).items() if other.zero != layout.zero})
-    for name, base in layouts.items():
-        for micro in divisors(share):
-            division = replace(layout.division, micro_batch=micro, accumulation=share // micro)
-            fits = False
-            for mode in _MODES:
-                other = replace(base, division=division).with_training(activation_checkpointing=mode)
-                # The kernels reach what they reach: only the recomputation differs.
-                mfu = assumptions.mfu * (1 + recomputed_share(layout)) / (1 + recomputed_share(other))
-                choice = judge(other, device, network, replace(assumptions, mfu=mfu), name)
-                fits = fits or choice.fits(device)
-                yield choice
-            if not fits:
-                break  # nor does a larger micro-batch
-
-
-def advise(chosen: Choice, device: Device, network: float, assumptions: Assumptions) -> list[str]:
+def advise(chosen: Choice, here: Here, device: Device, assumed: Assumptions) -> list[str]:
     """Sentences: what to change, most important first. Empty: nothing better is known."""
-    layout = chosen.layout
-    fitting = [c for c in choices(layout, device, network, assumptions) if c.fits(device)]
-    # Offload only where nothing else fits; it is slow, and by its model's assumptions only.
-    fitting = [c for c in fitting if not offloads(c.layout.zero, "optimizer")] or fitting
+    layout, time = chosen.layout, chosen.time
+    assert time is not None
+    open_config = changed(
+        layout.config, "training", micro_batch="auto", activation_checkpointing="auto", compile="auto"
+    )
     advice = []
-    if not fitting:
-        least = min(choices(layout, device, network, assumptions), key=lambda c: c.memory.total)
-        advice.append(
-            f"nothing fits: the least is {_gib(least.memory.total)} a GPU ({' '.join(least.differs(layout)) or 'this'}"
-            f"), {_gib(USABLE * device.memory)} are there: take more GPUs or larger ones"
-        )
+    try:
+        best = choose(open_config, None, here, device, assumed)
+    except UserError as error:
+        advice.append(str(error))
     else:
-        fastest = min(c.time.step for c in fitting)
-        # Of those that are about as fast, the one that changes least.
-        near = [c for c in fitting if c.time.step <= 1.02 * fastest]
-        best = min(near, key=lambda c: (len(c.differs(layout)), -c.layout.division.micro_batch, c.memory.total))
-        gain = best.time.step / chosen.time.step
-        how = " ".join(best.differs(layout))
-        if not chosen.fits(device):
-            advice.append(f"it does not fit: {how}: {_gib(best.memory.total)} a GPU")
+        assert best.time is not None
+        gain, how = best.time.step / time.step, _differences(best, layout)
+        if not chosen.fits(here.memory):
+            advice.append(f"it does not fit: {how}: {size_text(best.memory.total)} a GPU")
         elif gain <= _WORTH:
-            advice.append(f"{how}: by this model {gain:.2f} of the time, {_gib(best.memory.total)} a GPU")
-    if chosen.time.hidden_messages + chosen.time.messages > chosen.time.computation:
+            advice.append(f"{how}: by this model {gain:.2f} of the time, {size_text(best.memory.total)} a GPU")
+    if time.host > time.device:
+        advice.append(
+            "the processor takes longer to start the kernels than the GPU to run them: a larger micro-batch or fewer "
+            "GPUs would use them better"
+        )
+    elif time.hidden_messages + time.messages > time.computation:
         advice.append(
             "messages take longer than the computation: fewer GPUs, a larger batch, or a faster network would use the "
             "GPUs better"
         )
-    if not layout.bf16 and device.bf16 > 2 * device.fp32:
+    if not layout.bf16 and device.bf16 > 2 * device.peak(layout.config.training.precision):
         advice.append(
             f"--set training.precision=bfloat16: {device.bf16 / device.fp32:.0f} times the peak of float32, with "
             "float32 master weights; the paper found float32 to give slightly better representations"
         )
-    batch, world = layout.config.training.batch, layout.division.replicas
-    if world == batch:
+    batch = layout.config.training.batch
+    if layout.division.replicas == batch:
         advice.append(
             f"one image a rank: the batch of {batch} caps data parallelism here; more GPUs need sequence parallelism "
             "(training.sequence_parallel) or a larger batch"
@@ -113,20 +58,38 @@ def advise(chosen: Choice, device: Device, network: float, assumptions: Assumpti
     return advice
 
 
-def limits(chosen: Choice, device: Device) -> dict[str, Any]:
+def _differences(choice: Choice, other: Layout) -> str:
+    """How to make this choice, coming from another layout."""
+    ours, recipe = choice.layout.config.training, other.config.training
+    found = [f"--ds {choice.ds_name}"] if choice.layout.zero != other.zero else []
+    for key in ("micro_batch", "activation_checkpointing", "compile"):
+        value = choice.layout.division.micro_batch if key == "micro_batch" else getattr(ours, key)
+        before = other.division.micro_batch if key == "micro_batch" else getattr(recipe, key)
+        if value != before:
+            found.append(f"--set training.{key}={str(value).lower()}")
+    return " ".join(found)
+
+
+def limits(chosen: Choice, here: Here) -> dict[str, Any]:
     """What bounds the job: the step's longest part, memory, and the number of ranks."""
     time, layout = chosen.time, chosen.layout
+    assert time is not None
+    passes = time.computation + time.gradients
     parts = {
-        "computation": time.computation,
-        "messages": max(0.0, time.hidden_messages - time.computation) + time.messages,
+        "computation": passes,
+        "messages": max(0.0, time.hidden_messages - passes) + time.messages,
         "optimizer": time.optimizer,
+        "waiting": time.waiting,
     }
+    if time.host > time.device:
+        parts = {"host": time.host}
+    longest = max(parts, key=lambda name: parts[name])
     return {
-        "step": max(parts, key=lambda name: parts[name]),
-        "share": parts[max(parts, key=lambda name: parts[name])] / time.step,
-        "memory_bytes": int(device.memory),
-        "memory_share": chosen.memory.total / device.memory,
-        "fits": chosen.fits(device),
+        "step": longest,
+        "share": parts[longest] / time.step,
+        "memory_bytes": here.memory,
+        "memory_share": chosen.memory.total / here.memory,
+        "fits": chosen.fits(here.memory),
         "data_parallel_ranks": layout.config.training.batch,
         "sequence_parallel_ranks": layout.config.model.heads,
     }
@@ -144,7 +107,3 @@ def presets(layout: Layout) -> dict[str, Layout]:
             continue  # without groups it is plain ZeRO-3
         found[name] = replace(layout, zero=zero)
     return found
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"

@@ -2,12 +2,14 @@
 
 Only what the configuration leaves "auto" is chosen, and the DeepSpeed configuration where none is given. Of all ways
 that fit the memory the fastest by the model of step_time.py is taken; of those that are about as fast the one with the
-smallest ZeRO stage, then the least recomputation, then the least memory. Without a data sheet, and on a CPU, no time is
-planned: the least recomputation counts, then the smallest stage, then the largest micro-batch.
+smallest ZeRO stage, then the least recomputation, then the least memory. Offload is for what nothing else fits.
+Without a data sheet, and on a CPU, no time is planned: the least recomputation counts, then the smallest stage, then
+the largest micro-batch.
 
 Equal input gives an equal decision, on every rank.
 """
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from igpt_ds.errors import UserError
 from igpt_ds.planner.devices import INTERCONNECTS, Device, recognise
 from igpt_ds.planner.layout import Layout
 from igpt_ds.planner.memory import Memory, bytes_per_rank
-from igpt_ds.planner.step_time import Assumptions, StepTime, assumed_mfu, recomputed_share, step_time
+from igpt_ds.planner.step_time import Assumptions, StepTime, recomputed_share, step_time
 from igpt_ds.text import counted
 
 USABLE = 0.9  # of the memory: the rest goes to the driver, NCCL and fragments
@@ -79,9 +81,9 @@ class Choice:
     memory: Memory
     time: StepTime | None
 
-    def fits(self, here: Here) -> bool:
-        """Whether a rank's memory suffices."""
-        return self.memory.total <= USABLE * here.memory
+    def fits(self, memory: float) -> bool:
+        """Whether a rank with so many bytes suffices."""
+        return self.memory.total <= USABLE * memory
 
 
 def decide(config: Config, ds: dict[str, Any] | None, here: Here) -> Decision:
@@ -94,102 +96,124 @@ def decide(config: Config, ds: dict[str, Any] | None, here: Here) -> Decision:
     Raises:
         UserError: nothing fits, or what is specified contradicts itself or the machine.
     """
-    recipe = config.training
-    precision = _precision(config, ds, here)
-    compiled = here.gpu and here.compiles if recipe.compile == "auto" else recipe.compile
-    config = changed(config, "training", precision=precision, compile=compiled)
     device = recognise(here.name) if here.gpu else None
-    best = _best(config, ds, here, device)
-    recipe = best.layout.config.training
-    return Decision(best.layout.config, best.ds, best.ds_name, _line(best, here, device))
+    best = choose(config, ds, here, device)
+    return Decision(best.layout.config, best.ds, best.ds_name, decision_line(best, here, device))
+
+
+def choose(
+    config: Config, ds: dict[str, Any] | None, here: Here, device: Device | None, assumed: Assumptions | None = None
+) -> Choice:
+    """The way to run a job that `decide` takes, on a device with this data sheet."""
+    recipe = config.training
+    compiled = here.gpu and here.compiles if recipe.compile == "auto" else recipe.compile
+    config = changed(config, "training", precision=_precision(config, ds, here), compile=compiled)
+    found: list[Choice] = []
+    for names in (_STAGES, _OFFLOADS) if ds is None else ((),):
+        trees = {"": ds} if ds is not None else {name: load_ds_config(name) for name in names}
+        found += ways(config, trees, here, device, assumed or Assumptions())
+        if fitting := [choice for choice in found if choice.fits(here.memory)]:
+            return _preferred(fitting)
+    if len(found) == 1 and ds is not None:
+        return found[0]  # all of it is specified, and a plan is no proof
+    least, gib = min(found, key=lambda choice: choice.memory.total), 2**30
+    raise UserError(
+        f"{config.name} does not fit {here.name}: it takes at least {least.memory.total / gib:.3g} GiB a rank "
+        f"({_how(least)}), and {USABLE * here.memory / gib:.3g} of {here.memory / gib:.3g} GiB can be used: "
+        + ("take more or larger GPUs" if here.gpu else "take a machine with more memory, or a smaller network")
+        + (", or --ds auto" if ds is not None else "")
+    )
 
 
 def _precision(config: Config, ds: dict[str, Any] | None, here: Here) -> str:
     """bfloat16 where the device computes it and DeepSpeed's configuration takes it, else float32."""
     named = config.training.precision
     if named == "auto":
-        stated = (ds or {}).get("bf16", {}).get("enabled", "auto")
-        stage = (ds or {}).get("zero_optimization", {}).get("stage", 1)
+        stated = (ds or {}).get("bf16")  # what is neither an object nor "auto" is refused by `resolve`
+        stated = stated.get("enabled", "auto") if isinstance(stated, dict) else "auto"
         if stated == "auto":
-            stated = here.gpu and here.bf16 and stage != 0
+            stated = here.gpu and here.bf16 and (ds is None or ds["zero_optimization"].get("stage") != 0)
         return "bfloat16" if stated else "float32"
     if named == "bfloat16" and here.gpu and not here.bf16:
         raise UserError(f"training.precision=bfloat16: {here.name} does not compute in it: write float32")
     return named
 
 
-def _best(config: Config, ds: dict[str, Any] | None, here: Here, device: Device | None) -> Choice:
-    least: Choice | None = None
-    for names in (_STAGES, _OFFLOADS) if ds is None else ((),):
-        trees = {name: load_ds_config(name) for name in names} if ds is None else {"": ds}
-        found = list(ways(config, trees, here, device))
-        fitting = [choice for choice in found if choice.fits(here)]
-        if fitting:
-            return _preferred(fitting)
-        least = min([*found, *([least] if least else [])], key=lambda choice: choice.memory.total)
-    assert least is not None
-    if ds is not None and not _open(config):
-        return least  # all of it is specified, and a plan is no proof
-    gib = 2**30
-    raise UserError(
-        f"{config.name} does not fit {here.name}: the least is {least.memory.total / gib:.3g} GiB a rank "
-        f"({_how(least)}), {USABLE * here.memory / gib:.3g} of {here.memory / gib:.3g} GiB can be used: "
-        + ("take more or larger GPUs" if here.gpu else "take a machine with more memory, or a smaller network")
-        + ("" if ds is None else ", or another --ds")
-    )
+def ways(
+    config: Config, trees: dict[str, dict[str, Any]], here: Here, device: Device | None, assumed: Assumptions
+) -> Iterator[Choice]:
+    """All ways that are left open; of micro-batches those that fit, and one more.
 
-
-def _open(config: Config) -> bool:
-    return "auto" in (config.training.micro_batch, config.training.activation_checkpointing)
-
-
-def ways(config: Config, trees: dict[str, dict[str, Any]], here: Here, device: Device | None) -> Iterator[Choice]:
-    """All ways that are left open, by DeepSpeed configuration; of micro-batches those that fit, and one more."""
+    Args:
+        config: precision and compilation are chosen.
+        trees: DeepSpeed configurations by name.
+    """
     recipe = config.training
+    share = divide_batch(recipe.batch, None, here.ranks, recipe.sequence_parallel).micro_batch
     for name, tree in trees.items():
         if name == "zero0" and recipe.precision == "bfloat16":
             continue
         if name == "zero3_hpz" and not 1 < here.ranks_per_node < here.ranks:
             continue  # without groups it is plain ZeRO-3
-        share = divide_batch(recipe.batch, None, here.ranks, recipe.sequence_parallel).micro_batch
         for micro in divisors(share) if recipe.micro_batch == "auto" else [recipe.micro_batch]:
             division = divide_batch(recipe.batch, micro, here.ranks, recipe.sequence_parallel)
-            one = changed(config, "training", micro_batch=division.micro_batch)
-            zero = resolve(tree, one, division, here.ranks_per_node)["zero_optimization"]
-            fits = False
-            for mode in _modes(recipe.activation_checkpointing):
-                layout = Layout(one, zero, division, here.ranks_per_node).with_training(activation_checkpointing=mode)
-                memory = bytes_per_rank(layout, here.gpu)
-                choice = Choice(layout, tree, name, memory, _time(layout, device, here))
-                fits = fits or choice.fits(here)
+            kept = changed(config, "training", micro_batch=division.micro_batch, activation_checkpointing="none")
+            zero = resolve(tree, kept, division, here.ranks_per_node)["zero_optimization"]
+            layout, fits = Layout(kept, zero, division, here.ranks_per_node), False
+            named = recipe.activation_checkpointing
+            for mode in _modes(layout, here) if named == "auto" else [named]:
+                other = layout.with_training(activation_checkpointing=mode)
+                time = None if device is None else step_time(other, device, here.interconnect, assumed)
+                choice = Choice(other, tree, name, bytes_per_rank(other, here.gpu), time)
+                fits = fits or choice.fits(here.memory)
                 yield choice
             if not fits:
                 break  # nor does a larger micro-batch
 
 
-def _modes(named: str) -> tuple[str, ...]:
-    return ("none", "selective", "full") if named == "auto" else (named,)
+def _modes(layout: Layout, here: Here) -> list[str]:
+    """The forms of recomputation to be compared: where not all can be kept, as much as fits."""
 
+    def fits(mode: str) -> bool:
+        memory = bytes_per_rank(layout.with_training(activation_checkpointing=mode), here.gpu)
+        return memory.total <= USABLE * here.memory
 
-def _time(layout: Layout, device: Device | None, here: Here) -> StepTime | None:
-    if device is None:
-        return None
-    return step_time(layout, device, here.interconnect, Assumptions(mfu=assumed_mfu(layout)))
+    if fits("none"):
+        return ["none"]
+    shares = range(2, layout.config.model.layers + 1)
+    # The smallest number of blocks computed again, that is the largest k that fits; the memory grows with it.
+    most = bisect.bisect_left(shares, True, key=lambda k: not fits(f"1/{k}"))
+    return [*([f"1/{shares[most - 1]}"] if most else []), "selective", "full"]
 
 
 def _preferred(fitting: list[Choice]) -> Choice:
     """The fastest, or one that is about as fast."""
-    names = [*_STAGES, *_OFFLOADS]
+    names = ["", *_STAGES, *_OFFLOADS]
 
     def order(choice: Choice) -> tuple[float, ...]:
-        stage = names.index(choice.ds_name) if choice.ds_name else 0
-        recomputed = recomputed_share(choice.layout)
+        stage, recomputed = names.index(choice.ds_name), recomputed_share(choice.layout)
         if choice.time is None:
             return recomputed, stage, -choice.layout.division.micro_batch
         return stage, recomputed, choice.memory.total
 
     fastest = min(choice.time.step if choice.time else 0.0 for choice in fitting)
     return min((c for c in fitting if c.time is None or c.time.step <= _NEAR * fastest), key=order)
+
+
+def decision_line(choice: Choice, here: Here, device: Device | None) -> str:
+    """What is chosen for which machine, what it takes, and how fast it will be."""
+    nodes = -(-here.ranks // here.ranks_per_node)
+    name = device.label.replace(".*", " ") if device else here.name
+    where = f"{here.ranks} x {name}" + (f" on {counted(nodes, 'node')}" if nodes > 1 else "")
+    line = f"{where}: {_how(choice)}: {_gib(choice.memory.total)} of {_gib(here.memory)} GiB"
+    if choice.memory.host:
+        line += f", {_gib(choice.memory.host)} of the processor's"
+    if not choice.fits(here.memory):
+        line += ", which may not suffice"
+    if choice.time:
+        rate = choice.layout.config.training.batch / choice.time.step
+        return f"{line}, about {float(f'{rate:.2g}'):g} images/s (planned)"
+    return f"{line} (planned)" + ("; no data sheet: time not planned" if here.gpu else "")
 
 
 def _how(choice: Choice) -> str:
@@ -209,24 +233,6 @@ def _how(choice: Choice) -> str:
     return ", ".join(parts)
 
 
-def _line(choice: Choice, here: Here, device: Device | None) -> str:
-    size = f"{_gib(choice.memory.total)} of {_gib(here.memory)} GiB"
-    nodes = -(-here.ranks // here.ranks_per_node)
-    where = f"{here.ranks} x {_short(here.name)}" + (f" on {counted(nodes, 'node')}" if nodes > 1 else "")
-    line = f"{where}: {_how(choice)}: {size}"
-    if not choice.fits(here):
-        line += ", more than can be used"
-    if choice.time:
-        rate = choice.layout.config.training.batch / choice.time.step
-        return f"{line}, about {float(f'{rate:.2g}'):g} images/s (planned)"
-    return f"{line} (planned)" + ("; no data sheet: time not planned" if here.gpu else "")
-
-
 def _gib(size: int) -> str:
     count = size / 2**30
     return f"{count:.0f}" if count >= 10 else f"{count:.1f}"
-
-
-def _short(name: str) -> str:
-    device = recognise(name)
-    return device.label.replace(".*", " ") if device else name

@@ -5,7 +5,7 @@ the sheet promises; what of it a program reaches is assumed elsewhere (step_time
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from igpt_ds.errors import UserError
 
@@ -24,6 +24,7 @@ class Device:
         bandwidth: of its memory, bytes/s.
         link: to its neighbours in the node, bytes/s one way; without NVLink or the like, the host's bus.
         host: to the processor, bytes/s one way.
+        attention: the kernel that computes it in bfloat16, see `igpt_ds.model.attention`.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Device:
     bandwidth: float
     link: float
     host: float
+    attention: str = "flash"
 
     def peak(self, precision: str) -> float:
         """FLOP/s in a precision of the configuration; what the device does not compute goes by float32."""
@@ -44,8 +46,9 @@ def _device(
     label: str, bf16: float, tf32: float, fp32: float, gib: float, bandwidth: float, link: float, host: float
 ) -> Device:
     """In the units of data sheets: TFLOP/s, GB (which are GiB there), GB/s."""
-    rates = (rate * TERA for rate in (bf16, tf32, fp32))
-    return Device(label, *rates, gib * 2**30, bandwidth * GIGA, link * GIGA, host * GIGA)
+    attention = "cudnn" if re.search("[HB][12]00", label) else "flash"  # Hopper and Blackwell
+    rates = bf16 * TERA, tf32 * TERA, fp32 * TERA
+    return Device(label, *rates, gib * 2**30, bandwidth * GIGA, link * GIGA, host * GIGA, attention)
 
 
 # Host links, one way: PCIe 3.0 x16 16 GB/s, 4.0 x16 32 GB/s, 5.0 x16 64 GB/s; GH200's is NVLink-C2C. NVLink bridges,
@@ -84,11 +87,28 @@ INTERCONNECTS = {
 }
 
 
-def find_device(name: str) -> Device:
-    """A device by its key."""
-    if name.lower() not in DEVICES:
-        raise UserError(f"device {name}: its data sheet is not here: choose {', '.join(DEVICES)}")
-    return DEVICES[name.lower()]
+def find_device(
+    name: str, peak_tflops: float | None = None, memory_gib: float | None = None, bandwidth: float | None = None
+) -> Device:
+    """A device by its key, or by hand.
+
+    Args:
+        peak_tflops: of dense matrix products, whatever the precision.
+        memory_gib: of it.
+        bandwidth: of its memory, GB/s. What is given takes the place of the data sheet's, or of all of it.
+    """
+    known = DEVICES.get(name.lower())
+    if known is None and None in (peak_tflops, memory_gib, bandwidth):
+        raise UserError(
+            f"device {name}: its data sheet is not here: choose {', '.join(DEVICES)}, or add --peak-tflops, "
+            "--memory-gib and --bandwidth"
+        )
+    device = known or _device(name, 0, 0, 0, 0, 0, 32, 32)
+    if peak_tflops is not None:
+        device = replace(device, bf16=peak_tflops * TERA, tf32=peak_tflops * TERA, fp32=peak_tflops * TERA)
+    if memory_gib is not None:
+        device = replace(device, memory=memory_gib * 2**30)
+    return device if bandwidth is None else replace(device, bandwidth=bandwidth * GIGA)
 
 
 def find_interconnect(text: str) -> float:

@@ -52,15 +52,15 @@ def gathering(layout: Layout) -> Gathering:
         reuse_distance=layout.option("stage3_max_reuse_distance", 10**9),
         persistence=layout.option("stage3_param_persistence_threshold", 100_000),
     )
-    return play(module_sizes(layout.config), layout.config.model.layers, layout.checkpointing != "none", rules)
+    return play(module_sizes(layout.config), layout.config.model.layers, layout.recomputed, rules)
 
 
 @lru_cache(maxsize=64)
-def play(sizes: Sizes, layers: int, recomputed: bool, rules: Rules) -> Gathering:
+def play(sizes: Sizes, layers: int, recomputed: range, rules: Rules) -> Gathering:
     """One forward and one backward pass.
 
     Args:
-        recomputed: blocks are computed again in the backward pass.
+        recomputed: the blocks that are computed again in the backward pass.
     """
     parameters = _parameters(sizes, layers)
     uses, forward = _uses(sizes, layers, recomputed)
@@ -117,7 +117,7 @@ def _parameters(sizes: Sizes, layers: int) -> dict[Module, tuple[int, ...]]:
 _AFTER = ("norm", "head", "class_head")
 
 
-def _uses(sizes: Sizes, layers: int, recomputed: bool) -> tuple[list[tuple[Module, tuple[Module, ...]]], int]:
+def _uses(sizes: Sizes, layers: int, recomputed: range) -> tuple[list[tuple[Module, tuple[Module, ...]]], int]:
     """Each entry of a module with the modules that are left before the next; and the number of the forward pass's."""
     network: Module = (-1, "network")
     after = [(-2, name) for name, _ in zip(_AFTER, sizes.after, strict=False)]
@@ -128,7 +128,7 @@ def _uses(sizes: Sizes, layers: int, recomputed: bool) -> tuple[list[tuple[Modul
     forward = len(order)
     order += [(network, ()), *((module, (module,)) for module in after[::-1])]
     for block in reversed(blocks):
-        if recomputed:
+        if block[0] in recomputed:
             # Entered by its backward pass, which then asks for what is computed again.
             order.append((block, ()))
         order.append((block, (block,)))

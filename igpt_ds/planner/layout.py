@@ -5,7 +5,7 @@ from typing import Any
 
 from igpt_ds.config.batch import Division, divide_batch
 from igpt_ds.config.deepspeed import load_ds_config, resolve
-from igpt_ds.config.schema import Config
+from igpt_ds.config.schema import Config, recomputed_blocks
 from igpt_ds.errors import UserError
 
 
@@ -14,7 +14,7 @@ class Layout:
     """A job's place on its machines.
 
     Attributes:
-        config: resolution and palette size resolved.
+        config: resolution and palette size resolved, and what the machine decides.
         zero: the resolved `zero_optimization` (see `igpt_ds.config.deepspeed.resolve`).
         division: of the batch over the ranks.
         ranks_per_node: GPUs of a node.
@@ -24,6 +24,11 @@ class Layout:
     zero: dict[str, Any]
     division: Division
     ranks_per_node: int
+
+    def __post_init__(self) -> None:
+        recipe = self.config.training
+        decided = "auto" not in (recipe.precision, recipe.activation_checkpointing, recipe.compile)
+        assert decided, "the configuration has not met its machine yet"
 
     @property
     def stage(self) -> int:
@@ -57,8 +62,15 @@ class Layout:
 
     @property
     def checkpointing(self) -> str:
-        """What of a block is computed again in the backward pass: none, selective (all but attention) or full."""
+        """What of a block is computed again in the backward pass: none, selective (all but attention), full; or 1/k,
+        which is full in every k-th block, from the first on."""
         return self.config.training.activation_checkpointing
+
+    @property
+    def recomputed(self) -> range:
+        """The blocks that are computed again."""
+        layers, every = self.config.model.layers, recomputed_blocks(self.checkpointing)
+        return range(0, layers, every) if every else range(0)
 
     @property
     def hpz_group(self) -> int:

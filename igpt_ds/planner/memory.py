@@ -140,8 +140,12 @@ def activation_bytes(layout: Layout, gpu: bool = True) -> tuple[int, int]:
     config, layers = layout.config, layout.config.model.layers
     tokens = layout.division.micro_batch * config.sequence_length // layout.sequence_parallel
     inside = _INSIDE if gpu else _INSIDE + _UNFUSED_NORMS
-    kept = {"none": 0, "selective": 2, "full": 1}[layout.checkpointing]  # of a block: its input, attention's output
-    blocks = layers * kept + inside - kept if kept else layers * inside
+    # Of a block that is computed again: its input, and attention's output.
+    again, kept = layout.recomputed, 2 if layout.checkpointing == "selective" else 1
+    blocks = len(again) * kept + (layers - len(again)) * inside
+    if layers - 1 in again:
+        # The last block is there once in full; when an earlier one is, what the blocks after it kept is gone.
+        blocks += inside - kept
     # The logits, their logarithms of probabilities and the gradient of these, both in float32.
     logits = tokens * config.palette_size * (layout.width + 8)
     unit = tokens * config.model.width * layout.width

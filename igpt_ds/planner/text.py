@@ -18,16 +18,26 @@ _KINDS = {
     "host": "in the processor's memory, by offload",
 }
 
+_PARTS = {
+    "computation": "computation: forward and backward passes, what is computed again among them",
+    "gradients": "gradients: copied and summed up, added",
+    "messages_hidden": "messages beside it: count where they are longer",
+    "messages": "messages after it: added",
+    "optimizer": "optimizer: added",
+    "waiting": "waiting: for the device, tensor by tensor (hpZ), added",
+    "host": "processor: starts the kernels beside all this; counts where it is longer",
+}
+
 
 def plan_text(plan: dict[str, Any]) -> str:
     """What `make_plan` gives, for a terminal."""
-    return "\n\n".join([_facts(plan), *(table.text() for table in _tables(plan)), _advice(plan)])
+    return "\n\n".join([aligned([*_facts(plan), *_advice(plan)]), *(table.text() for table in _tables(plan))])
 
 
-def _facts(plan: dict[str, Any]) -> str:
+def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     at, assumed, limit = plan["layout"], plan["assumptions"], plan["limits"]
     stored = plan["dataset_bytes"]
-    rows = [
+    return [
         ("model", f"{plan['name']}: {plan['parameters']:,} parameters, {at['precision']}"),
         (
             "machine",
@@ -42,7 +52,7 @@ def _facts(plan: dict[str, Any]) -> str:
         ),
         (
             "time",
-            f"{time_text(plan['step_seconds'])} a step, {plan['tokens_per_second']:,.0f} tokens/s, "
+            f"{time_text(plan['step_seconds'])} a step, {plan['images_per_second']:,.3g} images/s, "
             f"{plan['days']:.3g} days, {plan['device_hours']:,.0f} GPU hours; MFU {plan['mfu_of_step']:.1%} of "
             f"{assumed['peak_flops'] / 1e12:.0f} TFLOP/s",
         ),
@@ -59,7 +69,6 @@ def _facts(plan: dict[str, Any]) -> str:
             f"({size_text(stored['packed9'])} packed9)",
         ),
     ]
-    return aligned(rows)
 
 
 def _network(at: dict[str, Any]) -> str:
@@ -85,45 +94,47 @@ def _tables(plan: dict[str, Any]) -> list[Table]:
     memory = plan["bytes_per_rank"]
     sizes = [[kind, f"{memory[kind] / 2**30:.2f}", text] for kind, text in _KINDS.items() if memory[kind]]
     modes = ", ".join(f"{mode} {size_text(size)}" for mode, size in plan["activation_bytes"].items())
-    sent = plan["communication_bytes_per_step"]
-    seconds = plan["message_seconds"]
-    messages = [[name, f"{sent[name] / 1e9:.3f}", f"{1e3 * seconds[name]:.1f}"] for name in seconds]
+    sent, seconds = plan["communication_bytes_per_step"], plan["message_seconds"]
+    messages = [[name, f"{sent[name] / 1e9:.3f}", _ms(seconds[name])] for name in seconds]
     others = [
         [
             name,
             f"{other['bytes_per_rank'] / 2**30:.2f}",
             "yes" if other["fits"] else "no",
-            f"{other['communication_bytes_per_step'] / 1e9:.3f}",
-            f"{1e3 * other['message_seconds']:.1f}",
-            f"{1e3 * other['step_seconds']:.1f}",
+            f"{other['communication_bytes_per_step'] / 1e9:.3f}" if messages else "",
+            _ms(other["message_seconds"]) if messages else "",
+            _ms(other["step_seconds"]),
         ]
         for name, other in plan["by_ds_config"].items()
     ]
-    parts = plan["step_parts"]
+    parts, assumed = plan["step_parts"], plan["assumptions"]
     times = [
-        ["computation", f"{1e3 * parts['computation']:.1f}", "model FLOPs and recomputation"],
-        ["messages beside it", f"{1e3 * parts['messages_hidden']:.1f}", "count where they are longer"],
-        ["messages after it", f"{1e3 * parts['messages']:.1f}", "added"],
-        ["optimizer", f"{1e3 * parts['optimizer']:.1f}", "added"],
-        ["step", f"{1e3 * plan['step_seconds']:.1f}", ""],
+        [text.partition(":")[0], _ms(parts[kind]), text.partition(": ")[2]]
+        for kind, text in _PARTS.items()
+        if parts[kind]
     ]
-    assumed = plan["assumptions"]
     note = (
-        f"Assumed, not measured: MFU {assumed['mfu']:.2f} of the computation alone (--mfu), "
-        f"{assumed['bandwidth_share']:.0%} of the data sheets' bandwidths, a message's delay of "
-        f"{assumed['hop'] * 1e6:.1f} us a GPU and {assumed['hop_between_nodes'] * 1e6:.0f} us a node."
+        f"By assumptions, not measured: an MFU of {assumed['mfu']:.2f} of the computation alone (--mfu sets it), "
+        f"{assumed['links']:.0%} of the data sheets' bandwidths between GPUs, a message's delay of "
+        f"{assumed['hop'] * 1e6:.1f} us a GPU and {assumed['hop_between_nodes'] * 1e6:.0f} us a node; see docs/plan.md."
     )
-    found = [
-        Table("Memory of a rank", ("kind", "GiB", "what it is"), sizes, f"Activations by checkpointing: {modes}."),
-        Table("Parts of a step", ("part", "ms", "how it counts"), times, note),
-    ]
+    found = [Table("Memory of a rank", ("kind", "GiB", "what it is"), sizes, f"Activations by checkpointing: {modes}.")]
     if messages:
-        found.insert(1, Table("Messages of a step", ("operation", "GB sent by a rank", "ms"), messages))
+        found.append(Table("Messages of a step", ("operation", "GB sent by a rank", "ms"), messages))
+    found.append(
+        Table(
+            "Parts of a step", ("part", "ms", "how it counts"), [*times, ["step", _ms(plan["step_seconds"]), ""]], note
+        )
+    )
     headings = ("--ds", "GiB a rank", "fits", "GB sent", "ms of messages", "ms a step")
-    found.append(Table("The same job by DeepSpeed configuration", headings, others))
+    found.append(Table("The same job by DeepSpeed configuration", headings, others).without_empty_columns())
     return found
 
 
-def _advice(plan: dict[str, Any]) -> str:
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
+
+
+def _advice(plan: dict[str, Any]) -> list[tuple[str, str]]:
     lines = plan["advice"] or ["nothing of what the planner knows would be faster by 3 % or more"]
-    return aligned([("advice", line) for line in lines])
+    return [("advice", line) for line in lines]

@@ -11,8 +11,7 @@ import pytest
 from igpt_ds.config.file import from_tree, load_config, presets, to_toml, to_tree
 from igpt_ds.config.schema import Config, identity, replace
 from igpt_ds.errors import UserError
-from igpt_ds.planner.layout import lay_out
-from igpt_ds.planner.report import Machine, make_plan
+from igpt_ds.planner.report import Machine, decided_layout, make_plan
 
 IMAGENET_TRAIN = 0.96 * 1_281_167
 
@@ -184,7 +183,7 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key: str) -> None:
             assert len(str(error)) < 1000
             continue
         with contextlib.suppress(UserError):  # a plan of it comes at once
-            make_plan(lay_out(config, "zero3", 2, 8), Machine())
+            make_plan(decided_layout(config, "auto", 2, 8, Machine())[0], Machine())
 
 
 @pytest.mark.parametrize(
