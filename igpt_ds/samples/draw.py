@@ -1,40 +1,72 @@
 """Pictures that a model draws: free samples, and completions of images of which it is given the upper rows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.distributed.ranks import Ranks, launched
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.features.extract import Precision, load_model
 from igpt_ds.loading.splits import open_split
-from igpt_ds.memory import free_bytes
+from igpt_ds.memory import available_bytes, free_bytes
 from igpt_ds.model.sampling import Drawing, images_at_once, not_finite, sample
 from igpt_ds.model.transformer import ImageGPT
+from igpt_ds.samples.files import require_file, require_new, save_npz, save_pngs
 from igpt_ds.samples.sheet import (
     COMPLETIONS,
-    completion_tiles,
-    contact_sheet,
-    decoded,
+    completion_sheet,
     first_images,
     pictures,
     prefixes,
     require_room,
+    sample_sheet,
     save_png,
 )
+from igpt_ds.text import size_text
 from igpt_ds.weights.base import config_of, palette_of
 from igpt_ds.weights.formats import open_weights
 
 IMAGES = 16  # unless it is said how many
+_BYTES = 2 * 8 + 2 + 3  # of a pixel: tokens of each rank and of all as int64, as uint16, and its colour
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where what is drawn goes; see `igpt_ds.samples.sheet` and `igpt_ds.samples.files`."""
+
+    sheet: Path | None = None
+    npz: Path | None = None
+    pngs: Path | None = None
+
+    @property
+    def named(self) -> list[Path]:
+        """Those that are asked for."""
+        return [path for path in (self.sheet, self.npz, self.pngs) if path]
+
+    def check(self, images: int, tiles: int, resolution: int) -> None:
+        """Refuse what could not be written before anything is drawn; `tiles`: of an image, on a sheet."""
+        if not self.named:
+            raise UserError("sample: nowhere to write to: add --out FILE.png, --npz FILE.npz or --pngs FOLDER")
+        if self.sheet:
+            require_room(images, tiles, resolution)
+        needed = images * resolution**2 * _BYTES
+        if needed > available_bytes():
+            raise UserError(
+                f"--images {images}: {size_text(needed)} do not fit in memory: draw several of other --seed"
+            )
+        for path in filter(None, (self.sheet, self.npz)):
+            require_file(path)
+        if self.pngs:
+            require_new(self.pngs)
 
 
 def draw(
     path: Path,
-    out: Path,
+    out: Outputs,
     drawing: Drawing,
     *,
     step: int | None = None,
@@ -45,7 +77,7 @@ def draw(
     rows: int | None = None,
     precision: Precision = "float32",
 ) -> int | None:
-    """Draw a sheet of images, or of completions, and write it; every rank of a launch calls this.
+    """Draw images, or completions, and write them; every rank of a launch calls this.
 
     Args:
         path: a run, a checkpoint, or weights of any format.
@@ -72,47 +104,40 @@ def draw(
     if not config.causal:
         raise UserError(f"{path}: is a BERT model: only next_pixel models draw images token by token")
     asked = len(paths) or images or IMAGES
-    require_room(asked, COMPLETIONS + 2 if complete or paths else 1, round(config.sequence_length**0.5))
-    tokens = None
+    side, tokens = round(config.sequence_length**0.5), None
+    out.check(asked, COMPLETIONS + 2 if complete or paths else 1, side)
     if paths:
         tokens = pictures(paths, config.sequence_length, palette)
     elif complete:
         dataset = open_split(complete, split or "val")
         tokens = first_images(dataset, asked, config.sequence_length, palette)
-    rows = round(config.sequence_length**0.5) // 2 if rows is None else rows
-    if tokens is not None:
-        prefixes(tokens, rows)  # refused before the ranks meet
+    rows = side // 2 if rows is None else rows
+    # Refused before the ranks meet.
+    given_BT = torch.empty(asked, 0, dtype=torch.int64) if tokens is None else prefixes(tokens, rows)
     with ranks.meeting():
         model = load_model(config, weights, precision)
-        if tokens is None:
-            sheet = free_samples(model, palette, asked, drawing, ranks)
-        else:
-            sheet = completions(model, tokens, palette, rows, drawing, ranks)
-    if sheet is None:
+        drawn = drawn_tokens(model, given_BT, drawing, ranks, "samples" if tokens is None else "completions")
+    if drawn is None:
         return None
-    save_png(sheet, out)
+    _write(out, drawn, palette, tokens, rows)
     return weights.step
 
 
-def free_samples(model: ImageGPT, palette: Palette, count: int, drawing: Drawing, ranks: Ranks) -> Image.Image | None:
-    """A nearly square sheet of `count` images drawn from nothing, on rank 0; a collective of the ranks."""
-    tokens = _draw(model, torch.empty(count, 0, dtype=torch.int64), drawing, ranks, "samples")
-    return None if tokens is None else contact_sheet(decoded(tokens, palette), columns=round(count**0.5) or 1)
+def _write(out: Outputs, drawn: np.ndarray, palette: Palette, completed: np.ndarray | None, rows: int) -> None:
+    if out.sheet:
+        free = completed is None
+        sheet = sample_sheet(drawn, palette) if free else completion_sheet(completed, drawn, palette, rows)
+        save_png(sheet, out.sheet)
+    if out.npz:
+        save_npz(drawn, palette, out.npz)
+    if out.pngs:
+        save_pngs(drawn, palette, out.pngs)
 
 
-def completions(
-    model: ImageGPT, tokens: np.ndarray, palette: Palette, rows: int, drawing: Drawing, ranks: Ranks
-) -> Image.Image | None:
-    """One line each for these images, uint16 [N, n]: what the model saw, its completions, the original; on rank 0."""
-    drawn = _draw(model, prefixes(tokens, rows), drawing, ranks, "completions")
-    if drawn is None:
-        return None
-    tiles, marked = completion_tiles(tokens, drawn, palette, rows)
-    return contact_sheet(tiles, COMPLETIONS + 2, marked)
-
-
-def _draw(model: ImageGPT, prefix_BT: torch.Tensor, drawing: Drawing, ranks: Ranks, title: str) -> np.ndarray | None:
-    """Tokens int64 [B, n] on rank 0."""
+def drawn_tokens(
+    model: ImageGPT, prefix_BT: torch.Tensor, drawing: Drawing, ranks: Ranks, title: str
+) -> np.ndarray | None:
+    """Images that go on from `prefix_BT`: int64 [B, n] on rank 0, None on the others; a collective of the ranks."""
     bar = title if ranks.rank == 0 else None  # one for all ranks
 
     def draw_rows(prefix_BT: torch.Tensor, first: int) -> torch.Tensor:

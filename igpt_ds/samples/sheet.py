@@ -98,6 +98,17 @@ def contact_sheet(images: np.ndarray, columns: int, given: Sequence[int] = ()) -
     return sheet
 
 
+def sample_sheet(drawn: np.ndarray, palette: Palette) -> Image.Image:
+    """A nearly square sheet of images, integers [N, n]."""
+    return contact_sheet(decoded(drawn, palette), columns=round(len(drawn) ** 0.5) or 1)
+
+
+def completion_sheet(tokens: np.ndarray, drawn: np.ndarray, palette: Palette, rows: int) -> Image.Image:
+    """One line an image: what the model saw, its completions, the original; as `completion_tiles`."""
+    tiles, marked = completion_tiles(tokens, drawn, palette, rows)
+    return contact_sheet(tiles, COMPLETIONS + 2, marked)
+
+
 def save_png(sheet: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     with publish_file(path) as file:

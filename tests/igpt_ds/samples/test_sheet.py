@@ -86,7 +86,9 @@ def test_contact_sheet_places_enlarged_pixels() -> None:
 def test_completions_show_what_was_given_and_the_original(digits: Path, model: ImageGPT, rows: int) -> None:
     dataset = Dataset.open(digits / "val")
     tokens = samples.first_images(dataset, 3, 64, dataset.palette)
-    sheet = np.asarray(draw.completions(model, tokens, dataset.palette, rows, Drawing(), ALONE))
+    drawn = draw.drawn_tokens(model, samples.prefixes(tokens, rows), Drawing(), ALONE, "test")
+    assert drawn is not None
+    sheet = np.asarray(samples.completion_sheet(tokens, drawn, dataset.palette, rows))
     assert sheet.shape == (3 * STRIDE + samples.GAP, 6 * STRIDE + samples.GAP, 3)
     originals = dataset.palette.decode(dataset.tokens(0)[:3]).reshape(3, 8, 8, 3)
     for row in range(3):
@@ -141,8 +143,14 @@ def test_more_images_than_memory_holds_are_drawn_in_turn(
     digits: Path, model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     palette = Dataset.open(digits / "val").palette
-    whole = draw.free_samples(model, palette, 5, Drawing(1), ALONE)
-    assert whole is not None and whole.size == (2 * STRIDE + samples.GAP, 3 * STRIDE + samples.GAP)
+
+    def drawn() -> Image.Image:
+        tokens = draw.drawn_tokens(model, torch.empty(5, 0, dtype=torch.int64), Drawing(1), ALONE, "test")
+        assert tokens is not None
+        return samples.sample_sheet(tokens, palette)
+
+    whole = drawn()
+    assert whole.size == (2 * STRIDE + samples.GAP, 3 * STRIDE + samples.GAP)
     at_once = []
 
     def note(model: ImageGPT, prefix_BT: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -151,9 +159,9 @@ def test_more_images_than_memory_holds_are_drawn_in_turn(
 
     monkeypatch.setattr(draw, "sample", note)
     monkeypatch.setattr(draw, "images_at_once", lambda model, free: 2)
-    sheet = draw.free_samples(model, palette, 5, Drawing(1), ALONE)
+    sheet = drawn()
     assert at_once == [2, 2, 1]
-    assert sheet is not None and np.array_equal(np.asarray(sheet), np.asarray(whole))
+    assert np.array_equal(np.asarray(sheet), np.asarray(whole))
     samples.save_png(sheet, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as image:
         assert np.array_equal(np.asarray(image), np.asarray(whole))
@@ -192,6 +200,57 @@ def test_command_draws_what_it_is_asked_for(
     call(run, "--picture", tmp_path / "mine.png", "--out", out)
     sheet = np.asarray(Image.open(out))
     assert np.array_equal(tile(sheet, 0, 5), original) and (tile(sheet, 0, 0)[4:] == samples.HIDDEN).all()
+
+
+def test_images_are_written_as_fid_tools_read_them(
+    run: Path, digits: Path, model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free samples and completions: pixels and tokens in one .npz, the same pixels as PNG files; no sheet is needed."""
+    monkeypatch.delenv("RANK", raising=False)
+    dataset = Dataset.open(digits / "val")
+    given = samples.prefixes(dataset.images(2), 4)
+    for name, words, prefix in (
+        ("free", ("--n", 5), torch.empty(5, 0, dtype=torch.int64)),
+        ("completed", ("--complete", digits, "--n", 2), given),
+    ):
+        npz, pngs = tmp_path / f"{name}.npz", tmp_path / name
+        call(run, *words, "--npz", npz, "--pngs", pngs)
+        tokens = sample(model, prefix, Drawing(), title=None).numpy()
+        pixels = dataset.palette.decode(tokens).reshape(len(tokens), 8, 8, 3)
+        with np.load(npz, allow_pickle=False) as found:
+            assert sorted(found) == ["arr_0", "tokens"]
+            assert (found["arr_0"].dtype, found["tokens"].dtype) == (np.uint8, np.uint16)
+            assert np.array_equal(found["arr_0"], pixels) and np.array_equal(found["tokens"], tokens)
+        assert sorted(path.name for path in pngs.iterdir()) == [f"{i:06d}.png" for i in range(len(tokens))]
+        for i, image in enumerate(pixels):
+            with Image.open(pngs / f"{i:06d}.png") as read:
+                assert read.mode == "RGB" and np.array_equal(np.asarray(read), image)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["completed", "completed.npz", "free", "free.npz"]
+
+
+def test_where_nothing_can_be_written_nothing_is_drawn(
+    refused: Callable[..., str],  # noqa: F811
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drawn(*_: object) -> None:
+        raise AssertionError("something was drawn")
+
+    monkeypatch.setattr(draw, "drawn_tokens", drawn)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "of another.png").touch()
+    command = ("sample", str(run), "--n", "2")
+    assert "nowhere to write to: add --out" in refused(*command)
+    for option, path, named in (
+        ("--pngs", "full", "full: exists already: choose another folder"),
+        ("--pngs", "full/of another.png", "exists already"),
+        ("--npz", "full", "full: cannot write: the path is a directory"),
+        ("--out", "full", "full: cannot write: the path is a directory"),
+    ):
+        assert named in refused(*command, option, str(tmp_path / path))
+    assert "do not fit in memory: draw several" in refused(*command[:3], "9" * 15, "--npz", str(tmp_path / "x.npz"))
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 def test_command_takes_a_step_and_a_precision(
