@@ -10,14 +10,17 @@ reads its share of the images.
 Suffixes: I images of the dataset, B of a batch, T positions, K colours.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 from tqdm import tqdm
 
+from igpt_ds.atomic import publish_file, refuse_special, writing
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
@@ -51,12 +54,16 @@ HOLDS = {
     "palette_distortion?": float,
     "classes?": [{"name": str, "nats_per_token?": float, **_MEAN}],
     "positions": {"nats_per_token": [float, None]},
+    "per_image?": str,
 }
 OPTIONS = (
     click.Option(["--split"], type=click.Choice(["val", "test", "train"]), default="val", show_default=True),
     MASKS,
     click.Option(
         ["--mask-seed"], type=click.IntRange(0, 2**64 - 1), help="BERT: seed of the masks.  [default: the run's]"
+    ),
+    click.Option(
+        ["--per-image"], metavar="FILE", type=click.Path(path_type=Path), help="Also each image's, a line of JSON each."
     ),
 )
 DRAWN = 5  # masks of a BERT model, as many as the paper's ensembles take (section 4.6)
@@ -65,7 +72,12 @@ _CLASSES_SHOWN = 24  # of more, the easiest and the hardest
 
 
 def run(
-    subject: Subject, *, split: str = "val", masks: int | None = None, mask_seed: int | None = None
+    subject: Subject,
+    *,
+    split: str = "val",
+    masks: int | None = None,
+    mask_seed: int | None = None,
+    per_image: Path | None = None,
 ) -> Record | None:
     """Likelihood of held-out images in nats and bits a token, by class and by position.
 
@@ -74,6 +86,8 @@ def run(
         igpt-ds eval RUN --data DATA --split val --json eval.json
     Shared among 8 GPUs, each with the whole network in float32:
         torchrun --nproc-per-node 8 -m igpt_ds -- eval RUN --data DATA
+    Each image's as well, {"id": ..., "label": ..., "nats_per_token": ..., "bits_per_token": ...} a line:
+        igpt-ds eval RUN --split test --per-image images.jsonl
     """
     from igpt_ds.features.extract import load_model
     from igpt_ds.loading.splits import open_split
@@ -95,9 +109,21 @@ def run(
     check(weights, config, dataset)
     if not config.causal:
         masks, mask_seed = masks or DRAWN, config.seed if mask_seed is None else mask_seed
+    ids = None
+    if per_image is not None and ranks.rank == 0:  # what is refused is so before anything is computed
+        with writing(per_image):
+            refuse_special(per_image)
+        ids = dataset.ids()
     with ranks.meeting():
         found = likelihood(load_model(config, weights), config, dataset, ranks, masks or 1, mask_seed or 0)
-    return record(found, weights, config, dataset, masks, mask_seed) if ranks.rank == 0 else None
+    if ranks.rank:
+        return None
+    if per_image is not None and ids is not None:
+        write_images(found, dataset, ids, per_image)
+    return {
+        **record(found, weights, config, dataset, masks, mask_seed),
+        "per_image": None if per_image is None else str(per_image),
+    }
 
 
 def suffix(options: dict[str, Any]) -> str:
@@ -244,6 +270,24 @@ def record(
     }
 
 
+def write_images(found: Likelihood, dataset: "Dataset", ids: np.ndarray, path: Path) -> None:
+    """Each image's mean nats and bits a token, in the dataset's order, a line of JSON each; null: it was never masked.
+
+    Of an auto-regressive model nats a token times tokens are -log p of the image.
+    """
+    labels = dataset.labels().tolist() if dataset.manifest.classes is not None else [None] * len(ids)
+    with publish_file(path) as file:
+        for name, label, nats in zip(ids.tolist(), labels, found.images_I.tolist(), strict=True):
+            known = not math.isnan(nats)
+            line = {
+                "id": name.decode("utf-8", "surrogateescape"),
+                "label": label,
+                "nats_per_token": nats if known else None,
+                "bits_per_token": nats / math.log(2) if known else None,
+            }
+            file.write(json.dumps(line).encode() + b"\n")
+
+
 def _mean(images_I: np.ndarray) -> dict[str, Any]:
     """Mean nats and bits, standard error of the nats' mean (None of fewer than 2), and the number of images."""
     known = images_I[~np.isnan(images_I)]
@@ -299,6 +343,8 @@ def _notes(record: Record) -> list[str]:
         f"A token is one of {record['colours']} palette colours: this is no RGB likelihood (bits/dim), "
         "and compares with models on the same palette and resolution only."
     )
+    if record.get("per_image"):
+        lines.append(f"Each image's: {record['per_image']}")
     return lines
 
 

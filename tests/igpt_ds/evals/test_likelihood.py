@@ -18,7 +18,7 @@ from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError
-from igpt_ds.evals.likelihood import Likelihood, likelihood, record
+from igpt_ds.evals.likelihood import Likelihood, likelihood, record, write_images
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.objectives import load_objective
 from tests.helpers import commands
@@ -139,6 +139,32 @@ def test_means_and_standard_errors_by_class(digits: Path) -> None:
     assert result["tokens"] == 64 * dataset.rows
 
 
+@pytest.mark.parametrize("objective", ["next_pixel", "masked_pixel"])
+def test_each_images_likelihood_is_written(
+    digits: Path, tmp_path: Path, call: Callable[..., int], capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
+    run, out = make_run(digits, tmp_path / "run", objective), tmp_path / "images.jsonl"
+    assert call("eval", run, "--per-image", out) == 0
+    assert f"Each image's: {out}" in capsys.readouterr().out
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    dataset, record = Dataset.open(digits / "val"), json.loads((run / "eval.json").read_text())
+    assert [line["id"] for line in lines] == [name.decode() for name in dataset.ids()]
+    assert [line["label"] for line in lines] == dataset.labels().tolist()
+    nats = [line["nats_per_token"] for line in lines]
+    assert np.mean(nats) == pytest.approx(record["nats_per_token"], rel=1e-12)
+    assert [line["bits_per_token"] for line in lines] == pytest.approx([each / math.log(2) for each in nats])
+    if objective == "next_pixel":
+        expected = reference(random_model(digits_config(objective)), dataset.images(), None).mean(1)
+        np.testing.assert_allclose(nats, expected, rtol=1e-5)
+    # An id that is no text, and an image that was never masked.
+    odd = Likelihood(np.array([1.5, math.nan]), np.ones(64), np.ones(64, np.int64))
+    unlabelled = type("", (), {"manifest": type("", (), {"classes": None})})
+    write_images(odd, unlabelled, np.array([b"a\xff", b"b"]), out)  # type: ignore[arg-type]
+    first, second = [json.loads(line) for line in out.read_text().splitlines()]
+    assert first == {"id": "a\udcff", "label": None, "nats_per_token": 1.5, "bits_per_token": 1.5 / math.log(2)}
+    assert second == {"id": "b", "label": None, "nats_per_token": None, "bits_per_token": None}
+
+
 @pytest.mark.distributed
 def test_two_ranks_find_what_one_does(digits: Path, tmp_path: Path) -> None:
     folder = make_run(digits, tmp_path / "run", "masked_pixel")
@@ -240,6 +266,7 @@ def test_the_command_refuses_what_does_not_fit(
     assert "no run directory" in refused(tmp_path / "nowhere")
     assert "no such directory" in refused(run, "--data", tmp_path / "nowhere")
     assert "no BERT model" in refused(run, "--masks", 3)
+    assert "is a directory: choose another path" in refused(run, "--per-image", tmp_path)
     assert "no checkpoint of step 8: choose one of those there: 7" in refused(run, "--step", 8)
     assert "test" in refused(run, "--split", "test")
     folder = tmp_path / "data"
