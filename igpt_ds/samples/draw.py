@@ -125,8 +125,10 @@ def draw(
 
 def _write(out: Outputs, drawn: np.ndarray, palette: Palette, completed: np.ndarray | None, rows: int) -> None:
     if out.sheet:
-        free = completed is None
-        sheet = sample_sheet(drawn, palette) if free else completion_sheet(completed, drawn, palette, rows)
+        if completed is None:
+            sheet = sample_sheet(drawn, palette)
+        else:
+            sheet = completion_sheet(completed, drawn, palette, rows)
         save_png(sheet, out.sheet)
     if out.npz:
         save_npz(drawn, palette, out.npz)
