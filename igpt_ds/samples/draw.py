@@ -125,10 +125,7 @@ def draw(
 
 def _write(out: Outputs, drawn: np.ndarray, palette: Palette, completed: np.ndarray | None, rows: int) -> None:
     if out.sheet:
-        if completed is None:
-            sheet = sample_sheet(drawn, palette)
-        else:
-            sheet = completion_sheet(completed, drawn, palette, rows)
+        sheet = sample_sheet(drawn, palette) if completed is None else completion_sheet(completed, drawn, palette, rows)
         save_png(sheet, out.sheet)
     if out.npz:
         save_npz(drawn, palette, out.npz)
