@@ -201,7 +201,7 @@ def test_what_need_not_be_installed_is_imported_when_it_is_used(name: str) -> No
 
 def test_the_model_knows_its_configuration_only() -> None:
     known = {module for module in EVERYWHERE["igpt_ds.model.transformer"] if top(module) == "igpt_ds"}
-    assert known <= {"igpt_ds.config.schema", "igpt_ds.hashing"}
+    assert known <= {"igpt_ds.config.schema", "igpt_ds.hashing", "igpt_ds.model.attention"}
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))

@@ -78,10 +78,11 @@ class _PackedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, times: float = 1.0) -> Tensor:
+        bias = None if self.bias is None else times * self.bias
         if x.shape[1] > 1:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+            return F.linear(x, self.weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
 
 
 @contextmanager

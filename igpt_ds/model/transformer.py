@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from igpt_ds.config.schema import Config
+from igpt_ds.config.schema import Config, recomputed_blocks
 from igpt_ds.hashing import stable_hash
+from igpt_ds.model import attention
 
 NORM_EPSILON = 1e-5  # released code
+GATE = 1.702  # released code: the activation is x * sigmoid(GATE * x)
 SPAN = 128  # positions by which a cache's fixed shapes grow
 
 
@@ -98,20 +100,21 @@ class Norm(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.empty(width))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.rms_norm(x_BTD, self.gain.shape, self.gain, NORM_EPSILON)
+    def forward(self, x_BTD: Tensor, times: float = 1.0) -> Tensor:
+        gain = self.gain if times == 1.0 else times * self.gain
+        return F.rms_norm(x_BTD, gain.shape, gain, NORM_EPSILON)
 
 
 class Linear(nn.Module):
-    """x W^T, without bias as a rule. Weights are drawn by `initialise`, so construction costs nothing."""
+    """x W^T + times * bias, without bias as a rule. Weights are drawn by `initialise`: construction costs nothing."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, times: float = 1.0) -> Tensor:
+        return F.linear(x, self.weight, None if self.bias is None else times * self.bias)
 
 
 class Attention(nn.Module):
@@ -147,7 +150,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, 4 d wide, with x * sigmoid(1.702 x) between them."""
+    """Two linear layers, 4 d wide, with x * sigmoid(c x) between them, c = GATE. It is given c x and returns c mlp(x).
+
+    x sigmoid(c x) = silu(c x) / c: a fused kernel, which keeps a third less for the backward pass. Between the layers
+    each factor would be a pass over memory; the block has them in its norm's gain and in its residual addition.
+    """
 
     def __init__(self, width: int, bias: bool = False):
         super().__init__()
@@ -155,8 +162,7 @@ class MLP(nn.Module):
         self.down = Linear(4 * width, width, bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        # x sigmoid(a x) = silu(a x) / a: one fused kernel, which keeps a third less for the backward pass.
-        return self.down(F.silu(1.702 * self.up(x_BTD)) / 1.702)
+        return self.down(F.silu(self.up(x_BTD, GATE)), GATE)
 
 
 class Block(nn.Module):
@@ -176,7 +182,8 @@ class Block(nn.Module):
         """h^l -> h^(l+1), and with `pool` the feature f^l."""
         n_BTD = self.norm_attention(h_BTD)
         a_BTD = h_BTD + self._dropped(self.attention(n_BTD, cache, layer))
-        return a_BTD + self._dropped(self.mlp(self.norm_mlp(a_BTD))), _pooled(n_BTD) if pool else None
+        m_BTD = self._dropped(self.mlp(self.norm_mlp(a_BTD, GATE)))
+        return torch.add(a_BTD, m_BTD, alpha=1 / GATE), _pooled(n_BTD) if pool else None
 
     def _dropped(self, x_BTD: Tensor) -> Tensor:
         return F.dropout(x_BTD, self.dropout, self.training)
@@ -242,10 +249,12 @@ class ImageGPT(nn.Module):
         h_BTD = F.dropout(self._embed(tokens_BT, mask_BT, cache), self.dropout, self.training)
         pooled: dict[int, Tensor] = {}
         raw: dict[int, Tensor] = {}
+        recomputed = recomputed_blocks(self.checkpointing) if torch.is_grad_enabled() and cache is None else 0
         for layer, block in enumerate(self.blocks[: last + 1]):
             if not norm and layer in features:
                 raw[layer] = _pooled(h_BTD)
-            if self.checkpointing != "none" and torch.is_grad_enabled() and cache is None:
+            # Of every k blocks the first: when it is computed again, what the others kept is gone.
+            if recomputed and layer % recomputed == 0:
                 context = _keep_attention if self.checkpointing == "selective" else noop_context_fn
                 h_BTD, f_BD = checkpoint(block, h_BTD, layer in wanted, use_reentrant=False, context_fn=context)
             else:
@@ -269,7 +278,10 @@ class ImageGPT(nn.Module):
         return Output(logits_BTK, asked, class_logits_BC)
 
     def compile_blocks(self) -> None:
-        """Let torch.compile fuse each block; one compilation serves all, since they differ in their weights only."""
+        """Let torch.compile fuse each block, once for each number of images.
+
+        One compilation serves all blocks, since they differ in their weights only.
+        """
         for block in self.blocks:
             # Not the module: ZeRO-3's gathering hooks stay outside.
             block.forward = _compiled(block.forward)
@@ -309,7 +321,8 @@ class ImageGPT(nn.Module):
 
 def _compiled(forward: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A block's forward pass, compiled but for sampling, whose growing cache would be compiled at every length."""
-    fused = torch.compile(forward)
+    # A run has two micro-batches or three, and fixed shapes make quicker kernels than those that serve any.
+    fused = torch.compile(forward, dynamic=False)
 
     def either(
         h_BTD: Tensor, pool: bool = False, cache: Cache | None = None, layer: int = 0
@@ -321,18 +334,7 @@ def _compiled(forward: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[
 
 def _keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Selective checkpointing: attention costs much to compute anew and its output little to keep, d a position."""
-    return create_selective_checkpoint_contexts(_ATTENTION)
-
-
-_ATTENTION = [
-    operator.default
-    for operator in (
-        torch.ops.aten._scaled_dot_product_flash_attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-        torch.ops.aten._scaled_dot_product_efficient_attention,
-        torch.ops.aten._scaled_dot_product_cudnn_attention,
-    )
-]
+    return create_selective_checkpoint_contexts(attention.OPERATORS)
 
 
 def _pooled(n_BTD: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from igpt_ds.errors import RunError, UserError
 from igpt_ds.features import cache as feature_cache
 from igpt_ds.features.cache import Features, cached
 from igpt_ds.features.extract import Network, Recipe, extract, load_model, parse_layers, pixels
-from igpt_ds.model.transformer import ImageGPT
+from igpt_ds.model.transformer import GATE, ImageGPT
 from igpt_ds.objectives import masked_pixel
 from igpt_ds.weights.base import config_of
 from tests.helpers.models import random_model, save_model, small_config
@@ -45,7 +45,7 @@ def by_hand(model: ImageGPT, tokens_BT: torch.Tensor, mask_BT: torch.Tensor | No
         n = block.norm_attention(h)
         found.append((n if norm else h).mean(1))
         a = h + block.attention(n)
-        h = a + block.mlp(block.norm_mlp(a))
+        h = a + block.mlp(block.norm_mlp(a, GATE)) / GATE
     return [*found, (model.norm(h) if norm else h).mean(1)]
 
 

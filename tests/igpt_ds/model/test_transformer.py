@@ -1,5 +1,6 @@
 """The network against the paper's formulas in NumPy float64, its figures, and what each position may see."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
 from igpt_ds.config.size import parameter_count
-from igpt_ds.model.transformer import Cache, ImageGPT, initialise
+from igpt_ds.model.transformer import GATE, MLP, Cache, ImageGPT, Norm, initialise
 from igpt_ds.objectives import load_objective
 from tests.helpers.models import CAN_COMPILE
 
@@ -55,13 +56,16 @@ def reference(
     weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
     layers, heads = len(model.blocks), model.heads
 
+    def bias(name: str) -> Any:
+        return weights.get(f"{name}.bias", 0.0)
+
     def norm(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
         return np.stack([row / math.sqrt((row**2).sum() / row.size + 1e-5) for row in x]) * weights[f"{name}.gain"]
 
     def attention(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
         n, d = x.shape
         size = d // heads
-        query, key, value = (x @ part.T for part in np.split(weights[f"{name}.qkv.weight"], 3))
+        query, key, value = np.split(x @ weights[f"{name}.qkv.weight"].T + bias(f"{name}.qkv"), 3, axis=1)
         mixed = np.zeros((n, d))
         for head in range(heads):
             columns = slice(head * size, (head + 1) * size)
@@ -69,11 +73,11 @@ def reference(
                 seen = range(i + 1) if model.causal else range(n)
                 scores = np.exp([query[i, columns] @ key[j, columns] / math.sqrt(size) for j in seen])
                 mixed[i, columns] = sum(w * value[j, columns] for w, j in zip(scores / scores.sum(), seen, strict=True))
-        return mixed @ weights[f"{name}.out.weight"].T
+        return mixed @ weights[f"{name}.out.weight"].T + bias(f"{name}.out")
 
     def mlp(x: NDArray[np.float64], name: str) -> NDArray[np.float64]:
-        hidden = x @ weights[f"{name}.up.weight"].T
-        return (hidden / (1 + np.exp(-1.702 * hidden))) @ weights[f"{name}.down.weight"].T
+        hidden = x @ weights[f"{name}.up.weight"].T + bias(f"{name}.up")
+        return (hidden / (1 + np.exp(-1.702 * hidden))) @ weights[f"{name}.down.weight"].T + bias(f"{name}.down")
 
     logits, features = [], []
     for image in range(len(tokens)):
@@ -125,9 +129,10 @@ def test_parameters_of_the_other_presets(preset: str) -> None:
         assert sum(p.numel() for p in ImageGPT(config).parameters()) == parameter_count(config)
 
 
+@pytest.mark.parametrize("bias", ["false", "true"])
 @pytest.mark.parametrize("objective", [AUTO_REGRESSIVE, BERT])
-def test_logits_and_features_follow_the_papers_formulas(objective: str) -> None:
-    config = small_config(objective)
+def test_logits_and_features_follow_the_papers_formulas(objective: str, bias: str) -> None:
+    config = small_config(objective, f"model.bias={bias}")
     model, tokens = random_model(config), random_tokens(config)
     for mask in [None] if config.causal else [None, random_mask(tokens)]:
         logits, features = reference(model, tokens, mask)
@@ -138,6 +143,45 @@ def test_logits_and_features_follow_the_papers_formulas(objective: str) -> None:
         for layer, feature in output.features.items():
             assert feature.dtype == torch.float32
             np.testing.assert_allclose(feature.detach().numpy(), features[layer], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", ["false", "true"])
+def test_bfloat16_is_no_further_from_the_formulas_than_if_the_activation_were_written_out(bias: str) -> None:
+    config = small_config(f"model.bias={bias}")
+    away: dict[str, list[float]] = {"ours": [], "written out": []}
+
+    class Unscaled(torch.nn.Module):
+        """The norm without the block's factor."""
+
+        def __init__(self, norm: Norm) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: Tensor, times: float) -> Tensor:
+            return self.norm(x)
+
+    class WrittenOut(torch.nn.Module):
+        """The MLP with the factors where the formula has them, but for the one that the block takes back."""
+
+        def __init__(self, mlp: MLP) -> None:
+            super().__init__()
+            self.up, self.down = mlp.up, mlp.down
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(x)
+            return GATE * self.down(x * torch.sigmoid(GATE * x))
+
+    for seed in range(8):
+        model, tokens = random_model(config, seed), random_tokens(config)
+        with torch.no_grad():
+            exact = model(tokens).logits_BTK
+            model.bfloat16()
+            away["ours"].append(float((model(tokens).logits_BTK.double() - exact).norm() / exact.norm()))
+            for block in model.blocks:
+                block.norm_mlp, block.mlp = Unscaled(block.norm_mlp), WrittenOut(block.mlp)
+            away["written out"].append(float((model(tokens).logits_BTK.double() - exact).norm() / exact.norm()))
+    ours, written_out = (float(np.mean(values)) for values in away.values())
+    assert ours < min(1.1 * written_out, 0.05)
 
 
 def test_only_what_is_asked_for_is_returned() -> None:
@@ -244,39 +288,105 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", [AUTO_REGRESSIVE, BERT])
 def test_activation_checkpointing_recomputes_and_changes_no_gradient(objective: str) -> None:
-    gradients, calls = [], []
-    for kept in ("none", "selective", "full"):
+    gradients, calls = {}, {}
+    for kept in ("none", "1/2", "1/3", "selective", "full"):
         config = small_config(objective, f"training.activation_checkpointing={kept}")
         model, tokens = random_model(config).float(), random_tokens(config)
-        passes: list[int] = []
-        model.blocks[1].mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        passes = [0, 0, 0]
+        for layer, block in enumerate(model.blocks):
+
+            def count(*_: Any, layer: int = layer, passes: list[int] = passes) -> None:
+                passes[layer] += 1
+
+            block.mlp.register_forward_pre_hook(count)
         output = model(tokens, None if config.causal else random_mask(tokens), features=[1, 3])
         loss = output.logits_BTK.square().mean() + sum(f.square().mean() for f in output.features.values())
         with Operators() as operators:
             loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-        calls.append((len(passes), operators.count("scaled_dot_product", "_backward")))
-    layers = len(model.blocks)
-    assert calls == [(1, 0), (2, 0), (2, layers)], "times that the MLP, and in the backward pass attention, is computed"
-    for name, gradient in gradients[0].items():
+        gradients[kept] = {name: p.grad for name, p in model.named_parameters()}
+        calls[kept] = (passes, operators.count("scaled_dot_product", "_backward"))
+    # Times that each block's MLP is computed, and in the backward pass attention.
+    assert calls == {
+        "none": ([1, 1, 1], 0),
+        "1/2": ([2, 1, 2], 2),
+        "1/3": ([2, 1, 1], 1),
+        "selective": ([2, 2, 2], 0),
+        "full": ([2, 2, 2], 3),
+    }
+    for name, gradient in gradients.pop("none").items():
         assert gradient.abs().max() > 0, name
-        assert torch.equal(gradient, gradients[1][name]), name
-        assert torch.equal(gradient, gradients[2][name]), name
+        for kept, found in gradients.items():
+            assert torch.equal(gradient, found[name]), (kept, name)
+
+
+def kept_bytes(kept: str, layers: int) -> int:
+    """Bytes of tensors that a forward pass keeps for the backward pass, those of the parameters not counted."""
+    config = small_config(f"training.activation_checkpointing={kept}", f"model.layers={layers}")
+    model, tokens = random_model(config).float(), random_tokens(config)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize(("share", "recomputed"), [("1/2", 6), ("1/4", 3), ("1/5", 3), ("1/12", 1), ("1/100", 1)])
+def test_a_share_of_the_blocks_recomputed_keeps_that_share_of_the_memory(share: str, recomputed: int) -> None:
+    beside = 2 * kept_bytes("none", 1) - kept_bytes("none", 2)
+    everything, inputs = kept_bytes("none", 12) - beside, kept_bytes("full", 12) - beside
+    input_of_a_block = 2 * 16 * 24 * 4  # images, positions, width, bytes of a float32
+    # The first block's input, and the final norm's, are kept in any case.
+    assert inputs == pytest.approx(12 * input_of_a_block, abs=input_of_a_block)
+    assert everything > 15 * inputs
+    expected = recomputed * inputs / 12 + (12 - recomputed) * everything / 12
+    assert kept_bytes(share, 12) - beside == pytest.approx(expected, abs=input_of_a_block)
 
 
 @torch._dynamo.config.patch(disable=False)
 @pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs g++ and Python.h (apt install g++ python3-dev)")
-def test_compiled_blocks_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", ["none", "1/2", "selective", "full"])
+def test_compiled_blocks_give_the_same_gradients(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    config = small_config(AUTO_REGRESSIVE, "training.activation_checkpointing=selective")
+    config = small_config(AUTO_REGRESSIVE, f"training.activation_checkpointing={kept}")
     gradients = []
     for compiled in (False, True):
         model, tokens = random_model(config).float(), random_tokens(config)
+        torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         if compiled:
             model.compile_blocks()
         model(tokens).logits_BTK.square().mean().backward()
-        assert torch._dynamo.utils.counters["frames"]["ok"] == int(compiled), "one compilation serves all blocks"
+        counters = torch._dynamo.utils.counters
+        assert counters["frames"]["ok"] == int(compiled), "one compilation serves all blocks"
+        assert not counters["graph_break"]
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@torch._dynamo.config.patch(disable=False)
+def test_each_number_of_images_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Traced as for any compiler, and then left as it is: no compiler is needed to see what it would be given.
+    compiled: list[list[int]] = []
+
+    def traced(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        assert not any(isinstance(x, torch.SymInt) for x in inputs), "a graph for any number of images"
+        compiled.append([len(x) for x in inputs if isinstance(x, Tensor) and x.ndim == 3])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=traced))
+    torch._dynamo.reset()
+    config = small_config(AUTO_REGRESSIVE, "training.activation_checkpointing=1/2")
+    model = random_model(config).float()
+    model.compile_blocks()
+    for images in (4, 4, 2, 3, 4, 2):
+        model(random_tokens(config, images)).logits_BTK.mean().backward()
+    assert compiled == [[4], [2], [3]]
