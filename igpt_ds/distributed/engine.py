@@ -70,6 +70,7 @@ class Engine:
     Attributes:
         state: what a checkpoint holds.
         measures: the names of what a step and an evaluation measure; the first is the loss.
+        attention: the kernel that computes it, see model/attention.py.
     """
 
     def __init__(self, config: Config, ds: dict[str, Any], division: Division, ranks: Ranks):
@@ -103,6 +104,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)
         ranks.wait_patiently(config.health.hang_timeout)  # in DeepSpeed's groups, too: those of all ranks, of hpZ
         self.module: ImageGPT = self.deepspeed.module
+        self.attention = self.module.choose_attention()
         self.state = ZeroState(self.deepspeed, self.optimizer, self.stage, ranks, self.device)
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         assert self.device.type == "cpu" or fused, "DeepSpeed dropped the fused Adam"

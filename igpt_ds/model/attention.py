@@ -32,7 +32,7 @@ OPERATORS = [
 _chosen = ExitStack()  # never left
 
 
-def choose_attention(
+def choose(
     device: torch.device, dtype: torch.dtype, tokens: int, head_width: int, causal: bool, dropout: float = 0.0
 ) -> str:
     """Put the kernels into their order for a device, in this process from now on; the one that a training then takes.

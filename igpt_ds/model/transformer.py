@@ -286,6 +286,12 @@ class ImageGPT(nn.Module):
             # Not the module: ZeRO-3's gathering hooks stay outside.
             block.forward = _compiled(block.forward)
 
+    def choose_attention(self) -> str:
+        """Let this process compute attention by the quickest kernel for the network as it lies on its device; which."""
+        weight, head_width = self.head.weight, self.width // self.heads
+        arguments = (weight.device, weight.dtype, self.sequence_length, head_width, self.causal, self.dropout)
+        return attention.choose(*arguments)
+
     def share_positions(
         self, part: slice, between_ranks: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     ) -> None:
@@ -359,6 +365,7 @@ def initialise(
     model: ImageGPT,
     seed: int,
     gathered: Callable[[Tensor], AbstractContextManager[object]] = lambda parameter: nullcontext(),
+    given: Collection[str] = (),
 ) -> None:
     """Draw all weights: normal by `_STANDARD_DEVIATIONS`, gains 1, biases, the output head and the class head 0.
 
@@ -367,8 +374,11 @@ def initialise(
 
     Args:
         gathered: a context in which a partitioned parameter is whole (ZeRO-3): one parameter at a time.
+        given: names of parameters that are left as they are, since their values are read from elsewhere.
     """
     for name, parameter in model.named_parameters():
+        if name in given:
+            continue
         with gathered(parameter):
             # On ranks that only receive the values the parameter stays whole too, so all may draw.
             if name.endswith("gain"):

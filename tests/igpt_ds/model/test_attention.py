@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torch.profiler import profile
 
+from igpt_ds.config.file import load_config
 from igpt_ds.model import attention
-from igpt_ds.model.attention import choose_attention
+from igpt_ds.model.transformer import ImageGPT
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 REST = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -57,7 +58,7 @@ def test_other_devices_have_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_order_holds_for_the_process_and_the_last_choice_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     for wanted in ([SDPBackend.MATH, FLASH], [CUDNN, FLASH, *REST], [CUDNN, FLASH, *REST]):
         monkeypatch.setattr(attention, "_order", lambda device, tokens, wanted=wanted: wanted)
-        choose_attention(CPU, torch.float32, 16, 8, causal=True)
+        attention.choose(CPU, torch.float32, 16, 8, causal=True)
         assert _cur_sdpa_kernel_backends(with_priority=True) == wanted
 
 
@@ -70,11 +71,20 @@ def test_the_order_holds_for_the_process_and_the_last_choice_counts(monkeypatch:
     ],
 )
 def test_what_is_named_is_what_runs(dtype: torch.dtype, dropout: float, expected: str, operator: str) -> None:
-    assert choose_attention(CPU, dtype, 16, 8, causal=True, dropout=dropout) == expected
+    assert attention.choose(CPU, dtype, 16, 8, causal=True, dropout=dropout) == expected
     q_BHTE = torch.randn(2, 3, 16, 8, dtype=dtype, requires_grad=True)
     with profile() as profiler:
         F.scaled_dot_product_attention(q_BHTE, q_BHTE, q_BHTE, dropout_p=dropout, is_causal=True)
     assert operator in {event.key for event in profiler.key_averages()}
+
+
+def test_a_network_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = ["model.width=48", "model.heads=2", "data.resolution=8", "data.palette_size=16", "finetune.dropout=0.25"]
+    model = ImageGPT(load_config("tiny", [*facts, "finetune.classes=3", "objective.name=masked_pixel"])).bfloat16()
+    asked: list[object] = []
+    monkeypatch.setattr(attention, "choose", lambda *arguments: asked.extend(arguments) or "MATH")
+    assert model.choose_attention() == "MATH"
+    assert asked == [CPU, torch.bfloat16, 64, 24, False, 0.25]
 
 
 def test_selective_checkpointing_knows_every_fused_operator() -> None:
