@@ -30,7 +30,7 @@ def advise(chosen: Choice, here: Here, device: Device, assumed: Assumptions) -> 
     else:
         assert best.time is not None
         gain, how = best.time.step / time.step, _differences(best, layout)
-        if not chosen.fits(here.memory):
+        if not chosen.fits(here):
             advice.append(f"it does not fit: {how}: {size_text(best.memory.total)} a GPU")
         elif gain <= _WORTH:
             advice.append(f"{how}: by this model {gain:.2f} of the time, {size_text(best.memory.total)} a GPU")
@@ -89,7 +89,7 @@ def limits(chosen: Choice, here: Here) -> dict[str, Any]:
         "share": parts[longest] / time.step,
         "memory_bytes": here.memory,
         "memory_share": chosen.memory.total / here.memory,
-        "fits": chosen.fits(here.memory),
+        "fits": chosen.fits(here),
         "data_parallel_ranks": layout.config.training.batch,
         "sequence_parallel_ranks": layout.config.model.heads,
     }
@@ -102,6 +102,8 @@ def presets(layout: Layout) -> dict[str, Layout]:
         tree = load_ds_config(name)
         if layout.bf16 and tree["zero_optimization"]["stage"] == 0:
             continue
+        if name == "zero3_hpz" and layout.ranks % layout.ranks_per_node:
+            continue  # nodes that are not alike
         zero = resolve(tree, layout.config, layout.division, layout.ranks_per_node)["zero_optimization"]
         if "zero_hpz_partition_size" in zero and zero["zero_hpz_partition_size"] == 1:
             continue  # without groups it is plain ZeRO-3

@@ -81,9 +81,9 @@ class Choice:
     memory: Memory
     time: StepTime | None
 
-    def fits(self, memory: float) -> bool:
-        """Whether a rank with so many bytes suffices."""
-        return self.memory.total <= USABLE * memory
+    def fits(self, here: Here) -> bool:
+        """Whether a rank's memory suffices."""
+        return _fits(self.memory, here)
 
 
 def decide(config: Config, ds: dict[str, Any] | None, here: Here) -> Decision:
@@ -108,11 +108,14 @@ def choose(
     recipe = config.training
     compiled = here.gpu and here.compiles if recipe.compile == "auto" else recipe.compile
     config = changed(config, "training", precision=_precision(config, ds, here), compile=compiled)
+    if ds is not None:
+        rungs = [{"": ds}]
+    else:
+        rungs = [{name: load_ds_config(name) for name in names} for names in (_STAGES, _OFFLOADS if here.gpu else ())]
     found: list[Choice] = []
-    for names in (_STAGES, _OFFLOADS) if ds is None else ((),):
-        trees = {"": ds} if ds is not None else {name: load_ds_config(name) for name in names}
+    for trees in rungs:
         found += ways(config, trees, here, device, assumed or Assumptions())
-        if fitting := [choice for choice in found if choice.fits(here.memory)]:
+        if fitting := [choice for choice in found if choice.fits(here)]:
             return _preferred(fitting)
     if len(found) == 1 and ds is not None:
         return found[0]  # all of it is specified, and a plan is no proof
@@ -153,8 +156,8 @@ def ways(
     for name, tree in trees.items():
         if name == "zero0" and recipe.precision == "bfloat16":
             continue
-        if name == "zero3_hpz" and not 1 < here.ranks_per_node < here.ranks:
-            continue  # without groups it is plain ZeRO-3
+        if name == "zero3_hpz" and (not 1 < here.ranks_per_node < here.ranks or here.ranks % here.ranks_per_node):
+            continue  # no groups, or none that are alike
         for micro in divisors(share) if recipe.micro_batch == "auto" else [recipe.micro_batch]:
             division = divide_batch(recipe.batch, micro, here.ranks, recipe.sequence_parallel)
             kept = changed(config, "training", micro_batch=division.micro_batch, activation_checkpointing="none")
@@ -165,7 +168,7 @@ def ways(
                 other = layout.with_training(activation_checkpointing=mode)
                 time = None if device is None else step_time(other, device, here.interconnect, assumed)
                 choice = Choice(other, tree, name, bytes_per_rank(other, here.gpu), time)
-                fits = fits or choice.fits(here.memory)
+                fits = fits or choice.fits(here)
                 yield choice
             if not fits:
                 break  # nor does a larger micro-batch
@@ -175,8 +178,7 @@ def _modes(layout: Layout, here: Here) -> list[str]:
     """The forms of recomputation to be compared: where not all can be kept, as much as fits."""
 
     def fits(mode: str) -> bool:
-        memory = bytes_per_rank(layout.with_training(activation_checkpointing=mode), here.gpu)
-        return memory.total <= USABLE * here.memory
+        return _fits(bytes_per_rank(layout.with_training(activation_checkpointing=mode), here.gpu), here)
 
     if fits("none"):
         return ["none"]
@@ -184,6 +186,11 @@ def _modes(layout: Layout, here: Here) -> list[str]:
     # The smallest number of blocks computed again, that is the largest k that fits; the memory grows with it.
     most = bisect.bisect_left(shares, True, key=lambda k: not fits(f"1/{k}"))
     return [*([f"1/{shares[most - 1]}"] if most else []), "selective", "full"]
+
+
+def _fits(memory: Memory, here: Here) -> bool:
+    # On a CPU what is offloaded lies there, too.
+    return memory.total + (0 if here.gpu else memory.host) <= USABLE * here.memory
 
 
 def _preferred(fitting: list[Choice]) -> Choice:
@@ -208,7 +215,7 @@ def decision_line(choice: Choice, here: Here, device: Device | None) -> str:
     line = f"{where}: {_how(choice)}: {_gib(choice.memory.total)} of {_gib(here.memory)} GiB"
     if choice.memory.host:
         line += f", {_gib(choice.memory.host)} of the processor's"
-    if not choice.fits(here.memory):
+    if not choice.fits(here):
         line += ", which may not suffice"
     if choice.time:
         rate = choice.layout.config.training.batch / choice.time.step

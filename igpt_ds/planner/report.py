@@ -17,6 +17,7 @@ from igpt_ds.planner.step_time import Assumptions, recomputed_share, step_time
 IMAGENET = 1_281_167  # training images
 _CHECKPOINT = 12  # bytes a parameter: weights and both moments in float32
 _STORED = {"uint16": 2.0, "packed9": 1.125}  # bytes a token in the shards
+_FREE = 0.98  # of a data sheet's memory where nothing runs
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Machine:
     def here(self, ranks: int, ranks_per_node: int) -> Here:
         """So many of them, as if a run had met them."""
         sheet, network = self.sheet, find_interconnect(self.interconnect)
-        return Here(self.device, int(sheet.memory), True, sheet.bf16 > 0, ranks, ranks_per_node, True, network)
+        return Here(self.device, int(_FREE * sheet.memory), True, sheet.bf16 > 0, ranks, ranks_per_node, True, network)
 
 
 def decided_layout(
@@ -145,6 +146,7 @@ def _layout(layout: Layout, machine: Machine) -> dict[str, Any]:
         "offload": [what for what in ("optimizer", "param") if offloads(layout.zero, what)],
         "precision": layout.config.training.precision,
         "activation_checkpointing": layout.checkpointing,
+        "compiled": layout.config.training.compile,
     }
 
 
@@ -165,7 +167,7 @@ def _by_ds_config(layout: Layout, device: Device, here: Here, assumed: Assumptio
             "communication_bytes_per_step": _communication(other)["total"],
             "message_seconds": time.hidden_messages + time.messages,
             "step_seconds": time.step,
-            "fits": choice.fits(here.memory),
+            "fits": choice.fits(here),
         }
     return found
 

@@ -57,9 +57,9 @@ class Assumptions:
     passes_compiled: tuple[int, int] = (17, 26)
     gradient_bytes: tuple[int, ...] = (12, 26, 28, 28)
     optimizer_bytes: tuple[int, ...] = (32, 34, 54, 54)
-    host: tuple[float, ...] = (2.4e-3, 3.5e-3, 5.0e-3, 8.5e-3)
+    host: tuple[float, ...] = (2.5e-3, 3.2e-3, 4.2e-3, 7.5e-3)
     host_kept: float = 0.55
-    host_compiled: float = 0.75
+    host_compiled: float = 0.8
     sync: float = 50e-6
     hop: float = 3.4e-6
     hop_between_nodes: float = 14e-6

@@ -87,7 +87,7 @@ def _sharding(at: dict[str, Any]) -> str:
         text += f", a second copy of the weights in each group of {at['hpz_group']}"
     if at["offload"]:
         text += f", {' and '.join(at['offload'])} in the processor's memory"
-    return f"{text}; activation checkpointing: {at['activation_checkpointing']}"
+    return f"{text}; activation checkpointing: {at['activation_checkpointing']}" + ("; compiled" * at["compiled"])
 
 
 def _tables(plan: dict[str, Any]) -> list[Table]:

@@ -46,7 +46,7 @@ class Case:
     ds: str
     precision: str = "float32"
     accumulation: int = 1
-    checkpointing: bool = True
+    checkpointing: str = "full"
     small: bool = False
     measured: bool = False  # on a larger network, memory as well
     changes: tuple[tuple[str, Any], ...] = ()
@@ -59,7 +59,7 @@ class Case:
                 self.ds,
                 self.precision,
                 f"accumulation{self.accumulation}",
-                "recomputed" if self.checkpointing else "kept",
+                self.checkpointing.replace("/", "of"),
                 *(["small"] if self.small else []),
                 *(["measured"] if self.measured else []),
                 *(f"{key}={value}" for key, value in self.changes),
@@ -80,7 +80,8 @@ class Case:
                 f"training.batch={images * world * self.accumulation}",
                 f"training.micro_batch={images}",
                 f"training.precision={self.precision}",
-                f"training.activation_checkpointing={'full' if self.checkpointing else 'none'}",
+                f"training.activation_checkpointing={self.checkpointing}",
+                "training.compile=false",
                 "seed=3",
             ],
         )
@@ -107,9 +108,11 @@ class Case:
 _BF16 = "bfloat16"
 MEASURED = [
     Case("zero3", measured=True),
-    Case("zero3", measured=True, checkpointing=False),
+    Case("zero3", measured=True, checkpointing="none"),
     Case("zero3", measured=True, changes=(("sub_group_size", 500_000),)),
+    Case("zero3", measured=True, checkpointing="1/3"),
     Case("zero1", measured=True),
+    Case("zero1", measured=True, checkpointing="1/2"),
     # What stage 1 in bfloat16 held is let go of late, and would be taken for the next case's.
     *(Case(f"zero{stage}", _BF16, measured=True) for stage in (3, 2, 1)),
 ]
@@ -119,11 +122,13 @@ MESSAGES = [
     *(Case(f"zero{stage}", accumulation=2, changes=(("use_multi_rank_bucket_allreduce", False),)) for stage in (1, 2)),
     Case("zero3", small=True),
     Case("zero3", _BF16, small=True, accumulation=2),
-    Case("zero3", small=True, checkpointing=False),
+    Case("zero3", small=True, checkpointing="none"),
+    Case("zero3", small=True, checkpointing="1/2"),
+    Case("zero3", small=True, checkpointing="1/3"),
     # Nothing is gathered ahead; nothing is kept; much of both.
     Case("zero3", small=True, changes=(("stage3_prefetch_bucket_size", 0), ("stage3_max_reuse_distance", 0))),
     Case("zero3", small=True, changes=(("stage3_max_reuse_distance", 0),)),
-    Case("zero3", small=True, checkpointing=False, changes=(("stage3_prefetch_bucket_size", 0),)),
+    Case("zero3", small=True, checkpointing="none", changes=(("stage3_prefetch_bucket_size", 0),)),
     Case("zero3", small=True, changes=(("stage3_prefetch_bucket_size", 4000), ("stage3_max_live_parameters", 30_000))),
 ]
 OFFLOADED = [Case(ds, precision) for ds in ("zero2_offload", "zero3_offload") for precision in ("float32", _BF16)]

@@ -129,7 +129,10 @@ def test_zero_3_gathers_twice_and_scatters_once() -> None:
     # But for what the end of the forward pass leaves for the beginning of the backward pass.
     found = gathering(layout)
     assert 0.95 * 2 * parameters < found.forward + found.backward < 2 * parameters
-    assert found.live < layout.zero["stage3_max_live_parameters"] + 4 * 3072**2 + sum(module_sizes(layout.config).root)
+    # At most so much counts as there; and a message lasts from its first parameter's use to its last one's.
+    messages = 2 * layout.zero["stage3_prefetch_bucket_size"]
+    there = layout.zero["stage3_max_live_parameters"] + 4 * 3072**2 + sum(module_sizes(layout.config).root)
+    assert there < found.live < there + messages
 
 
 @pytest.mark.parametrize(("ds", "factor"), [("zero1", 3), ("zero2", 3), ("zero3", 3)])
@@ -258,7 +261,7 @@ def advice(layout: Layout, **machine: Any) -> str:
 
 def test_what_fits_faster_is_named() -> None:
     told = advice(laid_out("xl", 8))
-    assert "--set training.activation_checkpointing=none --set training.compile=true: by this model 0.6" in told
+    assert "--set training.activation_checkpointing=none --set training.compile=true: by this model 0.7" in told
     assert "one image a rank: the batch of 64 caps data parallelism here" in told
     better = laid_out("xl", 8).with_training(activation_checkpointing="none", compile=True)
     assert "of the time" not in advice(better)
