@@ -154,15 +154,19 @@ def resolve(
         "train_micro_batch_size_per_gpu": division.micro_batch,
         "gradient_accumulation_steps": division.accumulation,
         "gradient_clipping": config.training.gradient_clip,
-        "bf16": {"enabled": bf16},
+        # Stage 1 adds a gradient to its float32 sum as soon as it is there, and keeps it no longer.
+        "bf16": {"enabled": bf16, **({"immediate_grad_update": True} if bf16 else {})},
         # bf16 sums of micro-batch gradients lose what float32 keeps.
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     resolved = dict(tree)
     for key, value in owned.items():
         stated = tree.get(key, "auto")
-        left_open = stated == "auto" or (isinstance(stated, dict) and all(item == "auto" for item in stated.values()))
-        if not left_open and stated != value:
+        if isinstance(stated, dict) and isinstance(value, dict):
+            agrees = {k: v for k, v in stated.items() if v != "auto"}.items() <= value.items()
+        else:
+            agrees = stated in ("auto", value)
+        if not agrees:
             raise UserError(f'DeepSpeed configuration: {key} is {stated}, but the run\'s is {value}: write "auto"')
         resolved[key] = value
     zero = dict(tree["zero_optimization"])

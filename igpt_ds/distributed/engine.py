@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,7 @@ class Engine:
     Args:
         config: data facts resolved.
         ds: resolved DeepSpeed dictionary (see `igpt_ds.config.deepspeed.resolve`).
+        given: names of parameters that are to be read, and so are not drawn.
 
     Attributes:
         state: what a checkpoint holds.
@@ -73,7 +74,9 @@ class Engine:
         attention: the kernel that computes it, see model/attention.py.
     """
 
-    def __init__(self, config: Config, ds: dict[str, Any], division: Division, ranks: Ranks):
+    def __init__(
+        self, config: Config, ds: dict[str, Any], division: Division, ranks: Ranks, given: Collection[str] = ()
+    ):
         self.config, self.division, self.ranks = config, division, ranks
         if not config.training.compile:
             # DeepSpeed imports an optimiser that compiles itself: a quarter of the processor time of a rank's start.
@@ -89,11 +92,12 @@ class Engine:
         with deepspeed.zero.Init(config_dict_or_path=ds, enabled=self.stage == 3):
             model = ImageGPT(config)
         if self.stage == 3:
-            initialise(model, config.seed, lambda p: deepspeed.zero.GatheredParameters([p], modifier_rank=0))
+            whole = functools.partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
+            initialise(model, config.seed, lambda p: whole([p]), given)
             # A block is gathered whole: one collective in place of six, and code without gaps to compile.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         else:
-            initialise(model, config.seed)
+            initialise(model, config.seed, given=given)
         model.to(self.device)
         self.part = slice(None)
         if division.sequence_parallel > 1:
@@ -103,6 +107,10 @@ class Engine:
         self.optimizer = _adam(model, config, self.device)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)
         ranks.wait_patiently(config.health.hang_timeout)  # in DeepSpeed's groups, too: those of all ranks, of hpZ
+        if ranks.world == 1 and self.stage < 2 and not hasattr(self.deepspeed.optimizer, "reduce_gradients"):
+            # There is nobody to sum up with. Two of DeepSpeed's optimisers need the call also then; where they do not,
+            # it copies all gradients, and in bfloat16 rounds what was accumulated in float32.
+            self.deepspeed.enable_backward_allreduce = False
         self.module: ImageGPT = self.deepspeed.module
         self.attention = self.module.choose_attention()
         self.state = ZeroState(self.deepspeed, self.optimizer, self.stage, ranks, self.device)

@@ -7,6 +7,8 @@ that the tests can take the cases and the batches from here.
 
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,14 @@ RESUMED = {
     4: [replace(_BASE, width=30)],  # a gain of 30 elements leaves the last of 4 ranks a short slice
 }
 CASES = {
-    1: [_BASE, _ACCUMULATED, replace(_BASE, objective="masked_pixel")],
+    1: [
+        _BASE,
+        _ACCUMULATED,
+        replace(_BASE, objective="masked_pixel"),
+        replace(_BASE, stage=0, accumulation=4),
+        replace(_BASE, stage=1),
+        replace(_BASE, stage=1, accumulation=4, precision="bfloat16"),
+    ],
     2: [
         *RESUMED[2],
         replace(_BASE, accumulation=4),
@@ -133,6 +142,24 @@ def saved(folder: Path, case: Case, world: int) -> Path:
     return folder / "checkpoints" / f"{world}-{case.name}" / "step-00000010"
 
 
+@contextmanager
+def elements_summed() -> Iterator[list[int]]:
+    """The size of each tensor that DeepSpeed has all ranks sum up meanwhile."""
+    from deepspeed import comm
+
+    real, sizes = comm.all_reduce, list[int]()
+
+    def counted(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(tensor.numel())
+        return real(tensor, *args, **options)
+
+    comm.all_reduce = counted
+    try:
+        yield sizes
+    finally:
+        comm.all_reduce = real
+
+
 def shortest_wait() -> float:
     """Seconds after which torch gives up waiting in one of the groups of this process."""
     groups = torch.distributed.distributed_c10d._world.pg_map
@@ -147,7 +174,9 @@ class Rank:
         from igpt_ds.distributed.ranks import launched
 
         self.folder, self.ranks = folder, launched()
-        self.results: dict[str, Any] = {"parity": {}, "left_open": {}, "waits": {}, "resumed": {}, "loaded": {}}
+        self.results: dict[str, Any] = {
+            name: {} for name in ("parity", "summed", "left_open", "waits", "resumed", "loaded")
+        }
 
     def build(self, case: Case) -> Any:
         """A new engine."""
@@ -188,7 +217,9 @@ class Rank:
 
         engine = self.build(case)
         before = len(FWD_MODULE_STACK)
-        self.results["parity"][case.name] = self.train(engine, 0, STEPS)
+        with elements_summed() as summed:
+            self.results["parity"][case.name] = self.train(engine, 0, STEPS)
+        self.results["summed"][case.name] = sum(summed)
         self.results["left_open"][case.name] = len(FWD_MODULE_STACK) - before
         self.results["waits"][case.name] = shortest_wait()
         engine.close()

@@ -189,7 +189,20 @@ def test_bfloat16_needs_zero() -> None:
     config = load_config("tiny", ["training.precision=bfloat16"])
     with pytest.raises(UserError, match=r"training\.precision=bfloat16"):
         resolve({**AUTO, "zero_optimization": {"stage": 0}}, config, DIVISION)
-    assert resolve(AUTO, config, DIVISION)["bf16"] == {"enabled": True}
+    resolved = resolve(AUTO, config, DIVISION)
+    assert resolved["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert resolve({**AUTO, "bf16": {"enabled": True}}, config, DIVISION) == resolved
+    assert resolve(resolved, config, DIVISION) == resolved
+    with pytest.raises(UserError, match="bf16 is"):
+        resolve({**AUTO, "bf16": {"enabled": True, "immediate_grad_update": False}}, config, DIVISION)
+
+
+def test_what_a_run_keeps_serves_it_in_another_precision(tmp_path: Path) -> None:
+    config = load_config("tiny", ["training.precision=bfloat16"])
+    kept = remembered(AUTO, resolve(AUTO, config, DIVISION))
+    assert resolve(load_ds_config(write(tmp_path, kept)), FLOAT32, DIVISION) == resolve(AUTO, FLOAT32, DIVISION)
+    older = {**kept, "bf16": {"enabled": True}, "filled_in": ["bf16.enabled"]}
+    assert load_ds_config(write(tmp_path, older))["bf16"] == {"enabled": "auto"}
 
 
 def test_unknown_keys_are_named_together_with_the_nearest(tmp_path: Path) -> None:

@@ -100,6 +100,16 @@ def test_no_module_is_kept_from_step_to_step(ranks: Ranks, world: int) -> None:
         assert set(record["left_open"].values()) == {0}, record["left_open"]
 
 
+def test_one_rank_sums_up_with_nobody(ranks: Ranks) -> None:
+    """Gradients would be copied for it, and in bfloat16 rounded; of some optimisers of DeepSpeed it is a part."""
+    (alone,), (first, _) = ranks(1), ranks(2)
+    named = {case.name: case for case in (*CASES[1], *CASES[2])}
+    lower = {name for name, case in named.items() if case.stage == 0 or (case.stage, case.precision) == (1, "bfloat16")}
+    for record, expected in ((alone, False), (first, True)):
+        found = {name: elements > STEPS * 5000 for name, elements in record["summed"].items() if name in lower}
+        assert found and set(found.values()) == {expected}, record["summed"]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_no_group_gives_up_before_the_watchdog(ranks: Ranks, world: int) -> None:
     """Neither ours nor DeepSpeed's: its own, and those that share an image."""
