@@ -28,7 +28,7 @@ from data_prep.images.rejects import Tally
 from data_prep.selection.file import Selection
 from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Settings, Split, make_plans, no_images, refuse_mismatch
 from data_prep.shards.task import OWNER, UNKNOWN, ShardTask, committed, records, task_of
-from data_prep.sources import PlacedSource, Source, StreamedSource
+from data_prep.sources import PlacedSource, Source, StreamedSource, TokenSource
 from igpt_ds import __version__
 from igpt_ds.atomic import fsync_directory, publish_file, publish_text, writing
 from igpt_ds.dataset.manifest import Manifest, ShardRecord
@@ -234,14 +234,16 @@ class Build:
         resolution = plan.settings.resolution
         pixels = sum(shard.rows for shard in shards) * resolution**2
         # Six digits: the last ones of a sum may differ between processors, the manifest's bytes must not.
-        distortion = float(f"{squared_error / pixels:.6g}")
+        distortion = {"distortion": float(f"{squared_error / pixels:.6g}")}
+        if isinstance(plan.source, TokenSource):
+            distortion = {}  # their pixels are not known
         manifest = Manifest(
             rows=tally.seen - tally.rejected,
             sequence_length=resolution**2,
             resolution=resolution,
             rows_per_block=ROWS_PER_BLOCK,
             storage=plan.settings.storage,
-            palette={"k": self.palette.k, "sha256": self.palette.sha256, "distortion": distortion},
+            palette={"k": self.palette.k, "sha256": self.palette.sha256, **distortion},
             source=record["source"],
             split=plan.split,
             views=plan.views,

@@ -20,7 +20,7 @@ import PIL
 from data_prep.images.pieces import Piece, cut, pieces_of, unit_hash
 from data_prep.images.transforms import CROP, Transform, evaluation
 from data_prep.selection.file import Selection
-from data_prep.sources import Item, Pool, Source, StreamedSource
+from data_prep.sources import Item, Pool, Source, StreamedSource, TokenSource
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.storage import storage_for
 from igpt_ds.errors import UserError
@@ -171,6 +171,11 @@ def make_plans(
         options: that the source was opened with, for the record.
     """
     _check(settings, splits)
+    if isinstance(source, TokenSource) and (settings.crop or settings.resolution != source.side):
+        raise UserError(
+            f"{source.name}: images of {source.side} x {source.side} tokens, which are taken as they are: "
+            f"add --no-crop --resolution {source.side}"
+        )
     storage_for(settings.storage, palette.k)  # refuses what it cannot hold
     if selection and selection.source != source.name:
         raise UserError(

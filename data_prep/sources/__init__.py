@@ -20,9 +20,12 @@ import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from igpt_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from igpt_ds.dataset.palette import Palette
 
 Pool = Literal["train", "test"]
 
@@ -115,6 +118,18 @@ class FiledSource(Protocol):
         """Those that hold an image, or may hold it."""
 
 
+@runtime_checkable
+class TokenSource(Protocol):
+    """A listed source of images that are tokens already, which another size or crop would destroy.
+
+    Attributes:
+        side: pixels of an image's side.
+    """
+
+    @property
+    def side(self) -> int: ...
+
+
 Source = ListedSource | StreamedSource
 
 
@@ -123,17 +138,24 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def open_source(name: str, paths: Sequence[str], options: Mapping[str, str] | None = None) -> Source:
-    """Open the source called `name` on `paths`."""
+def open_source(
+    name: str, paths: Sequence[str], options: Mapping[str, str] | None = None, palette: "Palette | None" = None
+) -> Source:
+    """Open the source called `name` on `paths`.
+
+    Args:
+        palette: of the tokens that are to be built, which a `TokenSource` asks for.
+    """
     if name not in names():
         raise UserError(f"{name}: no such source: choose from {', '.join(names())}")
     opener = _module(name).open_source
-    known = [p.name for p in inspect.signature(opener).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(opener).parameters
+    known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options or {}:
         if option not in known:
             choice = f"choose from {', '.join(known)}" if known else "it has none"
             raise UserError(f"--option {option}: {name} has no such option: {choice}")
-    source: Source = opener(list(paths), **(options or {}))
+    source: Source = opener(list(paths), *([palette] if "palette" in parameters else []), **(options or {}))
     return source
 
 
