@@ -55,7 +55,7 @@ class Assumptions:
     attention: dict[str, float] = field(default_factory=lambda: {"cudnn": 0.55, "flash": 0.38, "efficient": 0.25})
     passes: tuple[int, int] = (18, 30)
     passes_compiled: tuple[int, int] = (17, 26)
-    gradient_bytes: tuple[int, ...] = (12, 26, 28, 28)
+    gradient_bytes: tuple[int, ...] = (12, 18, 28, 28)
     optimizer_bytes: tuple[int, ...] = (32, 34, 54, 54)
     host: tuple[float, ...] = (2.5e-3, 3.2e-3, 4.2e-3, 7.5e-3)
     host_kept: float = 0.55
@@ -156,9 +156,11 @@ def _optimizer_seconds(layout: Layout, device: Device, assumed: Assumptions) -> 
     count = parameter_count(layout.config)
     shard = count / (layout.ranks if layout.stage else 1)
     if not offloads(layout.zero, "optimizer"):
-        # Stage 1 in bfloat16 takes the norm of all gradients, and clears them.
-        whole = 8 * count if layout.stage == 1 and layout.bf16 else 0
-        moved = assumed.optimizer_bytes[layout.stage] * shard + whole
+        whole = 0
+        if layout.stage == 1 and layout.bf16:
+            # The norm of all gradients, and their clearing; between ranks copies into messages and out of them.
+            whole = 8 if layout.ranks == 1 else 20
+        moved = assumed.optimizer_bytes[layout.stage] * shard + whole * count
         return moved / (device.bandwidth * assumed.memory)
     # Gradients go to the processor, weights come back.
     bus = shard * 2 * layout.width / (device.host * assumed.links)

@@ -32,9 +32,16 @@ def test_the_peak_is_found_by_name(name: str, tera: float) -> None:
     assert peak_flops(name) == tera * 1e12
 
 
-# An L40 is no L4, and an A1000 no A100.
-@pytest.mark.parametrize("name", ["", "cpu", "NVIDIA T4", "NVIDIA L40", "NVIDIA A10", "NVIDIA RTX A1000"])
+# An L40 is no L4, an A1000 no A100, a laptop's GPU not the card, and Turing's RTX 6000 not Ada's.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "cpu", "NVIDIA L40", "NVIDIA A10", "NVIDIA RTX A1000", "Quadro RTX 6000", "NVIDIA GB200"),
+        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 5090 D"),
+    ],
+)
 def test_an_unknown_device_has_no_peak(name: str) -> None:
+    assert recognise(name) is None
     assert peak_flops(name) is None
 
 

@@ -159,7 +159,7 @@ def test_accumulation_multiplies_what_every_micro_batch_needs() -> None:
         assert more["gather weights"] == one["gather weights"]
 
 
-@pytest.mark.parametrize(("ds", "adam", "a_micro_batch"), [("zero0", 32, 12), ("zero1", 34, 26), ("zero3", 54, 28)])
+@pytest.mark.parametrize(("ds", "adam", "a_micro_batch"), [("zero0", 32, 12), ("zero1", 34, 18), ("zero3", 54, 28)])
 def test_what_one_gpu_moves_for_its_gradients_and_states(ds: str, adam: int, a_micro_batch: int) -> None:
     layout = laid_out("s", 1, 1, ds, "training.precision=float32", "training.micro_batch=32")
     assert transfers(layout) == []
@@ -169,6 +169,14 @@ def test_what_one_gpu_moves_for_its_gradients_and_states(ds: str, adam: int, a_m
     assert time.gradients == pytest.approx(4 * a_micro_batch * count / (4.8e12 * 0.83))
     assert time.device == pytest.approx(time.computation + time.gradients + time.optimizer)
     assert time.messages == time.hidden_messages == time.waiting == 0
+
+
+@pytest.mark.parametrize(("gpus", "of_all"), [(1, 8), (8, 20)])
+def test_stage_1_in_bfloat16_goes_over_all_gradients(gpus: int, of_all: int) -> None:
+    layout = laid_out("s", 1, gpus, "zero1")
+    count = parameter_count(layout.config)
+    expected = (34 / gpus + of_all) * count / (4.8e12 * 0.83)
+    assert step_time(layout, H200, 50e9, Assumptions()).optimizer == pytest.approx(expected)
 
 
 def test_the_time_of_messages_in_closed_form() -> None:
