@@ -30,7 +30,7 @@ def main() -> None:
     sets = [f"model.layers={options.layers}", f"training.batch={options.batch}", "data.resolution=32"]
     config = load_config("s", sets)
     ranks = launched()
-    division = divide_batch(options.batch, None, ranks.world)
+    division = divide_batch(options.batch, "auto", ranks.world)
     engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, ranks)
     tokens = torch.randint(512, (division.micro_batch, 1024))
 

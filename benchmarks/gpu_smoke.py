@@ -42,7 +42,7 @@ def harness(config: Config, steps: int) -> tuple[list[float], dict[str, str | No
     """Losses of the harness's steps under ZeRO-3, and the fused kernels of one more."""
     from igpt_ds.distributed.engine import Engine
 
-    division = divide_batch(config.training.batch, None, 1)
+    division = divide_batch(config.training.batch, "auto", 1)
     engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Ranks())
     losses = []
     for step in range(steps):

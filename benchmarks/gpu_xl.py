@@ -104,10 +104,11 @@ def seconds_a_step(step: Callable[[], object]) -> tuple[float, int]:
 
 def sweep(preset: str, micro_batches: list[int]) -> list[Measured]:
     """Measure the harness's step at every setting; one that does not fit is told and left out."""
-    from igpt_ds.distributed.engine import Engine, missing_to_compile
+    from igpt_ds.distributed.device import missing_to_compile
+    from igpt_ds.distributed.engine import Engine
 
     config = configure(preset, micro_batches[0])
-    division = divide_batch(config.training.batch, None, 1)
+    division = divide_batch(config.training.batch, "auto", 1)
     begin = time.perf_counter()
     engine = Engine(config, resolve(load_ds_config("zero3"), config, division), division, Ranks())
     print(f"{preset}: {parameter_count(config):,} parameters, built in {time.perf_counter() - begin:.0f} s")

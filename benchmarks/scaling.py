@@ -104,7 +104,7 @@ def rank_main(folder: Path, rounds: int, apart: bool) -> None:
     engines = {}
     for name, batch in (("weak", IMAGES * ranks.world), ("strong", IMAGES // beside)):
         config = config_of(4, 16, batch)
-        division = divide_batch(batch, None, ranks.world)
+        division = divide_batch(batch, "auto", ranks.world)
         engines[name] = Engine(config, resolve(load_ds_config("zero3"), config, division), division, ranks)
     times: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 3):

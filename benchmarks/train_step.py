@@ -62,7 +62,7 @@ def ours(config: Config) -> Step:
     keep_freed_memory()
     from igpt_ds.distributed.engine import Engine
 
-    division = divide_batch(config.training.batch, None, 1)
+    division = divide_batch(config.training.batch, "auto", 1)
     engine = Engine(config, resolve(load_ds_config("zero0"), config, division), division, Ranks())
     batch = {"tokens": tokens_of(config), "positions": torch.arange(config.training.batch)}
     return lambda: float(engine.train_step([batch], config.training.learning_rate)[0])

@@ -23,10 +23,12 @@ from benchmarks.loader import K, build
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import replace
+from igpt_ds.distributed.device import at_hand
 from igpt_ds.distributed.ranks import launched
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import Metrics, read_metrics
 from igpt_ds.train.job import Job, prepare
+from igpt_ds.train.machine import Asked
 
 
 class Bare:
@@ -74,6 +76,7 @@ def main() -> None:
         facts = {
             "model.layers": arguments.layers,
             "training.batch": arguments.micro_batch * ranks.world,
+            "training.activation_checkpointing": "full",
             "training.log_every": arguments.steps,
             "training.validate_every": 0,
             "checkpoint.every": 10**9,
@@ -82,7 +85,8 @@ def main() -> None:
             "data.workers": 2,
         }
         config = load_config("s", [f"{key}={value}" for key, value in facts.items()])
-        job = prepare(replace(config, "data", sources=(str(data),)), load_ds_config("zero3"), ranks.world)
+        asked = Asked(replace(config, "data", sources=(str(data),)), load_ds_config("zero3"))
+        job = prepare(asked, at_hand(ranks))
         measure(job, Run(Path(folder) / "run"), arguments.steps, arguments.rounds)
 
 

@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
 def pretrain(kill_after: int | None) -> None:
     """Pre-train through the deepspeed launcher; with `kill_after`, kill all of it once that step is recorded."""
     words = ["deepspeed", "--num_accelerators", "2", "--module", "igpt_ds", "pretrain"]
-    words += [str(RUN), "--preset", "demo", "--data", str(DATA)]
+    words += [str(RUN), "--preset", "demo", "--data", str(DATA), "--ds", "zero3"]
     print("$", *words, flush=True)
     # A session of its own, so that launcher and ranks can be killed together.
     errors = (FOLDER / "pretrain.stderr.txt").open("w")

@@ -39,7 +39,7 @@ _TRAINING_OPTIONS = (
     click.option("--run", "run_option", hidden=True, type=click.Path(path_type=Path)),
     click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset."),
     click.option(
-        "--ds", metavar="NAME", help="ds_configs/NAME.json or a file.json.  [default: the run's; of a new one zero3]"
+        "--ds", metavar="NAME", help="ds_configs/NAME.json, a file.json or auto.  [default: the run's, else auto]"
     ),
     click.option("--fresh", is_flag=True, help="Start anew instead of going on from the newest checkpoint."),
     click.option("--force", is_flag=True, help="With --fresh: delete the run that is there."),

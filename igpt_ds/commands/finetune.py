@@ -43,6 +43,7 @@ def finetune(
     run_path: Path | None,
     run_option: Path | None,
     overrides: tuple[str, ...],
+    ds: str | None,
     fresh: bool,
     **options: Any,
 ) -> None:
@@ -70,7 +71,7 @@ def finetune(
     from igpt_ds.train.launch import launch
 
     run = run_of(run_path, run_option)
-    config = finetuning(weights, preset, run, data, overrides, scratch, fresh)
-    masks = VOTES if masks is None and not config.causal else masks
-    if text := launch(config, run, fresh=fresh, test=split == "test", masks=masks, **options):
+    asked = finetuning(weights, preset, run, data, overrides, ds, scratch, fresh)
+    masks = VOTES if masks is None and not asked.config.causal else masks
+    if text := launch(asked, run, fresh=fresh, test=split == "test", masks=masks, **options):
         click.echo(text)

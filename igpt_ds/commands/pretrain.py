@@ -29,6 +29,7 @@ def pretrain(
     run_path: Path | None,
     run_option: Path | None,
     overrides: tuple[str, ...],
+    ds: str | None,
     fresh: bool,
     **options: Any,
 ) -> None:
@@ -50,6 +51,6 @@ def pretrain(
     from igpt_ds.train.launch import launch
 
     run = run_of(run_path, run_option)
-    config = pretraining(preset, run, data, overrides, weights, fresh)
-    if text := launch(config, run, fresh=fresh, **options):
+    asked = pretraining(preset, run, data, overrides, ds, weights, fresh)
+    if text := launch(asked, run, fresh=fresh, **options):
         click.echo(text)

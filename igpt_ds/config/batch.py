@@ -32,10 +32,8 @@ class Division:
         return rank // self.sequence_parallel
 
 
-def divide_batch(
-    batch: int, micro_batch: Literal["auto"] | int | None, world: int, sequence_parallel: int = 1
-) -> Division:
-    """Micro-batch and accumulation of each replica; without a micro-batch it holds its whole share at once."""
+def divide_batch(batch: int, micro_batch: Literal["auto"] | int, world: int, sequence_parallel: int = 1) -> Division:
+    """Micro-batch and accumulation of each replica; where nobody has decided, it holds its whole share at once."""
     if world % sequence_parallel:
         raise UserError(
             f"training.sequence_parallel={sequence_parallel}: does not divide {world} ranks: start a multiple of it"
@@ -52,7 +50,7 @@ def divide_batch(
         ways = f"start {_nearest(world, fitting)} ranks or set training.batch={' or '.join(map(str, batches))}"
         raise UserError(f"training.batch={batch}: {world} ranks cannot share it evenly: {ways}")
     share = batch // replicas
-    micro = micro_batch if isinstance(micro_batch, int) else share
+    micro = share if micro_batch == "auto" else micro_batch
     if share % micro:
         nearest = _nearest(micro, divisors(share))
         raise UserError(

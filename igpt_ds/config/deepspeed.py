@@ -60,6 +60,7 @@ _KNOWN_ZERO = {*_SWITCHES, *_SIZES, "stage", "zero_hpz_partition_size", "offload
 # on an NVMe disk would have to be swapped in for it.
 _KNOWN_OFFLOAD = {"device", "pin_memory"}
 _FILLED_IN = "filled_in"  # the key of RUN/ds.json that names what was "auto"
+DECIDED = "decided"  # and that which tells what the machine decided (train/machine.py)
 _MESSAGE = 16 * 2**20  # elements that a bucket has at least: 32 MiB in bfloat16, where bandwidth counts, not latency
 _HEAD = 512  # colours of the paper's palette
 
@@ -80,6 +81,7 @@ def load_ds_config(source: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     try:
+        tree.pop(DECIDED, None)
         for name in tree.pop(_FILLED_IN, []):
             _leave_open(tree, name)
     except (AttributeError, KeyError, TypeError) as error:

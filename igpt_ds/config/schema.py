@@ -55,13 +55,14 @@ class TrainingConfig:
     beta2: float = 0.95  # 0.999 causes loss spikes (paper appendix A.1)
     epsilon: float = 1e-8
     gradient_clip: float = 0.0  # largest global norm; 0 never clips
-    # The machine's part: of each "auto" leaves it to the planner (planner/choose.py).
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "float32"
-    micro_batch: Literal["auto"] | int | None = None  # images a rank holds at once; not set: batch / world size
+    # The machine's part: "auto" leaves it to the planner (planner/choose.py). Where nothing is trained, as in an
+    # evaluation, "auto" is the plainest: float32, a rank's whole share at once, nothing recomputed, not compiled.
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # float32 master weights in any case
+    micro_batch: Literal["auto"] | int = "auto"  # images a rank holds at once
     # What a block's backward pass finds and what it computes anew: "none" keeps all, "selective" attention's outputs,
     # "full" the block's input only; "1/4" is full in every fourth block, and none in the others.
-    activation_checkpointing: str = "full"
-    compile: Literal["auto"] | bool = False  # each block through torch.compile
+    activation_checkpointing: str = "auto"
+    compile: Literal["auto"] | bool = "auto"  # each block through torch.compile
     sequence_parallel: int = 1  # ranks that share an image's positions (DeepSpeed Ulysses), for more ranks than images
     log_every: int = 10
     validate_every: int = 1000  # 0: never

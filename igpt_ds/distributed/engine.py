@@ -6,11 +6,8 @@ Nothing else in the package imports deepspeed. A process that no launcher starte
 import functools
 import math
 import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 # No GPU: say so before DeepSpeed looks for an accelerator of its own choice.
@@ -30,7 +27,7 @@ from igpt_ds.config.batch import Division
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.distributed.zero_state import ZeroState
-from igpt_ds.errors import RunError, UserError
+from igpt_ds.errors import RunError
 from igpt_ds.memory import free_bytes
 from igpt_ds.model import classify
 from igpt_ds.model.sampling import Drawing, images_at_once, sample
@@ -39,25 +36,6 @@ from igpt_ds.objectives import load_objective
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
-
-
-def require_device(config: Config) -> None:
-    """Refuse what this machine cannot do: bfloat16 on a GPU that only emulates it, compiling without a compiler."""
-    if config.training.compile and (missing := missing_to_compile()):
-        raise UserError(
-            f"training.compile=true: {' and '.join(missing)} not found: install Python's headers and a compiler "
-            "(python3-dev and g++ on Debian), or set training.compile=false"
-        )
-    wanted = config.training.precision == "bfloat16"
-    if wanted and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("training.precision=bfloat16: this GPU has no bfloat16: set training.precision=float32")
-
-
-def missing_to_compile() -> list[str]:
-    """What torch.compile needs and is not here; on a CPU as on a GPU it compiles against Python's headers."""
-    compiler = os.environ.get("CXX", "g++")
-    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    return ([] if headers else ["Python.h"]) + ([] if shutil.which(compiler) else [compiler])
 
 
 class Engine:
@@ -78,9 +56,12 @@ class Engine:
         self, config: Config, ds: dict[str, Any], division: Division, ranks: Ranks, given: Collection[str] = ()
     ):
         self.config, self.division, self.ranks = config, division, ranks
-        if not config.training.compile:
+        compiled = config.training.compile is True
+        if not compiled:
             # DeepSpeed imports an optimiser that compiles itself: a quarter of the processor time of a rank's start.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # Of float32 products on a GPU; bfloat16's are not touched.
+        torch.set_float32_matmul_precision("high" if config.training.precision == "tf32" else "highest")
         self.device = ranks.join(config.health.hang_timeout)
         _prepare_deepspeed(ranks, self.device)
         self.stage = int(ds["zero_optimization"]["stage"])
@@ -102,7 +83,7 @@ class Engine:
         self.part = slice(None)
         if division.sequence_parallel > 1:
             self.part = _share_positions(model, division.sequence_parallel, ranks)
-        if config.training.compile:
+        if compiled:
             model.compile_blocks()
         self.optimizer = _adam(model, config, self.device)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds)

@@ -22,21 +22,16 @@ def read_gpus() -> dict[str, Any]:
     """What torch and nvidia-smi say of this node's GPUs."""
     import torch
 
+    from igpt_ds.distributed.device import has_bfloat16
+
     devices = [
-        {"name": torch.cuda.get_device_name(index), "bfloat16": _has_bfloat16(index)} for index in range(visible())
+        {"name": torch.cuda.get_device_name(index), "bfloat16": has_bfloat16(index)} for index in range(visible())
     ]
     return {
         "devices": devices,
         "hidden": os.environ.get("CUDA_VISIBLE_DEVICES") == "",
         "smi": _nvidia_smi(),
     }
-
-
-def _has_bfloat16(index: int) -> bool:
-    import torch
-
-    # As torch.cuda.is_bf16_supported, which would make a context on every GPU of the node first.
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index)[0] >= 8
 
 
 def _nvidia_smi() -> list[dict[str, str]]:

@@ -71,7 +71,7 @@ def _together(request: Request, where: Ranks, planned_ranks: int, limit: float) 
     readings: list[Reading] = []
     try:
         group.start()
-        planned = _plan(request, planned_ranks, where.neighbours) if where.rank == 0 else planned
+        planned = _plan(request, planned_ranks, where) if where.rank == 0 else planned
         sources, validated = group.tell("data", [planned.sources or request.data, _validated(planned)])
         mine.facts = local_facts(request, planned, own, where.rank, group.leads, sources, validated)
         group.gather("the end of each node's checks", None)
@@ -87,7 +87,7 @@ def _together(request: Request, where: Ranks, planned_ranks: int, limit: float) 
         return Outcome(None, hangs)
     if absent is not None:
         if not mine.facts:
-            planned = _plan(request, planned_ranks, where.neighbours)
+            planned = _plan(request, planned_ranks, where)
             mine.facts = local_facts(request, planned, own, where.rank, leads=True)
         readings = [mine]
     products = [(r.label, r.facts["matmul"]) for r in readings if "matmul" in r.facts] if absent is None else []
@@ -253,8 +253,9 @@ def judge_presence(group: ranks.Group, absent: ranks.AbsentError | None) -> Chec
     return Check("ranks", "FAIL", value, "look at what they printed; leave their nodes out (sbatch --exclude)")
 
 
-def _plan(request: Request, count: int, ranks_per_node: int | None = None) -> Plan:
-    planned = attempt(lambda: inputs.make_plan(request, count, ranks_per_node))
+def _plan(request: Request, count: int, where: Ranks | None = None) -> Plan:
+    seat = (where.neighbours, where.local_rank) if where else ()
+    planned = attempt(lambda: inputs.make_plan(request, count, *seat))
     return planned if isinstance(planned, Plan) else Plan(ranks=count, fault=planned["error"])
 
 

@@ -55,50 +55,52 @@ class Plan:
         return self.config.data.sources if self.config else ()
 
 
-def make_plan(request: Request, ranks: int, ranks_per_node: int | None = None) -> Plan:
-    """Go as far as `igpt-ds pretrain` would without a GPU; faults are kept, not raised.
+def make_plan(request: Request, count: int, ranks_per_node: int | None = None, local_rank: int = 0) -> Plan:
+    """Go as far as `igpt-ds pretrain` would before its ranks meet; faults are kept, not raised.
 
     Args:
+        count: ranks of the run, on machines like this one.
         ranks_per_node: None: 8, as most nodes have, or all where there are fewer.
+        local_rank: this process's, whose device is looked at.
     """
-    from igpt_ds.config.batch import divide_batch
-    from igpt_ds.config.deepspeed import resolve
-    from igpt_ds.planner.layout import Layout
+    from igpt_ds.distributed.device import at_hand
+    from igpt_ds.distributed.ranks import Ranks
     from igpt_ds.planner.memory import bytes_per_rank
     from igpt_ds.run.directory import Run
-    from igpt_ds.train.begin import machine, pretraining
+    from igpt_ds.train.begin import pretraining
     from igpt_ds.train.job import prepare
+    from igpt_ds.train.machine import Settled, settle
 
     run = Run(request.run) if request.run else None
     if request.preset is None and not (run and run.config.exists()):
-        return Plan(ranks=ranks)
-    config, job, fault = None, None, ""
-    per_node = ranks_per_node or min(ranks, 8)
+        return Plan(ranks=count)
+    here = at_hand(Ranks(0, count, local_rank, ranks_per_node or min(count, 8)))
+    settled: Settled | None = None
+    asked, job, fault = None, None, ""
     try:
-        config = pretraining(request.preset, run, request.data, request.overrides)
-        if config.data.sources:
-            job = prepare(config, machine(request.ds, run), ranks, ranks_per_node=per_node)
-            config = job.config
+        asked = pretraining(request.preset, run, request.data, request.overrides, request.ds)
+        if asked.config.data.sources:
+            settled = job = prepare(asked, here)
     except UserError as error:
         fault = str(error)
-    if config is None:
-        return Plan(ranks=ranks, fault=fault)
-    need = None
-    try:
-        division = divide_batch(
-            config.training.batch, config.training.micro_batch, ranks, config.training.sequence_parallel
-        )
-        zero = resolve(machine(request.ds, run), config, division, per_node)["zero_optimization"]
-        if config.data.resolution and config.data.palette_size:
-            need = Need(
-                checkpoint=_BYTES_A_PARAMETER * parameter_count(config),
-                rank=bytes_per_rank(Layout(config, zero, division, per_node)).total,
-                bfloat16=config.training.precision == "bfloat16",
-                kept=config.checkpoint.keep,
-            )
-    except UserError as error:
-        fault = fault or str(error)
-    return Plan(config, job, need, ranks, fault)
+    if asked is None:
+        return Plan(ranks=count, fault=fault)
+    config = asked.known
+    if settled is None and config.data.resolution and config.data.palette_size:
+        try:
+            settled = settle(asked, here)
+        except UserError as error:
+            fault = fault or str(error)
+    if settled is None:
+        return Plan(config, None, None, count, fault)
+    config = settled.config
+    need = Need(
+        checkpoint=_BYTES_A_PARAMETER * parameter_count(config),
+        rank=bytes_per_rank(settled.layout, here.gpu).total,
+        bfloat16=config.training.precision == "bfloat16",
+        kept=config.checkpoint.keep,
+    )
+    return Plan(config, job, need, count, fault)
 
 
 def judge_job(planned: Plan) -> Check:
@@ -112,7 +114,7 @@ def judge_job(planned: Plan) -> Check:
     division = planned.job.division
     value = (
         f"{name}: {parameter_count(planned.config):,} parameters, batch {division.batch} = {division.world} ranks "
-        f"x {division.micro_batch} x {division.accumulation} accumulated"
+        f"x {division.micro_batch} x {division.accumulation} accumulated; {planned.job.how}"
     )
     return Check("job", "OK", value)
 

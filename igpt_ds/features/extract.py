@@ -105,6 +105,7 @@ class Network:
             "precision": recipe.precision,
             "batch": division.batch,
             "micro_batch": self.batch,
+            "compile": False,
             "sequence_parallel": 1,
         }
         self._engine_config = replace(config, "training", **training)

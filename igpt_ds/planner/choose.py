@@ -138,7 +138,9 @@ def _precision(config: Config, ds: dict[str, Any] | None, here: Here) -> str:
             stated = here.gpu and here.bf16 and (ds is None or ds["zero_optimization"].get("stage") != 0)
         return "bfloat16" if stated else "float32"
     if named == "bfloat16" and here.gpu and not here.bf16:
-        raise UserError(f"training.precision=bfloat16: {here.name} does not compute in it: write float32")
+        raise UserError(
+            f"training.precision=bfloat16: {here.name} does not compute in it: set training.precision=float32"
+        )
     return named
 
 
@@ -152,7 +154,7 @@ def ways(
         trees: DeepSpeed configurations by name.
     """
     recipe = config.training
-    share = divide_batch(recipe.batch, None, here.ranks, recipe.sequence_parallel).micro_batch
+    share = divide_batch(recipe.batch, "auto", here.ranks, recipe.sequence_parallel).micro_batch
     for name, tree in trees.items():
         if name == "zero0" and recipe.precision == "bfloat16":
             continue

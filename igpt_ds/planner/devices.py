@@ -126,7 +126,9 @@ def find_interconnect(text: str) -> float:
 
 
 def recognise(name: str) -> Device | None:
-    """The data sheet of a device by its driver's name, or None where there is none."""
+    """The data sheet of a device by its driver's name, or by its key here; None where there is none."""
+    if name in DEVICES:
+        return DEVICES[name]
     # A longer match is a nearer one: "H100 PCIe" before "H100". An RTX 4090 D or an RTX 4090 Laptop is another chip.
     others = r"(?! (?:D|Ti|Laptop)\b)"
     matches = [device for device in DEVICES.values() if re.search(rf"\b{device.label}\b{others}", name)]

@@ -12,12 +12,12 @@ from typing import Any
 from igpt_ds.checkpoint.names import list_checkpoints
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import Override, from_tree, load_config
-from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
 from igpt_ds.loading.splits import open_split
 from igpt_ds.run.directory import LOGGER, Run
 from igpt_ds.train.finetune import defaults
 from igpt_ds.train.job import Job
+from igpt_ds.train.machine import VALUES, Asked, read_kept
 
 
 def pretraining(
@@ -25,22 +25,25 @@ def pretraining(
     run: Run | None,
     data: Sequence[str],
     overrides: Sequence[str],
+    ds: str | None = None,
     weights: Path | None = None,
     fresh: bool = False,
-) -> Config:
-    """The configuration of a preset or file, or of the run directory that is to go on.
+) -> Asked:
+    """What a preset or file asks for, or the run directory that is to go on.
 
     Args:
+        ds: the name of a DeepSpeed configuration, or "auto"; None: as the run has it, and "auto" for a new one.
         weights: of any format, that a new run begins with.
     """
     source = preset or (run.config if run is not None and run.config.exists() else None)
     if source is None:
         raise UserError("pretrain: no --preset, and no RUN to go on with: add e.g. --preset tiny")
     begins = _weights(None if fresh else run, weights)
-    config = load_config(source, [*overrides, *_sources(data), *([("init_from", begins)] if begins else [])])
-    if config.finetune is not None:
+    facts = [*overrides, *_sources(data), *([("init_from", begins)] if begins else [])]
+    asked = _asked(source, facts, run, ds, fresh)
+    if asked.config.finetune is not None:
         raise UserError(f"{source}: is a fine-tuning: go on with igpt-ds finetune, or choose another RUN")
-    return config
+    return asked
 
 
 def finetuning(
@@ -49,15 +52,17 @@ def finetuning(
     run: Run | None,
     data: str | None,
     overrides: Sequence[str],
+    ds: str | None = None,
     scratch: bool = False,
     fresh: bool = False,
-) -> Config:
-    """The configuration of the run that is to go on, or of a new fine-tuning.
+) -> Asked:
+    """What the run that is to go on asks for, or a new fine-tuning.
 
     Args:
         weights: a run, one of its checkpoints, or weights of any other format. With `scratch` it gives the model but
             not its weights.
         preset: a model without weights; only with `scratch`.
+        ds: as for `pretraining`.
     """
     from igpt_ds.weights.formats import open_weights
 
@@ -67,11 +72,11 @@ def finetuning(
         raise UserError(f"finetune: --preset {preset}: has no weights: add --from-scratch, or use --from RUN instead")
     settings = [*overrides, *_sources([data] if data else [])]
     if run is not None and run.config.exists() and not fresh:
-        config = load_config(run.config, settings)
-        if config.finetune is None:
+        asked = _asked(run.config, settings, run, ds)
+        if asked.config.finetune is None:
             raise UserError(f"{run.path}: is a pre-training: name it with --from, and another RUN")
         _weights(run, None if scratch else weights, scratch)
-        return config
+        return asked
     if weights is None and preset is None:
         raise UserError("finetune: neither weights nor a model: add --from RUN, or --from-scratch with --preset NAME")
     if data is None:
@@ -86,13 +91,26 @@ def finetuning(
             raise UserError(f"{weights}: is a fine-tuning: begin with the pre-training that it began with")
         base, begins = from_tree(found.config, str(found.path)), "" if scratch else _absolute(found.path)
     tree = defaults(base, begins, train.rows, train.manifest.resolution)
-    return from_tree(tree, f"fine-tuning from {weights or preset}", settings)
+    return Asked(from_tree(tree, f"fine-tuning from {weights or preset}", settings), _named(ds))
 
 
-def machine(named: str | None, run: Run | None) -> dict[str, Any]:
-    """The DeepSpeed configuration that is named, else that of the run that is to go on, else zero3."""
-    begun = run is not None and run.ds_config.exists()
-    return load_ds_config(named or (str(run.ds_config) if run is not None and begun else "zero3"))
+def _asked(
+    source: str | Path, facts: Sequence[Override], run: Run | None, ds: str | None, fresh: bool = False
+) -> Asked:
+    """What a preset or file asks for; or the run's own, in which what the machine has decided is "auto" again."""
+    own = run is not None and source == run.config
+    kept = read_kept(run) if run is not None and (own or not fresh) else None
+    again = [(f"training.{name}", "auto") for name in VALUES if own and kept and name in kept.decided]
+    config = load_config(source, [*again, *facts])
+    if kept is None or fresh:
+        return Asked(config, _named(ds))
+    keys = {fact.partition("=")[0].strip() for fact in facts if isinstance(fact, str)}
+    anew = [name for name in VALUES if f"training.{name}" in keys and getattr(config.training, name) == "auto"]
+    return Asked(config, _named(ds), kept.without([*anew, *(["ds"] if ds == "auto" else [])]))
+
+
+def _named(ds: str | None) -> dict[str, Any] | None:
+    return None if ds in (None, "auto") else load_ds_config(ds)
 
 
 def _sources(data: Sequence[str]) -> list[Override]:

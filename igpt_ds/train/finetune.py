@@ -1,10 +1,10 @@
 """What a fine-tuning takes from its pre-training, and what its data must be.
 
 The model, objective, batch and Adam's constants are those of the pre-training, the rate is a tenth of its and constant
-(paper sections 3.4 and 4.5). The paper gives no length: a fine-tuning lasts at most EPOCHS, is validated once an epoch,
-and ends when `finetune.patience` validations in a row bring no better accuracy. From random weights the classification
-objective is trained alone, which is the paper's baseline, at the pre-training's rate; from others L_GEN + L_CLF. Every one
-of these is a default that --set changes.
+(paper sections 3.4 and 4.5); the machine decides its part anew (machine.py). The paper gives no length: a fine-tuning
+lasts at most EPOCHS, is validated once an epoch, and ends when `finetune.patience` validations in a row bring no better
+accuracy. From random weights the classification objective is trained alone, which is the paper's baseline, at the
+pre-training's rate; from others L_GEN + L_CLF. Every one of these is a default that --set changes.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from igpt_ds.config.file import to_tree
 from igpt_ds.config.schema import Config, replace
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from igpt_ds.train.machine import VALUES
 
 EPOCHS = 50
 SLOWER = 10  # "often an order of magnitude smaller than that for pre-training" (section 4.5)
@@ -31,6 +32,7 @@ def defaults(base: Config, begins: str, images: int, resolution: int) -> dict[st
     epoch = max(1, images // base.training.batch)
     tree["finetune"] = {} if begins else {"generative_weight": 0.0}
     tree["training"] |= {
+        **dict.fromkeys(VALUES, "auto"),
         "steps": EPOCHS * epoch,
         "learning_rate": base.training.learning_rate / (SLOWER if begins else 1),
         "warmup_steps": 0,

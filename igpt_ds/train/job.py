@@ -1,50 +1,44 @@
 """A training before it starts: all that can be read and refused without a GPU."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
+from igpt_ds.atomic import publish_text
 from igpt_ds.config.batch import Division, divide_batch
-from igpt_ds.config.deepspeed import resolve
-from igpt_ds.config.schema import Config, identity
+from igpt_ds.config.file import to_toml
+from igpt_ds.config.schema import Config, identity, replace
 from igpt_ds.config.size import flops_per_image, parameter_count
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.loading.order import Order
 from igpt_ds.loading.splits import open_split, resolve_data
-from igpt_ds.planner.layout import Layout
-from igpt_ds.planner.memory import bytes_per_rank
+from igpt_ds.planner.choose import Here
 from igpt_ds.planner.report import Machine, make_plan
 from igpt_ds.planner.text import plan_text
+from igpt_ds.run.directory import Run
 from igpt_ds.text import aligned
 from igpt_ds.train.finetune import resolve_classes
+from igpt_ds.train.machine import Asked, Settled, settle
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training whose input has been read and found fit.
+class Job(Settled):
+    """A training whose input has been read and found fit, on a machine.
 
     Attributes:
-        ds, ds_source: the DeepSpeed configuration, resolved and as it was given.
+        asked: what the command asks for, its data facts resolved.
         test_set: what a fine-tuning's best checkpoint is to be tested on at the end.
         masks: independent masks whose modal prediction is reported as well then (BERT only); 0: none.
-        ranks_per_node: GPUs of a machine.
     """
 
-    config: Config
-    ds: dict[str, Any]
-    ds_source: dict[str, Any]
-    division: Division
+    asked: Asked
     train_sets: list[Dataset]
     validation_set: Dataset | None
     order: Order
     test_set: Dataset | None = None
     masks: int = 0
-    ranks_per_node: int = 1
-
-    @property
-    def layout(self) -> Layout:
-        """The job on its machines, for the planner."""
-        return Layout(self.config, self.ds["zero_optimization"], self.division, self.ranks_per_node)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with a run that goes on from it."""
@@ -54,34 +48,34 @@ class Job:
             "data_order": self.order.fingerprint,
         }
 
+    def on(self, here: Here, asked: Asked) -> "Job":
+        """The same job as all ranks see the machine, and what is asked of it."""
+        return dataclasses.replace(self, **vars(settle(asked, here)), asked=asked)
 
-def prepare(
-    config: Config,
-    ds_source: dict[str, Any],
-    world: int,
-    *,
-    ranks_per_node: int = 1,
-    test: bool = False,
-    masks: int = 0,
-) -> Job:
+    def record(self, run: Run) -> None:
+        """Write what is trained into the run directory, so that the run can go on by it alone."""
+        publish_text(run.config, to_toml(replace(self.config, "training", stop_at=None)))
+        publish_text(run.ds_config, json.dumps(self.ds_record(), indent=2) + "\n")
+        self.train_sets[0].palette.save(run.palette)
+
+
+def prepare(asked: Asked, here: Here, *, test: bool = False, masks: int = 0) -> Job:
     """Open and check everything that can be checked before any process group exists.
 
     Args:
-        ds_source: DeepSpeed's configuration, see `igpt_ds.config.deepspeed.load_ds_config`.
-        ranks_per_node: of one machine.
+        here: the machine that is to decide.
         test, masks: of a fine-tuning; see `Job`.
     """
     from igpt_ds.loading.loader import source_rows
 
+    config = asked.config
     if not config.data.sources:
         raise UserError("data: none is named: add --data DIR (built by igpt-data shards)")
-    division = divide_batch(
-        config.training.batch, config.training.micro_batch, world, config.training.sequence_parallel
-    )
-    ds = resolve(ds_source, config, division, ranks_per_node)
+    recipe = config.training
+    divide_batch(recipe.batch, recipe.micro_batch, here.ranks, recipe.sequence_parallel)
     train_sets = [open_split(source, "train") for source in config.data.sources]
     validation_set = None
-    if config.training.validate_every:
+    if recipe.validate_every:
         validation_set = open_split(config.data.sources[0], "val", " or set training.validate_every=0")
     test_set = open_split(config.data.sources[0], "test") if test else None
     if config.finetune is not None and config.finetune.fold_validation:
@@ -104,12 +98,21 @@ def prepare(
         config.data.weights or None,
         config.data.window,
     )
-    return Job(config, ds, ds_source, division, train_sets, validation_set, order, test_set, masks, ranks_per_node)
+    asked = dataclasses.replace(asked, config=config)
+    return Job(
+        **vars(settle(asked, here)),
+        asked=asked,
+        train_sets=train_sets,
+        validation_set=validation_set,
+        order=order,
+        test_set=test_set,
+        masks=masks,
+    )
 
 
 def dry_run(job: Job, machine: Machine) -> str:
     """What would be trained, and the plan of it: memory, messages, time and disk."""
-    told = ("objective", "begins with", "classes", "data", "length")
+    told = ("objective", "begins with", "classes", "data", "length", "decided")
     images = sum(dataset.rows for dataset in job.train_sets)
     return (
         aligned([row for row in _rows(job) if row[0] in told])
@@ -125,8 +128,6 @@ def summary(job: Job) -> str:
 
 def _rows(job: Job) -> list[tuple[str, str]]:
     config, division = job.config, job.division
-    stage = job.ds["zero_optimization"]["stage"]
-    memory = bytes_per_rank(job.layout)
     flops = flops_per_image(config) * config.training.batch
     share = job.order.weights[0] / sum(job.order.weights)
     epochs = config.training.steps * config.training.batch * share / job.order.epoch_rows(0)
@@ -156,12 +157,7 @@ def _rows(job: Job) -> list[tuple[str, str]]:
             f"{flops:.3g} FLOPs a step, {flops * config.training.steps:.3g} in all "
             f"(6 N and {'causal' if config.causal else 'full'} attention, recomputation not counted)",
         ),
-        (
-            "memory",
-            f"{memory.total / 2**30:.3g} GiB a rank by plan, ZeRO stage {stage}: weights, gradients and Adam's states "
-            f"{memory.states / 2**30:.3g}, buffers {memory.buffers / 2**30:.3g}, activations "
-            f"{memory.activations / 2**30:.3g}, weights gathered {memory.live / 2**30:.3g}",
-        ),
+        ("decided", job.how),
     ]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -14,16 +13,14 @@ import numpy as np
 
 import igpt_ds
 from igpt_ds import evals
-from igpt_ds.atomic import publish_text
 from igpt_ds.checkpoint.names import prune
 from igpt_ds.checkpoint.write import Saver
-from igpt_ds.config.deepspeed import remembered
-from igpt_ds.config.file import load_config, to_toml, to_tree
-from igpt_ds.config.schema import replace
+from igpt_ds.config.file import load_config, to_tree
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.loading.augment import crop_and_flip
 from igpt_ds.lock import Lock
+from igpt_ds.planner.choose import Here
 from igpt_ds.run.directory import LOGGER, Run, log_to
 from igpt_ds.run.metrics import Metrics, require_wandb
 from igpt_ds.train.job import Job, summary
@@ -46,6 +43,7 @@ def train(
     job: Job,
     run: Run,
     ranks: Ranks,
+    here: Here,
     *,
     fresh: bool = False,
     force: bool = False,
@@ -55,6 +53,9 @@ def train(
     """Train until `training.steps` (or `stop_at`, or a request); go on from the newest whole checkpoint.
 
     A fine-tuning also ends where its accuracy gets no better, and then writes its result.
+
+    Args:
+        here: the machine as this rank sees it.
 
     Raises:
         RunError: the loss is lost for good.
@@ -69,10 +70,11 @@ def train(
         check_identity(job, run, allow_change)
     if ranks.rank == 0:
         run.require_writable()
-    from igpt_ds.distributed.engine import Engine, require_device
+    from igpt_ds.distributed.device import in_common, require_device
+    from igpt_ds.distributed.engine import Engine
     from igpt_ds.loading.loader import train_batches
 
-    require_device(job.config)
+    require_device(job.config, here)
     labels, augment = None, None
     if job.config.finetune is not None:
         labels = _labels(job)
@@ -80,6 +82,7 @@ def train(
             augment = functools.partial(crop_and_flip, seed=job.config.seed)
     with _owned(run, ranks) as lock:
         ranks.join(job.config.health.hang_timeout)
+        job = job.on(in_common(here, ranks), ranks.from_rank_0(job.asked))
         if lock is not None and fresh:
             _clear(run)
         ranks.any(False)  # all wait for it
@@ -92,9 +95,7 @@ def train(
         if lock is not None:
             lock.require()
             if trained is job:
-                publish_text(run.config, to_toml(replace(job.config, "training", stop_at=None)))
-                publish_text(run.ds_config, json.dumps(remembered(job.ds_source, job.ds), indent=2) + "\n")
-                job.train_sets[0].palette.save(run.palette)
+                job.record(run)
             metrics = Metrics(run.path, progress.step, to_tree(trained.config), wandb_project, lock)
             for line in summary(trained).splitlines():
                 LOGGER.info(line)

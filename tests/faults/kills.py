@@ -25,7 +25,7 @@ STEPS = 100_000  # never reached: the run is ended by `stop_at`
 def arguments(data: Path, run: Path, *more: str) -> list[str]:
     """A run that saves so often that a kill at any moment is likely to strike a save."""
     sets = [f"training.steps={STEPS}", "training.validate_every=0", "checkpoint.every=3", f"checkpoint.keep={KEEP}"]
-    return pretrain(data, run, *(word for each in [*sets, *more] for word in ("--set", each)))
+    return pretrain(data, run, "--ds", "zero3", *(word for each in [*sets, *more] for word in ("--set", each)))
 
 
 def kill_at_random(data: Path, folder: Path, count: int, seed: int = 0, tell: bool = False) -> dict[str, int]:

@@ -29,7 +29,8 @@ def words(*sets: str) -> list[str]:
     return [word for each in sets for word in ("--set", each)]
 
 
-SHORT = words("training.steps=24", "training.validate_every=12", "checkpoint.every=4")
+ZERO_3 = ["--ds", "zero3"]  # which tells the ranks the most
+SHORT = [*words("training.steps=24", "training.validate_every=12", "checkpoint.every=4"), *ZERO_3]
 WATCHED = words(f"health.hang_timeout={TIMEOUT}")
 
 
@@ -88,7 +89,7 @@ def test_a_stopped_rank_is_named_and_the_launcher_starts_the_run_again(digits: P
     run, output = tmp_path / "run", tmp_path / "output.txt"
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "--max-restarts=2", "-m", "igpt_ds", "--"]
-    length = words("training.steps=4000", "training.validate_every=0", "checkpoint.every=5")
+    length = [*words("training.steps=4000", "training.validate_every=0", "checkpoint.every=5"), *ZERO_3]
     with output.open("wb") as file:
         process = subprocess.Popen(
             [*command, *pretrain(digits, run, *length, *WATCHED)],
@@ -248,7 +249,7 @@ def test_a_save_file_saves_and_the_run_goes_on(digits: Path, tmp_path: Path) -> 
 def test_a_vanished_shard_ends_the_run_and_what_was_saved_stands(digits: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(digits, data)
-    length = words("training.steps=100000", "training.validate_every=0", "checkpoint.every=5")
+    length = [*words("training.steps=100000", "training.validate_every=0", "checkpoint.every=5"), *ZERO_3]
     with ranks(pretrain(data, run, *length), 2, tmp_path) as running:
         running.until(lambda: len(whole_steps(run)) > 0)
         shard = data / "train" / "train-00000.tar"

@@ -148,12 +148,13 @@ def weights(folder: Path) -> list[Reader]:
 
 def run_records(folder: Path) -> list[Reader]:
     from igpt_ds import evals
-    from igpt_ds.planner.layout import lay_out
     from igpt_ds.results import figures, paper_figures, paper_tables
     from igpt_ds.results.records import read_run
     from igpt_ds.results.report import page
+    from igpt_ds.run.directory import Run
     from igpt_ds.run.metrics import read_metrics
-    from tests.helpers import records
+    from igpt_ds.train.machine import Asked, read_kept, settle
+    from tests.helpers import machines, records
 
     run = records.make_run(folder / "search" / "run")
     several = [{"layers": [0, 1], "accuracy": 0.9, "n": 60, "test": {"accuracy": 0.9, "n": 320}}]
@@ -168,7 +169,12 @@ def run_records(folder: Path) -> list[Reader]:
     event = {"step": 300, "event": "rollback", "reason": "spike", "left_out": [200, 250]}
     validation = {"step": 600, "val_loss": 1.25, "val_images": 60}
     records.write_metrics(run, records.training_line(100, 2.0), event, records.training_line(600, 1.2), validation)
-    (run / "ds.json").write_text((ROOT / "ds_configs" / "zero3.json").read_text())
+    decided = {
+        "values": {"micro_batch": 4, "ds": "zero3"},
+        "machine": {"name": "CPU", "ranks": 1, "ranks_per_node": 1, "memory_gib": 16},
+    }
+    ds = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    (run / "ds.json").write_text(json.dumps({**ds, "decided": decided}))
     drawn = 0
 
     def tables(folder: Path) -> None:
@@ -196,7 +202,7 @@ def run_records(folder: Path) -> list[Reader]:
             figures.course(found.metrics, "grad_norm", "", "", log=True).savefig(io.BytesIO())
 
     def settings(folder: Path) -> None:
-        lay_out(read_run(folder / "run").config, str(folder / "run" / "ds.json"), 1, 8)
+        settle(Asked(read_run(folder / "run").config, None, read_kept(Run(folder / "run"))), machines.CPU)
 
     written = ["run/probe.json", "run/low_data.json", "run/eval.json", "run/result.json", "sweep.json"]
     return [

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
+from igpt_ds.distributed import device
+from igpt_ds.distributed.ranks import Ranks
+from igpt_ds.planner.choose import Here
 from tests.helpers.commands import finish, pretrain, run_command, started
+from tests.helpers.machines import CPU, V100
 from tests.helpers.models import random_model, save_model, small_config
 
 Refused = Callable[..., str]
@@ -367,20 +372,40 @@ def test_full_disk(small_disk: Path, digits: Path, tmp_path: Path) -> None:
             assert sha256_file(path / name) == facts["sha256"]
 
 
-def test_bfloat16_on_a_gpu_without_it(
+@pytest.mark.parametrize(
+    ("machine", "precision", "message"),
+    [
+        (V100, "bfloat16", "Tesla V100-SXM2-32GB does not compute in it: set training.precision=float32"),
+        (V100, "tf32", "Tesla V100-SXM2-32GB does not compute in it: set training.precision=float32"),
+        (CPU, "tf32", "CPU does not compute in it: set training.precision=float32"),
+    ],
+)
+def test_a_precision_that_the_machine_does_not_compute_in(
+    refused: Refused,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Here,
+    precision: str,
+    message: str,
+) -> None:
+    # The GPU is played: the refusal must come before anything is done on it.
+    monkeypatch.setattr(device, "at_hand", lambda ranks: machine)
+    monkeypatch.setattr(device.torch.cuda, "is_tf32_supported", lambda: False)
+    monkeypatch.setattr(Ranks, "join", lambda self, hang_timeout: pytest.fail("joined the process group"))
+    found = refused(*pretrain(digits, tmp_path / "run", "--set", f"training.precision={precision}"))
+    assert found == f"training.precision={precision}: {message}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_does_not_fit_the_machine(
     refused: Refused, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
-    from igpt_ds.distributed import engine  # noqa: F401 - DeepSpeed looks for GPUs when it is loaded: before they are played
-    from igpt_ds.distributed.ranks import Ranks
-
-    # The GPU is played: the refusal must come before anything is done on it.
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setattr(Ranks, "join", lambda self: pytest.fail("joined the process group"))
-    message = refused(*pretrain(digits, tmp_path / "run", "--set", "training.precision=bfloat16"))
-    assert message.startswith("training.precision=bfloat16: this GPU has no bfloat16")
+    monkeypatch.setattr(device, "at_hand", lambda ranks: replace(CPU, memory=2**18))
+    message = refused(*pretrain(digits, tmp_path / "run"))
+    assert message.startswith("tiny does not fit CPU: it takes at least ")
+    assert message.endswith(": take a machine with more memory, or a smaller network")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mask_that_hides_less_than_a_pixel(refused: Refused, digits: Path, tmp_path: Path) -> None:

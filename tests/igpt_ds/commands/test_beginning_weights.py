@@ -216,7 +216,7 @@ def test_a_pre_training_begins_with_weights_of_any_format(
     text = run_command(pretrain(digits, run, *still), tmp_path / "2.txt", world)
     assert "resumed from" in text and "begun with" not in text
     assert load_config(run / "config.toml").init_from == str(expected.path)
-    assert f"ZeRO stage {ds[-1]}" in text  # remembered
+    assert f"ZeRO-{ds[-1]}" in text  # remembered
     last = Checkpoint.open(list_checkpoints(run / "checkpoints")[-1])
     assert last.step == 3 and last.config["init_from"] == last.identity["init_from"] == str(expected.path)
     original = open_weights(sources / "run").weights()

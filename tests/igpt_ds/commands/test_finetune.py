@@ -15,7 +15,6 @@ import torch
 from igpt_ds import cli
 from igpt_ds.checkpoint.names import list_checkpoints
 from igpt_ds.checkpoint.read import Checkpoint
-from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import from_tree, load_config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
@@ -31,6 +30,7 @@ from igpt_ds.train.job import prepare
 from igpt_ds.train.resume import Progress
 from igpt_ds.train.stability import Stability
 from tests.helpers.commands import kill_all, run_command, started, wait_until
+from tests.helpers.machines import CPU
 from tests.helpers.models import random_model, save_model, small_config
 from tests.igpt_ds.loading.test_loader import build
 
@@ -244,8 +244,7 @@ def test_defaults_come_from_the_pre_training(
 def test_folding_trains_on_both_splits(data: Path, starts: Path) -> None:
 
     sets = ["finetune.fold_validation=true", "training.validate_every=0"]
-    config = begin.finetuning(starts / "next_pixel", None, None, str(data), sets)
-    job = prepare(config, load_ds_config("zero3"), 1, test=True)
+    job = prepare(begin.finetuning(starts / "next_pixel", None, None, str(data), sets), CPU, test=True)
     assert [dataset.rows for dataset in job.train_sets] == [533, 67]
     assert job.validation_set is None
     positions = [job.order(p) for p in range(600)]
@@ -347,7 +346,7 @@ def test_pretrain_and_finetune_do_not_take_each_others_runs(tmp_path: Path, data
     run.config.write_text(to_toml(begun))
     with pytest.raises(UserError, match="go on with igpt-ds finetune"):
         begin.pretraining(None, run, [], [])
-    assert begin.finetuning(starts / "next_pixel", None, run, None, []) == begun
+    assert begin.finetuning(starts / "next_pixel", None, run, None, []).config == begun
     with pytest.raises(UserError, match=r"began with .*next_pixel.*, not with .*masked_pixel"):
         begin.finetuning(starts / "masked_pixel", None, run, None, [])
     with pytest.raises(UserError, match="not with random ones"):

@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 # Enough steps that there is time to strike in between.
 STEPS = 60
 LENGTH = ["--set", f"training.steps={STEPS}", "--set", "training.validate_every=20", "--set", "checkpoint.every=4"]
+LENGTH += ["--ds", "zero3"]  # which does the most
 
 
 def training_lines(run: Path) -> list[dict[str, Any]]:

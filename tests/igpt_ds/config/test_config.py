@@ -64,12 +64,18 @@ def test_a_preset_has_the_papers_figures(name: str) -> None:
     assert training.stop_at is None
 
 
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_leaves_the_machines_part_to_the_machine(name: str) -> None:
+    recipe = load_config(name).training
+    left = {recipe.precision, recipe.micro_batch, recipe.activation_checkpointing, recipe.compile}
+    assert left == {"auto"}
+
+
 @pytest.mark.parametrize("name", ["tiny", "demo"])
 def test_small_presets_take_what_the_data_says(name: str) -> None:
     config = load_config(name)
     assert config.data.resolution is None
     assert config.data.palette_size is None
-    assert config.training.precision == "float32"
     assert load_config("tiny").training.batch == 16
 
 
@@ -176,6 +182,7 @@ ODD += ["[" * 2000, "[nan]", "{a=1}", "1979-05-27"]
 @pytest.mark.parametrize("key", [*keys(Config)])
 def test_any_value_of_any_key_is_taken_or_refused_in_one_line(key: str) -> None:
     begin = ["data.resolution=8", "data.palette_size=16", *(["finetune.classes=3"] if "finetune" in key else [])]
+    begin += ["training.precision=float32", "training.activation_checkpointing=full", "training.compile=false"]
     for value in ODD:
         try:
             config = load_config("tiny", [*begin, f"{key}={value}"])

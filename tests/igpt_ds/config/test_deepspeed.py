@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -51,10 +51,11 @@ def test_every_zero_stage_has_a_file() -> None:
 
 @pytest.mark.parametrize("world", [1, 4, 16])
 @pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_resolves_for_every_preset(name: str, preset: str, world: int) -> None:
-    tree, config = load_ds_config(name), load_config(preset)
-    division = divide_batch(config.training.batch, None, world)
+def test_every_file_resolves_for_every_preset(name: str, precision: str, preset: str, world: int) -> None:
+    tree, config = load_ds_config(name), load_config(preset, [f"training.precision={precision}"])
+    division = divide_batch(config.training.batch, "auto", world)
     if config.training.precision == "bfloat16" and tree["zero_optimization"]["stage"] == 0:
         with pytest.raises(UserError, match="ZeRO stage 1 to 3"):
             resolve(tree, config, division)
@@ -131,7 +132,7 @@ def test_offload_that_cannot_be(tmp_path: Path, zero: dict[str, object], told: s
 
 def test_a_batch_caps_the_ranks_and_the_ways_past_it_are_named() -> None:
     with pytest.raises(UserError) as caught:
-        divide_batch(64, None, 128)
+        divide_batch(64, "auto", 128)
     told = str(caught.value)
     assert "training.batch=64: caps data parallelism at 64 ranks, not 128" in told
     assert "start 64 ranks" in told and "training.batch=128" in told and "training.sequence_parallel=2" in told
@@ -246,7 +247,7 @@ def test_a_batch_of_two_thousand_million_is_divided_at_once() -> None:
     assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     assert all(divisors(n) == [d for d in range(1, n + 1) if n % d == 0] for n in range(1, 200))
     with pytest.raises(UserError, match=r"start 2 or 4 ranks or set training.batch=999999999 or 1000000002"):
-        divide_batch(10**9, None, 3)
+        divide_batch(10**9, "auto", 3)
     with pytest.raises(UserError, match=r"set training.micro_batch=6 or 9"):
         divide_batch(2 * 3**19 // 3, 7, 1)
 
@@ -268,21 +269,21 @@ def test_a_directory_of_a_files_name_does_not_hide_it(tmp_path: Path, monkeypatc
 def test_a_batch_is_divided_exactly_or_refused() -> None:
     for batch in range(1, 25):
         for world in range(1, 10):
-            for micro in (None, *range(1, 13)):
+            for micro in ("auto", *range(1, 13)):
                 share = batch / world
-                fits = share.is_integer() and (micro is None or (share / micro).is_integer())
+                fits = share.is_integer() and (micro == "auto" or (share / micro).is_integer())
                 if fits:
                     division = divide_batch(batch, micro, world)
                     assert division.world * division.micro_batch * division.accumulation == batch == division.batch
                     assert division.world == world
-                    assert division.micro_batch == (int(share) if micro is None else micro)
+                    assert division.micro_batch == (int(share) if micro == "auto" else micro)
                 else:
                     with pytest.raises(UserError) as caught:
                         divide_batch(batch, micro, world)
                     check_remedies(str(caught.value), batch, micro, world)
 
 
-def check_remedies(text: str, batch: int, micro: int | None, world: int) -> None:
+def check_remedies(text: str, batch: int, micro: Literal["auto"] | int, world: int) -> None:
     """Every size that a refusal names really divides."""
     if batch % world:
         ranks = re.search(r"start ([\d or]+) ranks", text)
@@ -290,17 +291,17 @@ def check_remedies(text: str, batch: int, micro: int | None, world: int) -> None
         assert ranks and batches, text
         named = [int(n) for n in re.findall(r"\d+", ranks[1])]
         assert named
-        assert all(divide_batch(batch, None, n).batch == batch for n in named)
+        assert all(divide_batch(batch, "auto", n).batch == batch for n in named)
         fitting = [n for n in range(1, batch + 1) if batch % n == 0]
         assert named == nearest(fitting, world)
         sizes = [int(n) for n in re.findall(r"\d+", batches[1])]
         assert sizes
-        assert all(n > 0 and abs(n - batch) < world and divide_batch(n, None, world).batch == n for n in sizes)
+        assert all(n > 0 and abs(n - batch) < world and divide_batch(n, "auto", world).batch == n for n in sizes)
     else:
         named = [int(n) for n in re.findall(r"\d+", text.split("set training.micro_batch=")[1])]
         assert named
         assert all(divide_batch(batch, n, world).batch == batch for n in named)
-        assert micro is not None
+        assert micro != "auto"
         assert named == nearest(
             [n for n in range(1, batch + 1) if batch // world % n == 0 and n * world <= batch], micro
         )

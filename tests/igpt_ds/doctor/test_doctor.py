@@ -6,17 +6,21 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from igpt_ds.distributed import device
 from igpt_ds.doctor import devices, disk, examine, inputs, machine, ranks, speed
 from igpt_ds.doctor.examine import Reading
 from igpt_ds.doctor.inputs import Plan, Request
 from igpt_ds.doctor.report import Check, Report, judged, judged_together, merged, table
+from igpt_ds.planner.choose import Here
 from igpt_ds.text import size_text, time_text
+from tests.helpers import machines
 from tests.helpers.checkpoints import save_all
 from tests.helpers.commands import call
 from tests.helpers.ranks import free_port, run_ranks
@@ -328,18 +332,36 @@ def test_datasets_that_differ_are_told(digits: Path, tmp_path: Path, monkeypatch
     assert "OTHER: another palette" in faults[0] and "OTHER: resolution 16" in faults[1]
 
 
-def test_a_job_is_planned_as_far_as_it_goes(digits: Path, tmp_path: Path) -> None:
+def test_a_job_is_planned_as_far_as_it_goes(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def here(machine: Here) -> None:
+        planned = lambda ranks: replace(machine, ranks=ranks.world, ranks_per_node=ranks.neighbours)  # noqa: E731
+        monkeypatch.setattr(device, "at_hand", planned)
+
+    here(machines.CPU)
     assert inputs.make_plan(Request(data=(str(digits),)), 1) == Plan()  # nothing says what to train
 
     whole = inputs.make_plan(Request(data=(str(digits),), preset="tiny"), 2)
     assert inputs.judge_job(whole).status == "OK"
     assert "batch 16 = 2 ranks x 8 x 1" in inputs.judge_job(whole).value
+    assert "2 x CPU: float32, ZeRO-0, no recomputation, micro-batch 8" in inputs.judge_job(whole).value
     assert whole.need and whole.need.checkpoint == 12 * 27840 and not whole.need.bfloat16
 
+    here(machines.H100)
     alone = inputs.make_plan(Request(preset="xl"), 64)
     assert inputs.judge_job(alone).status == "WARN"
     assert alone.need and alone.need.bfloat16 and alone.need.kept == 3
     assert alone.need.checkpoint == pytest.approx(12 * 6.8e9, rel=0.01)
+    assert alone.need.rank < 0.9 * machines.H100.memory  # it was decided so
+
+    # What the run is to be made of may be missing, and not be needed to know what it needs.
+    missing = inputs.make_plan(Request(data=(str(tmp_path),), preset="xl"), 64)
+    assert "build it with igpt-data shards" in missing.fault and missing.need == alone.need
+    here(machines.V100)
+    older = inputs.make_plan(Request(preset="s"), 8)
+    assert older.need and not older.need.bfloat16
+    here(replace(machines.V100, memory=GIB))
+    too_large = inputs.make_plan(Request(preset="xl"), 1)
+    assert "igpt-xl does not fit" in inputs.judge_job(too_large).value and too_large.need is None
 
     uneven = inputs.make_plan(Request(data=(str(digits),), preset="tiny"), 3)
     assert inputs.judge_job(uneven).status == "FAIL" and "3 ranks cannot share it" in uneven.fault

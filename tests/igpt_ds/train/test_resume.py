@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import to_tree
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import UserError
@@ -17,6 +16,7 @@ from igpt_ds.train.begin import pretraining
 from igpt_ds.train.job import Job, prepare
 from igpt_ds.train.resume import Progress, check_identity, resume
 from tests.helpers.checkpoints import FACTS, one_rank, save, shards_of
+from tests.helpers.machines import CPU
 
 ENGINE: Any = SimpleNamespace(
     ranks=Ranks(), device=torch.device("cpu"), state=SimpleNamespace(load=lambda *_, **__: None)
@@ -29,8 +29,7 @@ ROLLBACKS = [
 
 @pytest.fixture
 def job(digits: Path) -> Job:
-    config = pretraining("tiny", None, [str(digits)], ["training.validate_every=0", "training.steps=50"])
-    return prepare(config, load_ds_config("zero3"), 1)
+    return prepare(pretraining("tiny", None, [str(digits)], ["training.validate_every=0", "training.steps=50"]), CPU)
 
 
 def resumed(run: Run, job: Job, progress: dict[str, Any], lines: list[bytes], **changes: Any) -> Progress:
@@ -86,5 +85,5 @@ def test_what_has_changed_is_told_in_one_line(
     assert caplog.messages[-1] == (
         "changed since then: training.steps from 40 to 50 (where the cosine of the learning rate ends), "
         "training.learning_rate from 0.1 to 0.003, training.precision from bfloat16 to float32, "
-        "training.micro_batch from 8 to unset"
+        "training.micro_batch from 8 to 16"
     )

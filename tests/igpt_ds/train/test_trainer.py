@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import load_config
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError
@@ -29,6 +28,7 @@ from igpt_ds.train.signals import StopRequest
 from igpt_ds.train.stability import Stability
 from igpt_ds.train.trainer import Trainer
 from igpt_ds.train.watchdog import Watchdog
+from tests.helpers.machines import CPU
 
 
 class PlayedEngine:
@@ -67,8 +67,8 @@ def play(
         loss: Callable[[int], float] = lambda step: 2.0,
         stop: StopRequest | None = None,
     ) -> tuple[list[int], list[dict[str, Any]], PlayedEngine]:
-        config = pretraining("tiny", None, [str(digits)], ["training.steps=10", "training.validate_every=0", *sets])
-        job, run, engine = prepare(config, load_ds_config("zero3"), 1), Run(tmp_path), PlayedEngine(norm, loss)
+        asked = pretraining("tiny", None, [str(digits)], ["training.steps=10", "training.validate_every=0", *sets])
+        job, run, engine = prepare(asked, CPU), Run(tmp_path), PlayedEngine(norm, loss)
         saved: list[int] = []
         monkeypatch.setattr(Trainer, "_begin_save", lambda self, last: saved.append(self.progress.step))
         metrics = Metrics(tmp_path, 0, {})
@@ -200,9 +200,9 @@ def test_before_the_first_step_only_the_schedulers_notice_is_remembered() -> Non
 
 def test_mixture_is_counted_by_its_quotas(digits: Path, tmp_path: Path) -> None:
     sources = [str(digits), str(digits)]
-    config = pretraining("tiny", None, sources, ["data.weights=[1,3]", "training.steps=1000"])
-    assert config.data.sources == tuple(sources)
-    job = prepare(config, load_ds_config("zero3"), 1)
+    asked = pretraining("tiny", None, sources, ["data.weights=[1,3]", "training.steps=1000"])
+    assert asked.config.data.sources == tuple(sources)
+    job = prepare(asked, CPU)
     epochs = 1000 * 16 / 4 / job.order.epoch_rows(0)
     assert f"{epochs:.3g} epochs of the first source" in summary(job)
 
