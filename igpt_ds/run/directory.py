@@ -46,7 +46,7 @@ LOGGER.addFilter(_visible)
 
 # What a training makes, beside checkpoints/, and what is told of it later: pictures and records of evaluations.
 _PARTS = re.compile(
-    r"config\.toml|ds\.json|palette\.npy|metrics\.jsonl|log\.rank[0-9]+\.txt|STOP|SAVE|"
+    r"config\.toml|ds\.json|palette\.npy|metrics\.(jsonl|cut)|log\.rank[0-9]+\.txt|STOP|SAVE|"
     r"events|samples|heartbeats|features|wandb|(result|report|samples|completions).*\.(json|html|png)"
 )
 

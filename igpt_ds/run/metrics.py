@@ -7,6 +7,9 @@ is not finite is null.
 
 A damaged line is passed over with a warning, and stays where it is; but what a killed run left of its last line goes.
 
+A run of weeks has millions of lines, so who resumes it parses none of them but decisions and what lies at the end, and
+rewrites what lies beyond the checkpoint alone.
+
 A full disk does not end a run: lines wait in memory until there is room again.
 """
 
@@ -16,15 +19,15 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from igpt_ds.atomic import publish_file, writing
 from igpt_ds.errors import UserError
 from igpt_ds.lock import Lock
-from igpt_ds.reading import parse_json, read_regular
+from igpt_ds.reading import open_regular, parse_json, read_regular
 from igpt_ds.run.directory import LOGGER
 
 if TYPE_CHECKING:
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 
 _NAMED = 10  # damaged lines, each with a warning of its own
+_PIECE, _LOOK = 1 << 20, 1 << 18  # bytes that are read at once, from the beginning and from the end
+_LINE = b'{"step": '  # what `Metrics` begins every line with
 
 
 def read_metrics(path: Path, warn: Callable[[str], None] = LOGGER.warning) -> list[dict[str, Any]]:
@@ -42,34 +47,58 @@ def read_metrics(path: Path, warn: Callable[[str], None] = LOGGER.warning) -> li
     Raises:
         UserError: there is something else than a file.
     """
-    lines, damaged = [], 0
-    for number, (_, line) in enumerate(_lines(path), 1):
-        if isinstance(line, dict):
-            lines.append(line)
-        elif line is not None:
-            damaged += 1
-            if damaged <= _NAMED:
-                warn(f"{path}: line {number} is passed over: damaged ({line}); mend or delete it")
+    return list(_told(path, warn, lambda piece, _: io.BytesIO(piece)))
+
+
+def read_rollbacks(path: Path, warn: Callable[[str], None] = LOGGER.warning) -> list[dict[str, Any]]:
+    """The rollbacks in a metrics.jsonl, wherever they stand; for the run's owner, who is about to go on with it.
+
+    Lines are parsed where they tell a decision or do not look like a line of ours: damaged ones are named as by
+    `read_metrics`, but not those whose damage shows in their numbers alone. Raises as `read_metrics`.
+    """
+    _finish_cut(path)
+    return [line for line in _told(path, warn, _suspects) if line.get("event") == "rollback"]
+
+
+def _suspects(piece: bytes, lines: int) -> Iterable[bytes]:
+    """Those of whole lines that must be parsed, beside blank ones, so that they keep their numbers."""
+    if (b"}\n" + piece).count(b"}\n" + _LINE) != lines or not piece.endswith(b"}\n") or b"\0" in piece:
+        return io.BytesIO(piece)
+    if b'"event"' not in piece:
+        return ()
+    return (raw if b'"event"' in raw else b"" for raw in io.BytesIO(piece))
+
+
+def _told(
+    path: Path, warn: Callable[[str], None], chosen: Callable[[bytes, int], Iterable[bytes]]
+) -> Iterator[dict[str, Any]]:
+    """What the lines say that are `chosen` of some lines and their number; damaged ones are named through `warn`."""
+    before = damaged = 0
+    with _opened(path) as file:
+        while piece := file.read(_PIECE):
+            piece += file.readline(_PIECE)
+            lines = piece.count(b"\n")
+            for number, raw in enumerate(chosen(piece, lines), before + 1):
+                try:
+                    if line := _parsed(raw):
+                        yield line
+                except ValueError as error:
+                    if raw.endswith(b"\n"):  # what a killed run left of its last line has none
+                        damaged += 1
+                        if damaged <= _NAMED:
+                            warn(f"{path}: line {number} is passed over: damaged ({error}); mend or delete it")
+            before += lines
     if damaged > _NAMED:
         warn(f"{path}: {damaged - _NAMED} more damaged lines are passed over")
-    return lines
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | ValueError | None]]:
-    """Each line as it stands there, and what it says: None if nothing, a ValueError if it cannot be told.
-
-    A last line that has no end and cannot be read is left out.
-    """
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        data = read_regular(path) if os.path.lexists(path) else b""
-    except (OSError, ValueError) as error:
+        with open_regular(path) if os.path.lexists(path) else io.BytesIO() as file:
+            yield file
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}): mend it or move it away") from error
-    for raw in io.BytesIO(data):
-        try:
-            yield raw, _parsed(raw)
-        except ValueError as error:
-            if raw.endswith(b"\n"):
-                yield raw, error
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:
@@ -87,6 +116,78 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
         if not isinstance(span, list) or [type(each) for each in span] != [int, int] or not 0 <= span[0] <= span[1]:
             raise ValueError("a rollback that does not tell which batches it leaves out")
     return line
+
+
+def _beyond(file: BinaryIO, step: int) -> tuple[int, bytes]:
+    """Where in a metrics.jsonl the first line begins that lies beyond `step`, and what of all that follows stays.
+
+    Lines stand in the order of their steps, decisions and damaged ones apart: it is read from its end, up to a piece
+    without a line to be dropped.
+    """
+    first = end = file.seek(0, os.SEEK_END)
+    stays: list[tuple[int, bytes]] = []
+    before = beyond = False  # of the lines of a piece
+    while end > 0 and (beyond or not before):
+        begin = place = _line_begin(file, max(0, end - _LOOK))
+        before = beyond = False
+        file.seek(begin)
+        for raw in io.BytesIO(file.read(end - begin)):
+            whole = raw.endswith(b"\n")
+            try:
+                line = _parsed(raw)
+                drop = line is not None and "event" not in line and line["step"] > step
+                before |= line is not None and "event" not in line and not drop
+            except ValueError:
+                drop = not whole
+            beyond |= drop
+            if drop or not whole:
+                first = min(first, place)
+            if not drop:
+                stays.append((place, raw if whole else raw + b"\n"))
+            place += len(raw)
+        end = begin
+    return first, b"".join(raw for place, raw in sorted(stays) if place >= first)
+
+
+def _line_begin(file: BinaryIO, place: int) -> int:
+    """Where the line begins that holds the byte at `place`."""
+    while place > 0:
+        begin = max(0, place - _LOOK)
+        file.seek(begin)
+        if end := file.read(place - begin).rfind(b"\n") + 1:
+            return begin + end
+        place = begin
+    return 0
+
+
+def _cut(path: Path, first: int, kept: bytes) -> None:
+    """Put `kept` in place of all that a file has from byte `first` on: killed in between, `_finish_cut` goes on."""
+    plan = path.with_suffix(".cut")
+    if kept:
+        with publish_file(plan) as file:
+            file.write(b"%d\n" % first + kept)
+    with open(path, "rb+") as file:
+        file.truncate(first)
+        file.seek(first)
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    plan.unlink(missing_ok=True)
+
+
+def _finish_cut(path: Path) -> None:
+    """Go on with what a killed run was cutting."""
+    plan = path.with_suffix(".cut")
+    if not os.path.lexists(plan):
+        return
+    with writing(plan):
+        try:
+            first, _, kept = read_regular(plan).partition(b"\n")
+            if not 0 <= int(first) <= path.stat().st_size:
+                raise ValueError("of another file")
+        except ValueError as error:
+            raise UserError(f"{plan}: damaged ({error}): delete it, and look at the end of {path.name}") from error
+        _cut(path, int(first), kept)
 
 
 class Metrics:
@@ -121,17 +222,16 @@ class Metrics:
         self._shut()
         if self._lock is not None:
             self._lock.require()
-        kept = b""
-        for raw, line in _lines(self._path):
-            if not isinstance(line, dict) or line["step"] <= step or "event" in line:
-                kept += raw if raw.endswith(b"\n") else raw + b"\n"
-        if not self._path.exists() or kept != read_regular(self._path):
-            with publish_file(self._path) as file:
-                file.write(kept)
+        _finish_cut(self._path)
+        with _opened(self._path) as file:
+            size, (first, kept) = file.seek(0, os.SEEK_END), _beyond(file, step)
         with writing(self._path):
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            if first < size:
+                _cut(self._path, first, kept)
             # Events beyond the checkpoint are hidden from view by `purge_step`.
             self._events = SummaryWriter(str(self._run / "events"), purge_step=step + 1)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._descriptor = os.open(self._path, flags, 0o666)
 
     def write(self, line: dict[str, Any]) -> None:
         """Record one line; it must have "step"."""

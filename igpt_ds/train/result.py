@@ -48,7 +48,7 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress, lock: Loc
         directory = step_directory(run.checkpoints, best)
         if not engine.ranks.from_rank_0(directory.exists()):
             raise RunError(f"{directory}: the best checkpoint was not saved, the disk being full, say: --fresh --force")
-        engine.state.load(open_verified(engine, directory), weights_only=True)
+        engine.state.load(open_verified(engine.ranks, directory), weights_only=True)
     measured = {"accuracy": progress.best[1]} if progress.best else {}
     if job.test_set or not progress.best:
         try:

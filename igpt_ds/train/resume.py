@@ -1,6 +1,7 @@
 """Where a run stands, and how it comes to stand there: resumed from a checkpoint, or rolled back to one."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,12 @@ from igpt_ds.checkpoint.names import list_checkpoints, set_aside_newer, step_of,
 from igpt_ds.checkpoint.read import Checkpoint, newest_valid
 from igpt_ds.config.file import to_tree
 from igpt_ds.config.schema import Config
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.hashing import stable_hash
 from igpt_ds.loading.order import LeftOut
 from igpt_ds.run.directory import LOGGER, Run
-from igpt_ds.run.metrics import Metrics, read_metrics
+from igpt_ds.run.metrics import Metrics, read_rollbacks
 from igpt_ds.train.job import Job
 from igpt_ds.train.stability import Stability
 
@@ -118,25 +120,50 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
         return
 
 
-def resume(engine: "Engine", job: Job, run: Run) -> Progress:
-    """Load the newest whole checkpoint, if there is one, and remember what was decided after it."""
-    # One listing and one reading for all: a network file system may show the ranks different ones.
-    candidates = engine.ranks.from_rank_0(list_checkpoints(run.checkpoints))
-    decisions = engine.ranks.from_rank_0(
-        [line for line in read_metrics(run.metrics) if line.get("event") == "rollback"]
-    )
-    ranks = engine.ranks
-    found = newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
+@dataclass(frozen=True)
+class Start:
+    """What a run resumes from or begins with, found before there is a network.
+
+    Attributes:
+        checkpoint: the newest whole one; None where the run begins.
+        weights: what it begins with; None where they are random.
+        rollbacks: the lines of metrics.jsonl that tell of them.
+    """
+
+    checkpoint: Checkpoint | None
+    weights: "Weights | None"
+    rollbacks: list[dict[str, Any]]
+
+    @property
+    def given(self) -> Collection[str]:
+        """Names of the parameters that are read, and so need not be drawn."""
+        source = self.checkpoint or self.weights
+        return source.tensors.keys() if source else ()
+
+
+def find_start(job: Job, run: Run, ranks: Ranks) -> Start:
+    """The newest whole checkpoint, if there is one, else the weights to begin with; the ranks share the reading."""
+    # One listing and one reading for all: a network file system may show the ranks different ones, and both take time.
+    seen = (list_checkpoints(run.checkpoints), read_rollbacks(run.metrics)) if ranks.rank == 0 else ([], [])
+    candidates, rollbacks = ranks.from_rank_0(seen)
+    found = newest_valid(candidates, ranks.any, LOGGER.warning, ranks.rank, ranks.world)
+    begins = "" if found else ranks.from_rank_0(job.config.init_from)
+    return Start(found, open_verified(ranks, Path(begins)) if begins else None, rollbacks)
+
+
+def resume(engine: "Engine", job: Job, run: Run, start: Start) -> Progress:
+    """Load what the run starts from, and remember what was decided after it."""
+    found, ranks = start.checkpoint, engine.ranks
     if found is None:
-        _begin(engine, job.config)
+        _begin(engine, job.config, start.weights)
         return Progress(0, LeftOut(), Stability(job.config.health, {}))
     if ranks.rank == 0:
         set_aside_newer(run.checkpoints, found.step)
     progress = _load(engine, job, found)
     # Of each as many as either knows: a line may be damaged, and the checkpoint may be older than the last decision.
-    told: Counter[int] = Counter(line["step"] for line in decisions)
+    told: Counter[int] = Counter(line["step"] for line in start.rollbacks)
     progress.rollbacks = list((told | Counter(progress.rollbacks)).elements())
-    spans = [*progress.left_out.spans, *(line["left_out"] for line in decisions)]
+    spans = [*progress.left_out.spans, *(line["left_out"] for line in start.rollbacks)]
     progress.left_out = LeftOut.of(spans)
     LOGGER.info(f"resumed from {found.path} at step {found.step}")
     changed = _changes(found.config, to_tree(job.config))
@@ -167,12 +194,10 @@ def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics:
     patience = job.config.health.patience
     good = progress.step - progress.stability.bad  # the last step before the first bad one
     what = f"step {progress.step}: {progress.stability.bad} bad steps in a row (loss spikes or non-finite gradients)"
-    candidates = [path for path in list_checkpoints(run.checkpoints) if step_of(path) <= good]
-    candidates = engine.ranks.from_rank_0(candidates)
     ranks = engine.ranks
-    found = None
-    if candidates:
-        found = newest_valid(candidates, engine.ranks.any, LOGGER.warning, ranks.rank, ranks.world)
+    candidates = ranks.from_rank_0(list_checkpoints(run.checkpoints) if ranks.rank == 0 else [])
+    candidates = [path for path in candidates if step_of(path) <= good]
+    found = newest_valid(candidates, ranks.any, LOGGER.warning, ranks.rank, ranks.world)
     if found is None:
         begun = job.config.init_from
         damaged = f", or begin with other weights than {begun}, which may be damaged" if begun else ""
@@ -217,21 +242,19 @@ def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
     return progress
 
 
-def _begin(engine: "Engine", config: Config) -> None:
-    """Take the weights that a training begins with, if it does not begin with random ones; rank 0 says which."""
+def _begin(engine: "Engine", config: Config, weights: "Weights | None") -> None:
+    """Take the weights that a training begins with, if it does not begin with random ones."""
     from igpt_ds.weights.base import at_resolution
 
     if config.finetune is not None:
         _seed_dropout(config, engine.ranks.rank, 0)
-    start = engine.ranks.from_rank_0(config.init_from)
-    if start:
-        found = open_verified(engine, Path(start))
+    if weights is not None:
         assert config.data.resolution is not None
-        engine.state.load(at_resolution(found, config.data.resolution, LOGGER.info), weights_only=True)
-        LOGGER.info(f"begun with the weights of {start}")
+        engine.state.load(at_resolution(weights, config.data.resolution, LOGGER.info), weights_only=True)
+        LOGGER.info(f"begun with the weights of {weights.path}")
 
 
-def open_verified(engine: "Engine", path: Path) -> "Weights":
+def open_verified(ranks: Ranks, path: Path) -> "Weights":
     """Weights whose bytes are as they were written, where hashes are recorded; the ranks share the reading.
 
     Raises:
@@ -239,13 +262,13 @@ def open_verified(engine: "Engine", path: Path) -> "Weights":
     """
     from igpt_ds.weights.formats import open_weights
 
-    fault, ranks = "", engine.ranks
+    fault = ""
     try:
         found = open_weights(path, verify=False)
         found.verify(ranks.rank, ranks.world)
     except UserError as error:
         fault = str(error)
-    if engine.ranks.any(bool(fault)):
+    if ranks.any(bool(fault)):
         raise UserError(fault or f"{path}: found damaged by another rank: see its message")
     return found
 

@@ -25,7 +25,7 @@ from igpt_ds.run.directory import LOGGER, Run, log_to
 from igpt_ds.run.metrics import Metrics, require_wandb
 from igpt_ds.train.job import Job, summary
 from igpt_ds.train.result import conclude
-from igpt_ds.train.resume import Progress, check_identity, resume, roll_back
+from igpt_ds.train.resume import Progress, check_identity, find_start, resume, roll_back
 from igpt_ds.train.schedule import learning_rate
 from igpt_ds.train.signals import StopRequest, tell_job_script
 from igpt_ds.train.stability import Verdict
@@ -87,8 +87,9 @@ def train(
             _clear(run)
         ranks.any(False)  # all wait for it
         watchdog = Watchdog(run.path, ranks.rank, ranks.world, job.config.health.hang_timeout, log_to(run, ranks.rank))
-        engine = Engine(job.config, job.ds, job.division, ranks)
-        progress = resume(engine, job, run)
+        start = find_start(job, run, ranks)
+        engine = Engine(job.config, job.ds, job.division, ranks, start.given)
+        progress = resume(engine, job, run, start)
         # Where nothing is trained, the run's configuration stays that of what was trained, and its result tells it.
         trained = _as_trained(job, run, ranks) if progress.done(job.config) else job
         metrics = None
@@ -192,13 +193,8 @@ class Trainer:
     def loop(self) -> None:
         """Step, judge, log, validate, draw, save, stop."""
         job, config, recipe = self.job, self.job.config, self.job.config.training
-        engine, ranks, progress, stop, watchdog = (
-            self.engine,
-            self.engine.ranks,
-            self.progress,
-            self.stop,
-            self.watchdog,
-        )
+        engine, progress, stop, watchdog = self.engine, self.progress, self.stop, self.watchdog
+        ranks = engine.ranks
         end = recipe.stop_at or recipe.steps
         if progress.done(config):
             LOGGER.info(

@@ -123,3 +123,14 @@ def test_parameters_are_gathered_one_at_a_time() -> None:
     assert gathered == list(names.values())
     first = weights(build())
     assert all(torch.equal(first[name], parameter) for name, parameter in weights(model).items())
+
+
+def test_parameters_that_are_given_stay_as_they_are() -> None:
+    first, model = weights(build()), build(seed=1)
+    given = {name for number, name in enumerate(first) if number % 2}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    initialise(model, 0, given=given)
+    for name, parameter in weights(model).items():
+        assert parameter.isnan().all() if name in given else torch.equal(parameter, first[name]), name

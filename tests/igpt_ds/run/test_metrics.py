@@ -1,9 +1,12 @@
 """metrics.jsonl, TensorBoard events and Weights & Biases: no step twice, whatever killed the run."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
+import random
 import sys
 import types
 from pathlib import Path
@@ -14,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.lock import Lock
-from igpt_ds.run.metrics import Metrics, read_metrics
+from igpt_ds.run import metrics
+from igpt_ds.run.metrics import Metrics, read_metrics, read_rollbacks
 
 LINES = [{"step": step, "loss": 1 / step, "lr": 0.001 * step, "mfu": None} for step in range(1, 8)]
 
@@ -231,3 +235,142 @@ def test_many_damaged_lines_are_counted(tmp_path: Path) -> None:
     told: list[str] = []
     assert len(read_metrics(tmp_path / "metrics.jsonl", told.append)) == 40
     assert len(told) == 11 and told[-1].endswith("30 more damaged lines are passed over")
+
+
+def _rewound(data: bytes, step: int) -> bytes:
+    """What rewinding means, line by line: the reference."""
+    kept = b""
+    for raw in io.BytesIO(data):
+        try:
+            line = json.loads(raw) if raw.strip() else {"step": 0}
+        except ValueError:
+            line = None
+        if line is None and not raw.endswith(b"\n"):
+            continue
+        if line is None or "event" in line or line["step"] <= step:
+            kept += raw if raw.endswith(b"\n") else raw + b"\n"
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rewinding_is_that_of_a_reader_of_all_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Lines in order, decisions, damaged and blank ones among them, the last perhaps half written."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(metrics, "_LOOK", draw.choice([1, 40, 200, 1 << 18]))
+    lines, step = [], 0
+    for _ in range(60):
+        step += draw.random() < 0.9
+        lines.append(json.dumps({"step": step, "loss": draw.random()}).encode() + b"\n")
+        if draw.random() < 0.2:
+            event = {"step": draw.randint(0, step), "event": draw.choice(["spike", "skipped"]), "reason": "x" * 30}
+            lines.append(draw.choice([json.dumps(event).encode() + b"\n", b"\0\0\n", b"\n", b'{"step": 3, "lo\n']))
+    data = b"".join(lines)
+    data = data[: len(data) - draw.choice([0, 1, 10, 30])]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(data)
+    before = path.stat().st_ino
+    back = draw.choice([0, step // 2, step - 1, step])
+    record(tmp_path, back, [])
+    assert path.read_bytes() == _rewound(data, back)
+    assert path.stat().st_ino == before, "what stands is not written again"
+    assert not (tmp_path / "metrics.cut").exists()
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing of ours may catch it."""
+
+
+@pytest.mark.parametrize("moment", range(7))
+def test_a_run_that_is_killed_while_it_rewinds_loses_no_decision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record(tmp_path, 0, [*LINES[:4], ROLLBACK, *LINES[4:], {**ROLLBACK, "left_out": [8, 9]}])
+    expected = _rewound(path.read_bytes(), 3)
+    calls = iter(range(100))
+
+    def fragile(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == moment:
+                raise Killed
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    class FragileFile(io.FileIO):
+        def truncate(self, size: int | None = None) -> int:
+            if next(calls) == moment:
+                raise Killed
+            return super().truncate(size)
+
+        def write(self, data: Any) -> int:
+            if next(calls) == moment:
+                super().write(bytes(data)[: len(data) // 2])
+                raise Killed
+            return super().write(data)
+
+    def opened(name: Any, mode: str = "r", **options: Any) -> Any:
+        # Unbuffered, so that each write is one, and can be cut short.
+        return FragileFile(name, mode) if mode == "rb+" else open(name, mode, **options)
+
+    with monkeypatch.context():
+        for name in ("fsync", "replace", "unlink"):
+            fragile(os, name)
+        monkeypatch.setattr(metrics, "open", opened, raising=False)
+        with contextlib.suppress(Killed):
+            metrics.Metrics(tmp_path, 3, {})
+        fired = next(calls) > moment
+        monkeypatch.undo()
+    assert fired, "there are fewer moments"
+    assert [line["left_out"] for line in read_rollbacks(path)] == [[4, 6], [8, 9]]
+    record(tmp_path, 3, [])
+    assert path.read_bytes() == expected
+
+
+def test_a_plan_of_another_file_is_refused(tmp_path: Path) -> None:
+    record(tmp_path, 0, LINES)
+    for text in ("100000\nrest", "-1\n", "x", ""):
+        (tmp_path / "metrics.cut").write_text(text)
+        with pytest.raises(UserError, match=r"metrics.cut: damaged .*: delete it"):
+            record(tmp_path, 3, [])
+    assert read_metrics(tmp_path / "metrics.jsonl") == LINES
+
+
+def test_rollbacks_are_found_without_parsing_what_tells_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_PIECE", 4096)
+    path, parsed, warnings = tmp_path / "metrics.jsonl", list[bytes](), list[str]()
+    spike = {"step": 500, "event": "spike", "reason": "x"}
+    lines = [json.dumps({"step": step, "loss": 1 / step}).encode() + b"\n" for step in range(1, 2001)]
+    lines[300] += json.dumps(ROLLBACK).encode() + b"\n"
+    lines[500] += json.dumps(spike).encode() + b"\n"
+    lines[1900] += json.dumps({**ROLLBACK, "left_out": [8, 9]}).encode() + b"\n"
+    path.write_bytes(b"".join(lines))
+    real = metrics._parsed
+    monkeypatch.setattr(metrics, "_parsed", lambda raw: (parsed.append(raw), real(raw))[1])
+    assert [line["left_out"] for line in read_rollbacks(path, warnings.append)] == [[4, 6], [8, 9]]
+    assert len([raw for raw in parsed if raw.strip()]) == 3 and not warnings
+    # Damage is seen by the look of the lines, and costs the parsing of its neighbours alone.
+    lines[1000] = lines[1000][:9] + b"\0" + lines[1000][10:]
+    lines[1500] = lines[1500][:9] + b"\n"
+    path.write_bytes(b"".join(lines))
+    parsed.clear()
+    assert [line["left_out"] for line in read_rollbacks(path, warnings.append)] == [[4, 6], [8, 9]]
+    assert [warning.split(" is passed")[0] for warning in warnings] == [f"{path}: line 1003", f"{path}: line 1503"]
+    assert len(parsed) < 600
+    full: list[str] = []
+    monkeypatch.undo()
+    read_metrics(path, full.append)
+    assert full == warnings
+
+
+def test_one_line_whose_step_is_too_low_does_not_hide_what_lies_beyond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_LOOK", 300)
+    lines = [{"step": step, "loss": 0.5} for step in range(1, 101)]
+    lines[79]["step"] = 8
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record(tmp_path, 50, [])
+    assert read_metrics(tmp_path / "metrics.jsonl") == [*lines[:50], lines[79]]
