@@ -59,6 +59,22 @@ _KNOWN_ZERO = {*_SWITCHES, *_SIZES, "stage", "zero_hpz_partition_size", "offload
 # Of offload_optimizer and offload_param. The processor's memory only: a checkpoint reads and writes the states, which
 # on an NVMe disk would have to be swapped in for it.
 _KNOWN_OFFLOAD = {"device", "pin_memory"}
+# Keys of DeepSpeed that are known and refused, and why; docs/deepspeed.md tells what was tried.
+_QUANTISES = "its kernels are for CUDA, and it was not seen to train"
+_REFUSED = {
+    "optimizer": "it is torch's AdamW, by training.beta1, beta2 and epsilon; of an 8-bit Adam no slices can be saved",
+    "scheduler": "the learning rate goes by training.schedule and warmup_steps",
+    "fp16": "the paper found float16 worse: choose training.precision",
+    "amp": "choose training.precision",
+    "torch_autocast": "choose training.precision: bfloat16 takes as much memory, and smaller activations",
+    "activation_checkpointing": "it is training.activation_checkpointing",
+    "sequence_parallel_size": "it is training.sequence_parallel",
+    "compile": "DeepCompile is built against CUDA, and was not seen to train: set training.compile=true",
+    "zero_optimization.zero_quantized_weights": _QUANTISES,
+    "zero_optimization.zero_quantized_nontrainable_weights": _QUANTISES,
+    "zero_optimization.zero_quantized_gradients": f"on one node it does nothing; between nodes {_QUANTISES}",
+}
+_SUMMED_IN = ("bf16", "fp32")  # of float16's numbers small gradients are none
 _FILLED_IN = "filled_in"  # the key of RUN/ds.json that names what was "auto"
 DECIDED = "decided"  # and that which tells what the machine decided (train/machine.py)
 _MESSAGE = 16 * 2**20  # elements that a bucket has at least: 32 MiB in bfloat16, where bandwidth counts, not latency
@@ -97,6 +113,8 @@ def load_ds_config(source: str) -> dict[str, Any]:
             faults.append(f"zero_optimization.{key} must be true or false, not {value!r:.80}")
         elif key in _SIZES and value != "auto" and (type(value) is not int or not 0 <= value < 2**63):
             faults.append(f'zero_optimization.{key} must be a whole number or "auto", not {value!r:.80}')
+    if tree.get("communication_data_type", _SUMMED_IN[0]) not in _SUMMED_IN:
+        faults.append(f"communication_data_type must be bf16 or fp32, not {tree['communication_data_type']!r:.80}")
     for key, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         if key in zero:
             faults += _offload_faults(zero[key], f"zero_optimization.{key}", zero.get("stage"), stages)
@@ -158,7 +176,8 @@ def resolve(
         "gradient_clipping": config.training.gradient_clip,
         # Stage 1 adds a gradient to its float32 sum as soon as it is there, and keeps it no longer.
         "bf16": {"enabled": bf16, **({"immediate_grad_update": True} if bf16 else {})},
-        # bf16 sums of micro-batch gradients lose what float32 keeps.
+        # bfloat16 sums of many micro-batches lose what float32 keeps. Between ranks gradients are summed in the
+        # network's type all the same, or in `communication_data_type`.
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     resolved = dict(tree)
@@ -243,7 +262,9 @@ def _offload_faults(offload: Any, name: str, stage: object, stages: tuple[int, .
 
 def _unknown(tree: dict[str, Any], known: set[str], prefix: str) -> list[str]:
     return [
-        f"unknown key {prefix}{key} (nearest: {prefix}{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]})"
+        f"{prefix}{key} is refused: {_REFUSED[prefix + key]} (docs/deepspeed.md)"
+        if prefix + key in _REFUSED
+        else f"unknown key {prefix}{key} (nearest: {prefix}{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]})"
         for key in tree
         if key not in known
     ]

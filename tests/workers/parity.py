@@ -7,7 +7,7 @@ that the tests can take the cases and the batches from here.
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ class Case:
     # matrix is divided, and the buckets are so small that several are in use.
     persistence: int = 0
     bucket: int = 5000
+    summed_in: str = ""  # type in which ranks sum up gradients; empty: as shipped
 
     @property
     def name(self) -> str:
@@ -49,7 +50,7 @@ class Case:
         return (
             f"zero{self.stage}-{self.objective}-{self.precision}-accumulation{self.accumulation}"
             f"-checkpointing-{self.checkpointing}-sharing{self.sharing}-clip{self.clip:g}-width{self.width}x{self.heads}"
-            f"-persistence{self.persistence}-bucket{self.bucket}"
+            f"-persistence{self.persistence}-bucket{self.bucket}{self.summed_in}"
         )
 
     def config(self, world: int) -> Config:
@@ -76,6 +77,9 @@ class Case:
 
 _BASE = Case()
 _ACCUMULATED = replace(_BASE, accumulation=4, checkpointing="none")
+# The gradients' type between ranks, chosen: by stage, as each has code of its own.
+SUMMED_IN_BFLOAT16 = [replace(_BASE, stage=s, summed_in="bf16") for s in range(4)]
+SUMMED_IN_FLOAT32 = [replace(_BASE, stage=s, precision="bfloat16", summed_in="fp32") for s in (1, 2, 3)]
 _SHIPPED = replace(_BASE, persistence=100_000, bucket=120_000_000)
 _STAGES = [
     replace(_BASE, stage=0, clip=0.5),
@@ -106,6 +110,8 @@ CASES = {
         _ACCUMULATED,
         replace(_BASE, objective="masked_pixel", accumulation=4),
         replace(_BASE, clip=0.5),
+        *SUMMED_IN_BFLOAT16,
+        *SUMMED_IN_FLOAT32,
     ],
     4: [
         _BASE,
@@ -175,10 +181,10 @@ class Rank:
 
         self.folder, self.ranks = folder, launched()
         self.results: dict[str, Any] = {
-            name: {} for name in ("parity", "summed", "left_open", "waits", "resumed", "loaded")
+            name: {} for name in ("parity", "summed", "left_open", "waits", "in_place", "resumed", "loaded")
         }
 
-    def build(self, case: Case) -> Any:
+    def build(self, case: Case, given: Collection[str] = ()) -> Any:
         """A new engine."""
         from igpt_ds.distributed.engine import Engine
 
@@ -186,12 +192,14 @@ class Rank:
         division = divide_batch(BATCH, config.training.micro_batch, self.ranks.world, case.sharing)
         tree = load_ds_config(f"zero{case.stage}")
         zero = tree["zero_optimization"]
+        if case.summed_in:
+            tree["communication_data_type"] = case.summed_in
         if case.stage == 3:
             zero["stage3_param_persistence_threshold"] = case.persistence
             zero["stage3_prefetch_bucket_size"] = case.bucket
         if case.stage:
             zero["reduce_bucket_size"] = case.bucket
-        return Engine(config, resolve(tree, config, division), division, self.ranks)
+        return Engine(config, resolve(tree, config, division), division, self.ranks, given)
 
     def train(self, engine: Any, first: int, last: int) -> dict[str, list[float]]:
         """The losses and gradient norms of the updates first..last, over all ranks."""
@@ -226,13 +234,17 @@ class Rank:
 
     def resumed(self, case: Case) -> None:
         """10 steps, a checkpoint, a new engine that loads it, 10 steps."""
+        from igpt_ds.checkpoint.read import KINDS
         from tests.helpers.checkpoints import save
 
         engine = self.build(case)
         before = self.train(engine, 0, 10)
         path = saved(self.folder, case, self.ranks.world)
         facts = {"identity": {}, "config": {}}
-        save(path.parent, 10, engine.state.shards(), facts, self.ranks.rank, self.ranks.world, engine.ranks.any)
+        shards = list(engine.state.shards())
+        both = [(s.values(kind).data_ptr(), s.values(kind).data_ptr()) for s in shards for kind in KINDS]
+        self.results["in_place"][case.name] = all(first == second for first, second in both)
+        save(path.parent, 10, shards, facts, self.ranks.rank, self.ranks.world, engine.ranks.any)
         engine.close()
         after = self.load(path, case)
         self.results["resumed"][case.name] = {key: before[key] + after[key] for key in before}
@@ -241,8 +253,9 @@ class Rank:
         """A new engine that loads a checkpoint; the 10 steps after it."""
         from igpt_ds.checkpoint.read import Checkpoint
 
-        engine = self.build(case)
-        engine.state.load(Checkpoint.open(path))
+        checkpoint = Checkpoint.open(path)
+        engine = self.build(case, given=checkpoint.tensors)
+        engine.state.load(checkpoint)
         after = self.train(engine, 10, STEPS)
         engine.close()
         return after

@@ -212,9 +212,33 @@ def test_unknown_keys_are_named_together_with_the_nearest(tmp_path: Path) -> Non
     assert "zero_optimization.overlap_com (nearest: zero_optimization.overlap_comm)" in told
 
 
-@pytest.mark.parametrize("key", ["optimizer", "scheduler", "fp16", "activation_checkpointing"])
-def test_what_the_code_decides_is_no_key(tmp_path: Path, key: str) -> None:
-    assert f"unknown key {key} " in refusal(tmp_path, {**AUTO, key: {}})
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("optimizer", "it is torch's AdamW"),
+        ("scheduler", "training.schedule"),
+        ("fp16", "training.precision"),
+        ("activation_checkpointing", "training.activation_checkpointing"),
+        ("compile", "training.compile=true"),
+        ("zero_optimization.zero_quantized_weights", "not seen to train"),
+        ("zero_optimization.zero_quantized_gradients", "on one node it does nothing"),
+    ],
+)
+def test_what_deepspeed_knows_and_is_refused_is_told_why(tmp_path: Path, key: str, told: str) -> None:
+    section, _, last = key.rpartition(".")
+    tree = json.loads(json.dumps(AUTO))
+    (tree[section] if section else tree)[last] = {}
+    text = refusal(tmp_path, tree)
+    assert f"{key} is refused: " in text and told in text and text.endswith("(docs/deepspeed.md)")
+
+
+@pytest.mark.parametrize("value", ["fp16", "float32", 32, None, ["fp32"]])
+def test_gradients_are_summed_in_bfloat16_or_float32(tmp_path: Path, value: object) -> None:
+    assert "communication_data_type must be bf16 or fp32" in refusal(
+        tmp_path, {**AUTO, "communication_data_type": value}
+    )
+    for known in ("bf16", "fp32"):
+        load_ds_config(write(tmp_path, {**AUTO, "communication_data_type": known}))
 
 
 @pytest.mark.parametrize("content", [[], 3, {**AUTO, "zero_optimization": 3}, {**AUTO, "zero_optimization": [1]}])

@@ -14,7 +14,19 @@ from igpt_ds.config.schema import HealthConfig
 from igpt_ds.model.transformer import ImageGPT, initialise
 from igpt_ds.objectives import masked_pixel
 from tests.helpers.ranks import recorded
-from tests.workers.parity import BATCH, CASES, LOADED, RESUMED, SEED, STEPS, Case, images, rate
+from tests.workers.parity import (
+    BATCH,
+    CASES,
+    LOADED,
+    RESUMED,
+    SEED,
+    STEPS,
+    SUMMED_IN_BFLOAT16,
+    SUMMED_IN_FLOAT32,
+    Case,
+    images,
+    rate,
+)
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 Curves = dict[str, list[float]]
@@ -85,7 +97,7 @@ def distance(found: list[float], expected: list[float]) -> float:
 )
 def test_losses_and_gradients_are_those_of_plain_torch(ranks: Ranks, world: int, case: Case) -> None:
     expected = plain(case)
-    loose = case.precision == "bfloat16"
+    loose = "bf" in case.precision + case.summed_in
     for record in ranks(world):
         found = record["parity"][case.name]
         assert distance(found["losses"], expected["losses"]) < (3e-2 if loose else 1e-5)
@@ -118,6 +130,24 @@ def test_no_group_gives_up_before_the_watchdog(ranks: Ranks, world: int) -> None
         assert min(record["waits"].values()) > latest, record["waits"]
 
 
+@pytest.mark.parametrize("case", SUMMED_IN_BFLOAT16, ids=lambda case: case.name)
+def test_gradients_are_summed_in_bfloat16_where_that_is_chosen(ranks: Ranks, case: Case) -> None:
+    """Of two ranks' sums each number has lost up to 2^-8 of itself, and the first norm a little of that."""
+    first, expected = ranks(2)[0]["parity"][case.name]["norms"][0], plain(case)["norms"][0]
+    assert 1e-6 < abs(first / expected - 1) < 2**-8
+    unchanged = ranks(2)[0]["parity"]["zero3" + case.name.removeprefix(f"zero{case.stage}").removesuffix("bf16")]
+    assert abs(unchanged["norms"][0] / expected - 1) < 1e-6
+
+
+@pytest.mark.parametrize("case", SUMMED_IN_FLOAT32, ids=lambda case: case.name)
+def test_bfloat16_gradients_are_summed_in_float32_where_that_is_chosen(ranks: Ranks, case: Case) -> None:
+    """The same steps but for the sums' rounding, which the losses show."""
+    record = ranks(2)[0]["parity"]
+    found, shipped = record[case.name]["losses"], record[case.name.removesuffix("fp32")]["losses"]
+    assert found[0] == shipped[0] and found[1:] != shipped[1:]
+    assert distance(found, shipped) < 3e-2
+
+
 def test_clipping_makes_a_difference() -> None:
     free, clipped = plain(Case()), plain(Case(clip=0.5))
     assert max(free["norms"]) > 0.5
@@ -130,6 +160,7 @@ def test_clipping_makes_a_difference() -> None:
 def test_a_resumed_run_is_the_unbroken_one_to_the_last_bit(ranks: Ranks, world: int, case: Case) -> None:
     for record in ranks(world):
         assert record["resumed"][case.name] == record["parity"][case.name]
+        assert record["in_place"][case.name], "what is saved is the optimiser's own memory, and no copy"
 
 
 @pytest.mark.parametrize(
