@@ -5,7 +5,9 @@ import shutil
 import subprocess
 from typing import Any
 
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.doctor.report import Check, named
+from igpt_ds.errors import UserError
 from igpt_ds.text import size_text
 
 _QUERY = "index,name,driver_version,ecc.errors.uncorrected.volatile.total"
@@ -16,6 +18,21 @@ def visible() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def own(ranks: Ranks) -> int | None:
+    """The GPU of this rank, as a training takes it; None: there is none for it."""
+    try:
+        return ranks.gpu()
+    except UserError:
+        return None
+
+
+def only() -> str | None:
+    """What tells the GPU that this process sees from all others; None where it sees several."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(0).uuid) if visible() == 1 else None
 
 
 def read_gpus() -> dict[str, Any]:

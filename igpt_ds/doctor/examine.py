@@ -65,7 +65,7 @@ def _together(request: Request, where: Ranks, planned_ranks: int, limit: float) 
     """The same on many ranks, and what only many can show. Whatever fails, all reach the same collectives."""
     group = ranks.Group(where, limit)
     planned, mine, hangs = Plan(), Reading(socket.gethostname(), where.rank), False
-    device = where.local_rank if where.local_rank < devices.visible() else None
+    device = devices.own(where)
     own = [] if device is None else [device]
     absent: ranks.AbsentError | None = None
     readings: list[Reading] = []
@@ -154,6 +154,7 @@ def local_facts(
     facts = {"threads": attempt(machine.read_cores)}
     if gpus:
         facts["gpu_memory"] = attempt(lambda: devices.read_gpu_memory(list(gpus)))
+        facts["only_gpu"] = attempt(devices.only)
     if leads:
         facts["versions"] = attempt(machine.read_versions)
         facts["compile_locks"] = attempt(machine.read_locks)
@@ -197,7 +198,11 @@ def judge(
 
     each("versions", lambda r, fact: machine.judge_versions(fact), alike=True)
     each("compile_locks", lambda r, fact: machine.judge_locks(fact))
-    each("gpus", lambda r, fact: devices.judge_gpus(fact, hosts.count(r.host), bfloat16), alike=True)
+    # A rank to which its scheduler shows its own GPU alone sees none of its neighbours'.
+    alone = {(r.host, r.facts["only_gpu"]) for r in readings if isinstance(r.facts.get("only_gpu"), str)}
+    each_its_own = {host for host in hosts if sum(place == host for place, _ in alone) == hosts.count(host)}
+    sharers = {host: 1 if host in each_its_own else hosts.count(host) for host in hosts}
+    each("gpus", lambda r, fact: devices.judge_gpus(fact, sharers[r.host], bfloat16), alike=True)
     each("gpu_memory", lambda r, fact: devices.judge_gpu_memory(fact, per_rank))
     if products:
         checks.append(judged_together("matmul", products, speed.judge_matmul))

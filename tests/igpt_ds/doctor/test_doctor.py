@@ -429,6 +429,18 @@ def test_the_figures_have_stable_keys() -> None:
     assert content["checks"][1] == {"name": "disk_space", "status": "WARN", "value": "little", "remedy": "free some"}
 
 
+@pytest.mark.parametrize(("shown", "status"), [("abcd", "OK"), ("abca", "OK"), ("abcc", "FAIL"), ("ab  ", "FAIL")])
+def test_ranks_that_each_see_one_gpu_are_as_many_as_there_are(shown: str, status: str) -> None:
+    """As `srun --gpus-per-task=1` starts them; what tells a GPU from others is its own on every machine."""
+    readings = [Reading(host, rank, {"threads": cores(16, "8")}) for rank, host in enumerate("aabb")]
+    for reading, gpu in zip(readings, shown, strict=True):
+        reading.facts |= {"only_gpu": gpu.strip() or None}
+    readings[0].facts |= {"gpus": gpus(H100)}
+    readings[2].facts |= {"gpus": gpus(H100)}
+    found = {check.name: check for check in examine.judge(readings, Plan(ranks=4), [], list("aabb"))}
+    assert found["gpus"].status == status
+
+
 def test_many_readings_are_judged_together() -> None:
     """Two nodes of two ranks: node facts come from the first rank of each, rates and sums from all."""
     readings = [Reading(host, rank, {"threads": cores(16, "8")}) for rank, host in enumerate("aabb")]
