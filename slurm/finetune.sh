@@ -2,7 +2,7 @@
 # Fine-tune a pre-trained model to classify, on one node of 8 GPUs:
 #   DATA=/data/cifar10 FROM=runs/l RUN=runs/l-cifar10 sbatch slurm/finetune.sh --set finetune.augmentation=crop_flip --split test
 #   DATA=/data/imagenet48 FROM=runs/l48 RUN=runs/l48-scratch sbatch slurm/finetune.sh --from-scratch
-# Variables: DATA (labelled train/ and val/), FROM (a run or a checkpoint), RUN, DS_CONFIG [zero3, or as RUN began], and those of env.sh:
+# Variables: DATA (labelled train/ and val/), FROM (a run or a checkpoint), RUN, DS_CONFIG [as RUN began, else auto], and those of env.sh:
 # VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds finetune`. Saves and requeues itself as pretrain_xl.sh does.
 #SBATCH --job-name=igpt-finetune
 #SBATCH --nodes=1

@@ -2,7 +2,7 @@
 # Pre-train iGPT-XL: 8 nodes of 8 GPUs. Every number can be overridden from the sbatch line:
 #   DATA=/data/imagenet64 RUN=runs/xl sbatch slurm/pretrain_xl.sh
 #   DATA=... RUN=... PRESET=l sbatch --nodes=2 slurm/pretrain_xl.sh --set training.micro_batch=4
-# Variables: DATA (one folder, or several divided by colons), RUN, PRESET [xl], DS_CONFIG [zero3, or as RUN began], and those of env.sh:
+# Variables: DATA (one folder, or several divided by colons), RUN, PRESET [xl], DS_CONFIG [as RUN began, else auto], and those of env.sh:
 # VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds pretrain`. The job saves and requeues itself ten minutes
 # before its time is up (a --time below half an hour wants a shorter --signal, too), when it is preempted, and after a
 # crash, but not when it is cancelled; see docs/reliability.md.

@@ -3,7 +3,7 @@
 #   DATA=/data/imagenet32 RUN=runs/sweep PRESET=s sbatch slurm/sweep_lr.sh --set training.stop_at=20000
 #   FROM=runs/l DATA=/data/cifar10 RUN=sweeps/cifar10 RATES="0.003 0.001" sbatch --array=0-1 slurm/sweep_lr.sh
 # Variables: RATES, DATA, RUN (each rate trains in RUN/lr-RATE), PRESET [s] or, to fine-tune, FROM (a run or weights),
-# DS_CONFIG [zero3, or as RUN began], and those of env.sh: VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds`.
+# DS_CONFIG [as RUN began, else auto], and those of env.sh: VENV [.venv], MAX_RESTARTS [3]. Arguments go to `igpt-ds`.
 #SBATCH --job-name=igpt-sweep
 #SBATCH --array=0-3
 #SBATCH --nodes=1

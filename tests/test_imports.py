@@ -48,7 +48,7 @@ OPTIONS = {"igpt_ds.options"}  # of both command lines, which need click
 WITHOUT_TORCH = {
     *("errors", "atomic", "cores", "hashing", "lock", "reading", "text"),
     *("objectives", "config", "dataset", "planner", "commands.plan"),
-    *("loading.order", "train.schedule", "train.signals", "distributed.ranks"),
+    *("loading.order", "train.machine", "train.schedule", "train.signals", "distributed.ranks"),
 }
 # What shows recorded figures never loads a model.
 FROM_RECORDS = {"results"}

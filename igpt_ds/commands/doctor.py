@@ -17,7 +17,7 @@ from igpt_ds.options import JSON, Number, show
 @click.option("--run", "run_option", hidden=True, type=click.Path(path_type=Path))
 @click.option("--preset", metavar="NAME", help="Preset or file.toml of the run [RUN/config.toml].")
 @click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change one fact of the preset.")
-@click.option("--ds", metavar="NAME", help="DeepSpeed configuration.  [default: RUN/ds.json, or zero3]")
+@click.option("--ds", metavar="NAME", help="DeepSpeed configuration.  [default: RUN/ds.json, or auto]")
 @click.option("--nodes", type=MACHINES, help="Machines of the run  [those started, or this one].")
 @click.option("--gpus-per-node", type=MACHINES, help="GPUs of each  [those that are there, or 8].")
 @RANKS

@@ -138,7 +138,8 @@ def settle(asked: Asked, here: Here) -> Settled:
     values = {name: getattr(config.training, name, decision.ds_name or kept.decided.get("ds")) for name in left}
     machine = kept.machine if kept.machine and not other else _record(here)
     decided = {"machine": machine, "values": values} if values else {}
-    how = f"decided anew, as {other}: {decision.line}" if other and again else decision.line
+    differs = other and any(values[name] != kept.decided.get(name) for name in again)
+    how = f"decided anew, as {other}: {decision.line}" if differs else decision.line
     return Settled(config, resolved, decision.ds, division, here.ranks_per_node, how, decided)
 
 
