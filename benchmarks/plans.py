@@ -1,13 +1,12 @@
 """The tables of plans that docs/plan.md holds: `python -m benchmarks.plans` prints them; a test compares.
 
-Planned, not measured: what `igpt-ds plan` says where everything is left to the machine.
+Planned, not measured: what `igpt-ds plan` says, everything being left to the machine.
 """
 
 from igpt_ds.config.file import load_config
 from igpt_ds.planner.report import Machine, decided_layout, make_plan
 from igpt_ds.text import Table
 
-LEFT_OPEN = [f"training.{key}=auto" for key in ("precision", "micro_batch", "activation_checkpointing", "compile")]
 # Preset, device, nodes, GPUs of each, what is changed.
 JOBS: list[tuple[str, str, int, int, list[str]]] = [
     *((preset, "h100", 1, 1, []) for preset in ("s", "m", "l")),
@@ -24,7 +23,7 @@ JOBS: list[tuple[str, str, int, int, list[str]]] = [
 
 def row(preset: str, device: str, nodes: int, gpus: int, changes: list[str]) -> list[str]:
     """What is decided for a job, what it takes, and how long."""
-    layout, line = decided_layout(load_config(preset, [*LEFT_OPEN, *changes]), "auto", nodes, gpus, Machine(device))
+    layout, line = decided_layout(load_config(preset, changes), "auto", nodes, gpus, Machine(device))
     plan = make_plan(layout, Machine(device))
     shared = plan["layout"]["sequence_parallel"]
     machine, how = line.split(": ")[:2]
