@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -117,10 +117,11 @@ def publish_directory(temporary: Path, final: Path) -> None:
         fsync_directory(final.parent)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+def sha256_file(path: Path, tick: Callable[[int], object] = lambda read: None) -> str:
+    """Hex sha256 of a file's bytes, whose number `tick` is told as they are read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            tick(len(chunk))
     return digest.hexdigest()

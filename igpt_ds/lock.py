@@ -21,6 +21,7 @@ from pathlib import Path
 
 from igpt_ds.atomic import writing
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.reading import parse_json
 
 NAME = ".lock"
 _BEAT = 10.0  # seconds between two touches
@@ -128,11 +129,11 @@ def read(path: Path) -> Owner | None:
         # Opened anew each time: network file systems look at the server then.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, encoding="utf-8") as file:
-            fields = json.loads(file.read(4096))
+            fields = parse_json(file.read(4096))
         owner = Owner(**fields)
         numbers = ("directory", "pid", "born")
         whole = all(type(value) is (int if name in numbers else str) for name, value in fields.items())
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         return None
     return owner if whole else None
 

@@ -5,6 +5,7 @@ Needs no torch: the report asks it, too.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -12,13 +13,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from igpt_ds.atomic import writing
 from igpt_ds.errors import UserError
-from igpt_ds.reading import read_regular
+from igpt_ds.reading import read_json
 
 FORMAT, VERSION = "igpt-checkpoint", 1
 PUBLISHED, UNFINISHED, DELETED = "published", "unfinished", "half deleted"
@@ -39,21 +40,30 @@ def step_directory(folder: Path, step: int) -> Path:
 
 def own(folder: Path) -> list[tuple[int, Path, str]]:
     """(step, path, state) of all that a run left in a folder, by step; [] without a folder."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        for state, pattern in _NAMES.items():
-            match = pattern.fullmatch(path.name)
-            if not match or path.is_symlink() or not path.is_dir():
-                continue
-            step = int(match[1])
-            if match[1] == f"{step:08d}" and (state != PUBLISHED or not _of_another_step(path, step)):
-                found.append((step, path, state))
-    return sorted(found)
+    return [each for each in _named(folder) if each[2] != PUBLISHED or not _of_another_step(each[1], each[0])]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, damaged ones among them, oldest first."""
-    return [path for _, path, state in own(folder) if state == PUBLISHED]
+    return list(newest_first(folder))[::-1]
+
+
+def newest_first(folder: Path) -> Iterator[Path]:
+    """Published checkpoints, each looked at when it is asked for: with many ranks to read one takes its time."""
+    for step, path, state in reversed(_named(folder)):
+        if state == PUBLISHED and not _of_another_step(path, step):
+            yield path
+
+
+def _named(folder: Path) -> list[tuple[int, Path, str]]:
+    """What has the name of something of a run's own."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        for state, pattern in _NAMES.items():
+            match = pattern.fullmatch(path.name)
+            if match and not path.is_symlink() and path.is_dir() and match[1] == f"{int(match[1]):08d}":
+                found.append((int(match[1]), path, state))
+    return sorted(found)
 
 
 def strangers(folder: Path) -> list[str]:
@@ -70,9 +80,19 @@ def step_of(path: Path) -> int:
 def _of_another_step(path: Path, step: int) -> bool:
     """Whether it is a whole checkpoint that somebody has given another name: one whose own step is damaged is not."""
     try:
-        return bool(read_content(path)["step"] != step)
-    except UserError:
+        found = (path / "checkpoint.json").stat()
+    except OSError:
         return False
+    return _step_in(path, (found.st_ino, found.st_size, found.st_mtime_ns)) not in (step, None)
+
+
+@functools.lru_cache(maxsize=256)
+def _step_in(path: Path, written: tuple[int, int, int]) -> int | None:
+    """The step that a checkpoint tells; None of a damaged one. Read once as it was `written`: a save asks for all."""
+    try:
+        return int(read_content(path)["step"])
+    except UserError:
+        return None
 
 
 def read_content(path: Path) -> dict[str, Any]:
@@ -82,13 +102,13 @@ def read_content(path: Path) -> dict[str, Any]:
         UserError: it is missing, no JSON object, or not as it was written.
     """
     try:
-        content = json.loads(read_regular(path / "checkpoint.json"))
+        content = read_json(path / "checkpoint.json")
         recorded = content.pop("sha256", None)
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             raise UserError(f"{path}: format {content['format']} {content['version']} is not known: update igpt-ds")
         if recorded != content_sha256(content) or type(content["step"]) is not int:
             raise ValueError
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         why = error.strerror if isinstance(error, OSError) else "checkpoint.json is not as it was written"
         raise UserError(f"{path}: not a whole checkpoint ({why}): remove it or take another") from error
     return dict(content)

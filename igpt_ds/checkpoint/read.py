@@ -17,7 +17,7 @@ all ranks comes in as `any_rank`.
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from igpt_ds.checkpoint.names import read_content
 from igpt_ds.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)
 
 AnyRank = Callable[[bool], bool]
 
@@ -40,14 +41,15 @@ class Shard:
     """Elements start..stop of one flattened parameter.
 
     Attributes:
-        values: "weight", "exp_avg", "exp_avg_sq" -> flat float32 of stop - start elements.
+        values: a kind of `KINDS` -> flat float32 of stop - start elements, on any device; called when they are needed,
+            since it may have to make them.
     """
 
     name: str
     shape: tuple[int, ...]
     start: int
     stop: int
-    values: Mapping[str, Tensor]
+    values: Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,14 @@ class Checkpoint:
         for name, facts in self.tensors.items():
             require_covered(name, facts["shape"], facts["slices"], self.world)
 
-    def verify(self, rank: int = 0, world: int = 1) -> None:
-        """Compare the sha256 of every `world`-th file, beginning with `rank`."""
+    def verify(self, rank: int = 0, world: int = 1, tick: Callable[[int], object] = lambda read: None) -> None:
+        """Compare the sha256 of every `world`-th file, beginning with `rank`.
+
+        Args:
+            tick: told the bytes as they are read.
+        """
         for name in sorted(self.files)[rank::world]:
-            if sha256_file(self.path / name) != self.files[name]["sha256"]:
+            if sha256_file(self.path / name, tick) != self.files[name]["sha256"]:
                 raise UserError(
                     f"{self.path / name}: damaged: its sha256 is not the one recorded: take another checkpoint"
                 )
@@ -170,7 +176,12 @@ def require_covered(name: str, shape: Sequence[int], slices: Sequence[Sequence[i
 
 
 def newest_valid(
-    candidates: list[Path], any_rank: AnyRank, warn: Callable[[str], None], rank: int = 0, world: int = 1
+    candidates: list[Path],
+    any_rank: AnyRank,
+    warn: Callable[[str], None],
+    rank: int = 0,
+    world: int = 1,
+    tick: Callable[[int], object] = lambda read: None,
 ) -> Checkpoint | None:
     """The newest checkpoint whose bytes are as they were written; the ranks share the reading.
 
@@ -178,6 +189,7 @@ def newest_valid(
 
     Args:
         candidates: oldest first, the same on every rank (each of them is a collective).
+        tick: told the bytes as they are read.
 
     Raises:
         UserError: there are checkpoints, but none is whole (starting over unasked would hide the loss).
@@ -187,7 +199,7 @@ def newest_valid(
         fault = ""
         try:
             checkpoint = Checkpoint.open(path)
-            checkpoint.verify(rank, world)
+            checkpoint.verify(rank, world, tick)
         except (UserError, OSError) as error:
             fault = str(error)
         if not any_rank(bool(fault)):

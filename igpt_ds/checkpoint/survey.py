@@ -1,6 +1,5 @@
 """What there is in RUN/checkpoints: published, unfinished, set aside; and what is wrong with each."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from igpt_ds.checkpoint.names import DAMAGED, DELETED, PUBLISHED, UNFINISHED, own
+from igpt_ds.checkpoint.names import DAMAGED, DELETED, PUBLISHED, UNFINISHED, own, read_content
 from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.reading import read_regular
 from igpt_ds.text import Table, size_text
 
 
@@ -48,7 +46,10 @@ def survey(folder: Path, verify: bool) -> list[Row]:
     hidden = None if verify else True
     with tqdm(desc="verify", total=total, unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
         for step, path, state in there:
-            record = _record(path)
+            try:
+                record = read_content(path)
+            except UserError:
+                record = {}
             row = _look(path, step, state, record, verify, bar.update)
             # A run that goes on deletes its oldest and publishes what was unfinished while we read.
             if path.exists():
@@ -106,14 +107,6 @@ def sizes(path: Path) -> dict[str, int]:
     return found
 
 
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(read_regular(path / "checkpoint.json"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def _part(tree: dict[str, Any], key: str) -> dict[str, Any]:
     part = tree.get(key)
     return part if isinstance(part, dict) else {}
@@ -150,12 +143,11 @@ def _fault(path: Path, verify: bool, tick: Callable[[int], object]) -> str | Non
     try:
         checkpoint = Checkpoint.open(path)
         names = sorted(checkpoint.files) if verify else []
-        for index, name in enumerate(names):
+        for index in range(len(names)):
             try:
-                checkpoint.verify(index, len(names))
+                checkpoint.verify(index, len(names), tick)
             except (UserError, OSError) as error:
                 faults.append(error)
-            tick(checkpoint.files[name]["bytes"])
     except (UserError, OSError) as error:
         faults.append(error)
     return "; ".join(str(error).replace(f"{path}/", "").replace(f"{path}: ", "") for error in faults) or None

@@ -4,42 +4,43 @@
     conclude   some steps later, once all ranks' threads are done: rank 0 adds checkpoint.json, renames the directory,
                and only then names it in `latest`
 
-Where memory does not allow a second copy of a rank's state, that rank writes before it trains on. Nothing in here
-knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
+Where memory does not allow a second copy of a rank's state, that rank writes before it trains on, a piece at a time.
+Nothing in here knows DeepSpeed; what must happen on all ranks comes in as `any_rank`.
 """
 
-import errno
+import functools
 import json
 import logging
 import os
-import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from igpt_ds.atomic import publish_directory, publish_text, sha256_file, writing
+from igpt_ds.atomic import publish_directory, publish_text, writing
 from igpt_ds.checkpoint.names import (
     FORMAT,
     VERSION,
     clear_unfinished,
     content_sha256,
-    list_checkpoints,
+    newest_first,
     set_aside,
     step_directory,
 )
-from igpt_ds.checkpoint.read import AnyRank, Shard, rank_file, require_covered
+from igpt_ds.checkpoint.read import KINDS, AnyRank, Shard, rank_file, require_covered
+from igpt_ds.checkpoint.safetensors_stream import Streamed, write_safetensors
+from igpt_ds.checkpoint.staging import PIECE, pieces
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.lock import Lock
 from igpt_ds.memory import available_bytes
+from igpt_ds.reading import read_json
 
 LOGGER = logging.getLogger("igpt_ds")
 Slices = dict[str, list[Any]]
+_LOOK_EVERY = 1.0  # seconds
 
 
 class Saver:
@@ -50,6 +51,8 @@ class Saver:
         neighbours: ranks on this machine, which share its memory.
         any_rank: tells all ranks whether one of them has a fault; also the barrier.
         lock: that of the run, on rank 0; who has lost it publishes and deletes nothing.
+        beat: told what is done now, and at which step, on every rank alike.
+        moves: told that this rank gets on with it.
 
     Attributes:
         pending: the step of the checkpoint that was begun and not concluded.
@@ -63,10 +66,13 @@ class Saver:
         any_rank: AnyRank,
         neighbours: int = 1,
         lock: Lock | None = None,
+        beat: Callable[[str, int], object] = lambda doing, step: None,
+        moves: Callable[[], object] = lambda: None,
     ):
         self.rank, self._folder, self._world, self._neighbours = rank, folder, world, neighbours
-        self._any_rank, self._lock = any_rank, lock
+        self._any_rank, self._lock, self._beat, self._moves = any_rank, lock, beat, moves
         self._thread: threading.Thread | None = None
+        self._written = 0  # elements
         self._fault: Exception | None = None
         self._facts: Mapping[str, Any] = {}
         self.pending: int | None = None
@@ -84,30 +90,51 @@ class Saver:
             facts: what checkpoint.json holds besides: "identity" and "config" at least.
         """
         assert self.pending is None, "the checkpoint before is not concluded"
-        final = step_directory(self._folder, step)
+        self._beat("saving", step)
         temporary = self._temporary(step)
         self._agree(step, _attempt(lambda: self._clear(temporary)) if self.rank == 0 else None)
         self.pending, self._facts, self._fault = step, dict(facts), None
-        # Gathering the shards may be a collective, so it happens even where writing would fail.
         held = list(shards)
         slices: Slices = {s.name: [list(s.shape), s.start, s.stop] for s in held}
-        tensors = {f"{s.name}:{kind}": v for s in held for kind, v in s.values.items()}
-        size = sum(v.numel() * v.element_size() for v in tensors.values())
+        # In the order in which the safetensors library would write them.
+        parts = sorted(
+            (f"{s.name}:{kind}", s.stop - s.start, functools.partial(s.values, kind)) for s in held for kind in KINDS
+        )
         random_states = {"random_state": torch.get_rng_state()}
         if torch.cuda.is_available():
             random_states["device_random_state"] = torch.cuda.get_rng_state()
+        states = [
+            Streamed(name, tuple(state.shape), lambda state=state: iter([state]), "uint8")  # type: ignore[misc]
+            for name, state in sorted(random_states.items())
+        ]
+        path, total = temporary / rank_file(self.rank), sum(count for _, count, _ in parts)
 
-        def write(copies: dict[str, Tensor]) -> None:
-            path = temporary / rank_file(self.rank)
-            self._fault = _attempt(lambda: _write(path, {**copies, **random_states}, slices))
+        def write(tensors: Sequence[Streamed], tick: Callable[[int], object]) -> None:
+            self._fault = _attempt(lambda: write_part(path, [*tensors, *states], slices, tick))
 
         # As much again stays free: the page cache of the file, and whatever else runs here.
-        if 2 * size * self._neighbours <= available_bytes():
-            copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-            self._thread = threading.Thread(target=write, args=(copies,), name=f"write {final.name}", daemon=True)
+        if 2 * 4 * total * self._neighbours <= available_bytes():
+            copy, filled = torch.empty(total), 0
+            for piece in pieces(give for _, _, give in parts):
+                copy[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                self._moves()
+            copies = copy.split([count for _, count, _ in parts])
+            tensors = [
+                Streamed(name, (count,), lambda part=part: iter(part.split(PIECE)))  # type: ignore[misc]
+                for (name, count, _), part in zip(parts, copies, strict=True)
+            ]
+            self._thread = threading.Thread(target=write, args=(tensors, self._count), name="save", daemon=True)
             self._thread.start()
         else:
-            write({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+            tensors = [
+                Streamed(name, (count,), lambda give=give: pieces([give]))  # type: ignore[misc]
+                for name, count, give in parts
+            ]
+            write(tensors, lambda elements: self._moves())
+
+    def _count(self, elements: int) -> None:
+        self._written += elements
 
     def conclude(self) -> Path:
         """Wait until all ranks have written, and publish.
@@ -117,8 +144,14 @@ class Saver:
             RunError: the run has another owner.
         """
         assert self.pending is not None
-        if self._thread is not None:
-            self._thread.join()
+        self._beat("saving", self.pending)
+        while self.busy:
+            assert self._thread is not None
+            before = self._written
+            self._thread.join(_LOOK_EVERY)
+            if self._written != before:
+                self._moves()
+        self._beat("waiting for the other ranks to save", self.pending)
         step, self.pending, self._thread = self.pending, None, None
         final = step_directory(self._folder, step)
         self._agree(step, self._fault)
@@ -156,7 +189,7 @@ class Saver:
         raise UserError(f"{final}: another rank could not write its part: see its message")
 
 
-def _attempt(action: Callable[[], None]) -> Exception | None:
+def _attempt(action: Callable[[], object]) -> Exception | None:
     try:
         action()
     except (OSError, RunError, UserError) as error:
@@ -164,23 +197,17 @@ def _attempt(action: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _write(path: Path, tensors: dict[str, Tensor], slices: Slices) -> None:
-    with writing(path):
-        try:
-            save_file(tensors, path)
-        except Exception as error:  # safetensors tells a full disk through an error class of its own
-            raise OSError(*_os_error(error), str(path)) from error
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-        sidecar = {"bytes": path.stat().st_size, "sha256": sha256_file(path), "slices": slices}
-        publish_text(path.with_suffix(".json"), json.dumps(sidecar))
+def write_part(path: Path, tensors: Sequence[Streamed], slices: Slices, tick: Callable[[int], object]) -> str:
+    """Write one rank's file and beside it what `publish_checkpoint` must know of it; return its sha256.
 
-
-def _os_error(error: Exception) -> tuple[int, str]:
-    """The operating system's error number inside safetensors' text ("... (os error 28)"), or EIO."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found.group(1)) if found else errno.EIO
-    return number, os.strerror(number)
+    Args:
+        slices: parameter -> its shape, and first and last + 1 element here.
+        tick: told the elements as they are written.
+    """
+    digest = write_safetensors(path, tensors, "float32", tick)
+    sidecar = {"bytes": path.stat().st_size, "sha256": digest, "slices": slices}
+    publish_text(path.with_suffix(".json"), json.dumps(sidecar))
+    return digest
 
 
 def publish_checkpoint(
@@ -196,7 +223,7 @@ def publish_checkpoint(
     files = {}
     for rank in range(world):
         sidecar_path = (temporary / rank_file(rank)).with_suffix(".json")
-        sidecar = json.loads(sidecar_path.read_text())
+        sidecar = read_json(sidecar_path)
         sidecar_path.unlink()
         files[rank_file(rank)] = {"bytes": sidecar["bytes"], "sha256": sidecar["sha256"]}
         for name, (shape, start, stop) in sidecar["slices"].items():
@@ -213,7 +240,7 @@ def publish_checkpoint(
     if lock is not None:
         lock.require()
     replaced = final.with_name(f".{final.name}.old")
-    if final in list_checkpoints(final.parent):  # saved twice at the same step: the new one stands
+    if final in newest_first(final.parent):  # saved twice at the same step: the new one stands
         with writing(final):
             os.rename(final, replaced)
     elif os.path.lexists(final):

@@ -10,7 +10,7 @@ from igpt_ds.commands import CONTEXT
 from igpt_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from igpt_ds.weights.safetensors_stream import Precision
+    from igpt_ds.checkpoint.safetensors_stream import Precision
 
 
 @click.command(context_settings=CONTEXT)

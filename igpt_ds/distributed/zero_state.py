@@ -3,17 +3,14 @@
 With engine.py, which alone uses it, the one door to DeepSpeed.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -40,41 +37,34 @@ class ZeroState:
     def shards(self) -> Iterator[Shard]:
         """This rank's part of weights and Adam moments, float32: over all ranks each number exactly once.
 
-        ZeRO-3 gives the slice that the rank owns. The lower stages give whole parameters, dealt to the ranks in
-        turn; gathering them is a collective, so every rank must run through to the end.
+        The slices that the rank owns; of what ZeRO-0 keeps whole on every rank, parameters dealt to the ranks in turn.
         """
         for index, (name, p) in enumerate(self._module.named_parameters()):
-            shape = tuple(getattr(p, "ds_shape", p.shape))
-            if self._stage == 3:
-                start, stop = self._slice(p)
-                yield Shard(
-                    name,
-                    shape,
-                    start,
-                    stop,
-                    {
-                        "weight": safe_get_local_fp32_param(p)[: stop - start],
-                        **{k: safe_get_local_optimizer_state(p, k)[: stop - start] for k in MOMENTS},
-                    },
-                )
-                continue
             if self._stage == 0:
-                whole = {"weight": p.data, **{k: self._optimizer.state[p][k] for k in MOMENTS}}
+                start, stop = 0, p.numel() if index % self._place.world == self._place.rank else 0
             else:
-                whole = {
-                    "weight": safe_get_full_fp32_param(p),
-                    **{k: safe_get_full_optimizer_state(p, k) for k in MOMENTS},
-                }
-            if index % self._place.world == self._place.rank:
-                yield Shard(name, shape, 0, p.numel(), {k: v.detach().reshape(-1) for k, v in whole.items()})
+                start, stop = self._slice(p)
+            if start < stop:
+                shape = tuple(getattr(p, "ds_shape", p.shape))
+                yield Shard(name, shape, start, stop, functools.partial(self._values, p, stop - start))
+
+    def _values(self, p: Any, count: int, kind: str) -> Tensor:
+        """The rank's elements of a parameter or one of its moments, flat."""
+        if self._stage == 3:
+            found = safe_get_local_fp32_param(p) if kind == "weight" else safe_get_local_optimizer_state(p, kind)
+            return found[:count]
+        if self._stage == 0:
+            return (p.data if kind == "weight" else self._optimizer.state[p][kind]).reshape(-1)
+        return _fragment(p, kind)
 
     @torch.no_grad()
-    def load(self, checkpoint: Weights, weights_only: bool = False) -> None:
+    def load(self, checkpoint: Weights, weights_only: bool = False, tick: Callable[[], object] = lambda: None) -> None:
         """Take weights, moments and step from a checkpoint made on any number of ranks at any ZeRO stage.
 
         Args:
             weights_only: leave moments and step as they are at a beginning, and parameters that the checkpoint does not
                 have, such as a new class head.
+            tick: called after each parameter.
         """
         # Adam counts updates, and skipped steps made none.
         self.create_moments(0 if weights_only else checkpoint.progress.get("updates", checkpoint.step))
@@ -86,6 +76,7 @@ class ZeroState:
                 self._load_slice(checkpoint, name, p, kinds)
             else:
                 self._load_whole(checkpoint, name, p, kinds)
+            tick()
         persistent = self._deepspeed.optimizer.persistent_parameters if self._stage == 3 else []
         if persistent:
             # Small parameters stay gathered between steps: let go of the old ones, gather the slices anew.
@@ -98,8 +89,13 @@ class ZeroState:
 
     def _slice(self, p: Any) -> tuple[int, int]:
         """First and last + 1 element of the flat parameter that this rank owns; the last ranks' may be short."""
-        part = p.ds_tensor.numel()
-        return min(p.ds_numel, part * self._place.rank), min(p.ds_numel, part * (self._place.rank + 1))
+        if self._stage == 3:
+            part = p.ds_tensor.numel()
+            return min(p.ds_numel, part * self._place.rank), min(p.ds_numel, part * (self._place.rank + 1))
+        if p._hp_mapping is None:
+            return 0, 0
+        owned = p._hp_mapping.lp_fragment_address
+        return owned.start, owned.start + owned.numel
 
     def _load_slice(self, checkpoint: Weights, name: str, p: Any, kinds: Sequence[str]) -> None:
         start, stop = self._slice(p)
@@ -115,16 +111,18 @@ class ZeroState:
         for kind in kinds[1:]:
             safe_set_local_optimizer_state(p, padded(kind), kind)
 
-    def _load_whole(self, checkpoint: Weights, name: str, p: torch.nn.Parameter, kinds: Sequence[str]) -> None:
-        whole = {kind: checkpoint.read(name, kind, 0, p.numel()).view(p.shape).to(self._device) for kind in kinds}
-        p.copy_(whole["weight"])
+    def _load_whole(self, checkpoint: Weights, name: str, p: Any, kinds: Sequence[str]) -> None:
+        whole = checkpoint.read(name, "weight", 0, p.numel())
+        p.copy_(whole.view(p.shape))
         if self._stage == 0:
             for kind in kinds[1:]:
-                self._optimizer.state[p][kind].copy_(whole[kind])
-        else:
-            safe_set_full_fp32_param(p, whole["weight"])
+                self._optimizer.state[p][kind].copy_(checkpoint.read(name, kind, 0, p.numel()).view(p.shape))
+            return
+        start, stop = self._slice(p)
+        if start < stop:
+            _fragment(p, "weight").copy_(whole[start:stop])
             for kind in kinds[1:]:
-                safe_set_full_optimizer_state(p, whole[kind], kind)
+                _fragment(p, kind).copy_(checkpoint.read(name, kind, start, stop))
 
     def create_moments(self, updates: int) -> None:
         """Give torch's Adam the state that it would otherwise create at its first step."""
@@ -148,3 +146,9 @@ class ZeroState:
         if self._stage in (1, 2):
             # Otherwise linked to the parameters only after the first step.
             owner._lazy_init_hp_params_optimizer_state()
+
+
+def _fragment(p: Any, kind: str) -> Tensor:
+    """What this rank owns of a parameter, or of one of its moments, under ZeRO-1 and 2: a part of the optimiser's own
+    float32 memory."""
+    return p._hp_mapping.get_hp_fragment(None if kind == "weight" else kind)

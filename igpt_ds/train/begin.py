@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igpt_ds.checkpoint.names import list_checkpoints
+from igpt_ds.checkpoint.names import newest_first
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import Override, from_tree, load_config
 from igpt_ds.errors import UserError
@@ -149,7 +149,7 @@ def _weights(run: Run | None, named: Path | None, scratch: bool = False) -> str:
 def check_weights(job: Job, run: Run | None) -> None:
     """Hold a training that has no checkpoint yet against the weights that it is to begin with."""
     config = job.config
-    if not config.init_from or (run is not None and list_checkpoints(run.checkpoints)):
+    if not config.init_from or (run is not None and any(newest_first(run.checkpoints))):
         return
     from igpt_ds.weights.base import check_palette, config_of
     from igpt_ds.weights.formats import open_weights

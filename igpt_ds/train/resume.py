@@ -1,12 +1,12 @@
 """Where a run stands, and how it comes to stand there: resumed from a checkpoint, or rolled back to one."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpt_ds.checkpoint.names import list_checkpoints, set_aside_newer, step_of, strangers
+from igpt_ds.checkpoint.names import list_checkpoints, newest_first, set_aside_newer, step_of, strangers
 from igpt_ds.checkpoint.read import Checkpoint, newest_valid
 from igpt_ds.config.file import to_tree
 from igpt_ds.config.schema import Config
@@ -18,6 +18,7 @@ from igpt_ds.run.directory import LOGGER, Run
 from igpt_ds.run.metrics import Metrics, read_rollbacks
 from igpt_ds.train.job import Job
 from igpt_ds.train.stability import Stability
+from igpt_ds.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from igpt_ds.distributed.engine import Engine
@@ -93,13 +94,12 @@ def check_identity(job: Job, run: Run, allowed: tuple[str, ...] = ()) -> None:
         if name in FIXED or name not in mine:
             choice = ", ".join(key for key in mine if key not in FIXED)
             raise UserError(f"--allow-change {name}: not possible: choose from {choice}")
-    there = list_checkpoints(run.checkpoints)
-    if not there and (others := strangers(run.checkpoints)):
+    if not any(newest_first(run.checkpoints)) and (others := strangers(run.checkpoints)):
         raise UserError(
             f"{run.checkpoints}: no checkpoint of the run's own, but {', '.join(others)}: give one its name back "
             "(a directory step-N of eight digits), or start over with --fresh --force"
         )
-    for path in reversed(there):
+    for path in newest_first(run.checkpoints):
         try:
             found = Checkpoint.open(path)
         except UserError:
@@ -185,7 +185,14 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics: Metrics | None) -> Progress:
+def roll_back(
+    engine: "Engine",
+    job: Job,
+    run: Run,
+    progress: Progress,
+    metrics: Metrics | None,
+    watchdog: Watchdog,
+) -> Progress:
     """Go back to the newest whole checkpoint from before the bad steps, and leave their batches out from now on.
 
     Raises:
@@ -197,7 +204,16 @@ def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics:
     ranks = engine.ranks
     candidates = ranks.from_rank_0(list_checkpoints(run.checkpoints) if ranks.rank == 0 else [])
     candidates = [path for path in candidates if step_of(path) <= good]
-    found = newest_valid(candidates, ranks.any, LOGGER.warning, ranks.rank, ranks.world)
+
+    def any_rank(fault: bool) -> bool:
+        watchdog.beat("waiting for the other ranks", progress.step)
+        return ranks.any(fault)
+
+    def moves(read: int = 0) -> None:
+        watchdog.moves()
+
+    watchdog.beat("verifying a checkpoint", progress.step)
+    found = newest_valid(candidates, any_rank, LOGGER.warning, ranks.rank, ranks.world, moves)
     if found is None:
         begun = job.config.init_from
         damaged = f", or begin with other weights than {begun}, which may be damaged" if begun else ""
@@ -217,15 +233,16 @@ def roll_back(engine: "Engine", job: Job, run: Run, progress: Progress, metrics:
         metrics.write(decision)
         set_aside_newer(run.checkpoints, found.step, "abandoned")
     LOGGER.warning(f"{what}: back to step {found.step}, leaving out batches {first} to {last}")
-    progress = _load(engine, job, found)
+    watchdog.beat("loading a checkpoint", progress.step)
+    progress = _load(engine, job, found, moves)
     progress.left_out, progress.rollbacks = LeftOut.of([*progress.left_out.spans, *spans]), rollbacks
     return progress
 
 
-def _load(engine: "Engine", job: Job, found: Checkpoint) -> Progress:
+def _load(engine: "Engine", job: Job, found: Checkpoint, moves: Callable[[], object] = lambda: None) -> Progress:
     import torch
 
-    engine.state.load(found)
+    engine.state.load(found, tick=moves)
     random_state = found.random_state(engine.ranks.rank)
     if random_state is not None:
         torch.set_rng_state(random_state)

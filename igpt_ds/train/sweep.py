@@ -28,7 +28,7 @@ from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config, TrainingConfig
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.lock import Lock
-from igpt_ds.reading import read_regular
+from igpt_ds.reading import read_json
 from igpt_ds.run.directory import Run
 from igpt_ds.run.metrics import read_metrics
 
@@ -204,9 +204,9 @@ def _search(
     facts = {"command": list(command), "share": share}
     path = directory / "sweep.json"
     try:
-        before: dict[str, Any] = json.loads(read_regular(path)) if path.exists() else {**facts, "rates": []}
+        before: dict[str, Any] = read_json(path) if path.exists() else {**facts, "rates": []}
         known = {trial["rate"]: Trial(**trial) for trial in before["rates"] if trial["status"] != "unfinished"}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no record of a search ({error}): restore it, or choose another --out") from error
     for key, value in facts.items():
         if before.get(key) != value:

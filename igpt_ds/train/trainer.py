@@ -180,9 +180,10 @@ class Trainer:
     lock: Lock | None = None
 
     def __post_init__(self) -> None:
-        ranks = self.engine.ranks
+        ranks, folder, watchdog = self.engine.ranks, self.run.checkpoints, self.watchdog
         self.meter = Meter(self.job.config, self.engine)
-        self.saver = Saver(self.run.checkpoints, ranks.rank, ranks.world, ranks.any, ranks.neighbours, self.lock)
+        place = (ranks.rank, ranks.world, ranks.any, ranks.neighbours)
+        self.saver = Saver(folder, *place, self.lock, watchdog.beat, watchdog.moves)
 
     @property
     def ended(self) -> bool:
@@ -230,7 +231,7 @@ class Trainer:
             if progress.stability.lost and not stopped:
                 self._finish_save()
                 stream.close()
-                progress = self.progress = roll_back(engine, job, self.run, progress, self.metrics)
+                progress = self.progress = roll_back(engine, job, self.run, progress, self.metrics, watchdog)
                 stream = self.batches_after(progress)
                 save_due = False
                 self.meter.restart()
@@ -340,7 +341,6 @@ class Trainer:
         Raises:
             UserError: too many saves in a row have failed, or the last one.
         """
-        self.watchdog.beat("saving", self.progress.step)
         self._finish_save()
         facts = {
             "identity": self.job.identity(),

@@ -3,7 +3,8 @@
 Every rank counts its beats: one before each thing that can hang (a batch is awaited, a step computed, a checkpoint
 written). A thread of each rank writes the count into RUN/heartbeats/rank-NNNNN.json. Since all ranks beat alike, the
 one that hangs has the lowest count while the others wait for it in a collective; a rank that was stopped or cut off
-leaves a file that is no longer renewed.
+leaves a file that is no longer renewed. What may take long on one rank alone, as writing a checkpoint, is no hang while
+it moves: the others wait for that rank as long.
 
 A rank without a beat for `timeout` seconds reads the others' files, tells who is to blame, writes the stacks of its
 threads into its log and ends. A stopped neighbour on the same machine is made to write its stacks, too, and is killed,
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -31,6 +32,7 @@ from igpt_ds.atomic import leftovers, no_link, unfinished, writing
 from igpt_ds.dataset.manifest import typed
 from igpt_ds.errors import UserError
 from igpt_ds.lock import born
+from igpt_ds.reading import read_json
 from igpt_ds.run.directory import LOGGER
 from igpt_ds.text import visible
 
@@ -42,14 +44,20 @@ _HELD_UP = 30.0  # seconds beyond twice the time-out, after which a rank whose t
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One rank's sign of life: `count` beats so far, the last of them when it began `doing` at `step`."""
+    """One rank's sign of life: `count` beats so far, the last of them when it began `doing` at `step`.
+
+    Attributes:
+        born: when the process started (clock ticks since boot): tells it from a later one of the same pid.
+        silent: seconds in which it has neither beaten nor moved.
+    """
 
     count: int
     doing: str
     step: int
     host: str
     pid: int
-    born: int  # when the process started (clock ticks since boot): tells it from a later one of the same pid
+    born: int
+    silent: float = 0.0
 
 
 class Watchdog:
@@ -66,6 +74,7 @@ class Watchdog:
         self._timeout, self._log = timeout, log
         self._interval = max(0.05, min(2.0, timeout / 10))
         self._mine = Heartbeat(0, "starting", 0, socket.gethostname(), os.getpid(), born(os.getpid()) or 0)
+        self._moves = 0
         self._guard: tuple[int, int] | None = None  # its process, and the end of the pipe that it reads
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -119,6 +128,10 @@ class Watchdog:
         mine = self._mine
         self._mine = Heartbeat(mine.count + 1, doing, step, mine.host, mine.pid, mine.born)
 
+    def moves(self) -> None:
+        """This rank gets on with what it has begun; on the others it may be done already."""
+        self._moves += 1
+
     def over(self, items: Iterable[T], getting: str, using: str, step: int) -> Iterator[T]:
         """The items, with a beat before each is got and one before it is used."""
         iterator = iter(items)
@@ -132,27 +145,27 @@ class Watchdog:
             yield item
 
     def _watch(self) -> None:
-        seen, silent, last = self._mine.count, 0.0, time.monotonic()
+        seen, silent, last = (self._mine.count, self._moves), 0.0, time.monotonic()
         while not self._ended.wait(self._interval):
             with contextlib.suppress(OSError):
                 if self._guard is not None:
                     os.write(self._guard[1], b".")
-            with contextlib.suppress(OSError):  # a full disk is told of elsewhere
-                self._show()
-            now = time.monotonic()
+            now, new = time.monotonic(), (self._mine.count, self._moves)
             # A look that comes late counts as if in time: what held this process up (a suspended job, a machine too
             # busy) may have held up the others, which have not shown themselves again yet.
-            silent = silent + min(now - last, 2 * self._interval) if self._mine.count == seen else 0.0
-            seen, last = self._mine.count, now
-            if silent > self._timeout:
+            silent = silent + min(now - last, 2 * self._interval) if new == seen else 0.0
+            seen, last = new, now
+            with contextlib.suppress(OSError):  # a full disk is told of elsewhere
+                self._show(silent)
+            if silent > self._timeout and not self._waits():
                 self._end_the_run(silent)
 
-    def _show(self) -> None:
+    def _show(self, silent: float = 0.0) -> None:
         path = self._folder / _name(self._rank)
         temporary = unfinished(path)
         try:
             with open(temporary, "x") as file:
-                json.dump(asdict(self._mine), file)
+                json.dump(asdict(replace(self._mine, silent=silent)), file)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -162,7 +175,7 @@ class Watchdog:
         return (self._folder / _name(rank)).with_suffix(".stopped")
 
     def _end_the_run(self, silent: float) -> None:
-        stopped, blame = self._diagnose(silent)
+        stopped, blame = self._diagnose()
         text = visible(f"hang: no progress for {silent:.0f} s: {blame}; the ranks' stacks are in their logs")
         with contextlib.suppress(OSError):  # a full disk
             print(f"{time.strftime('%F %T')} {text}", file=self._log, flush=True)
@@ -179,8 +192,8 @@ class Watchdog:
         time.sleep(2 * self._interval + 0.5)  # the others notice within an interval, and have stacks to write
         os._exit(STATUS)
 
-    def _diagnose(self, silent: float) -> tuple[dict[int, Heartbeat], str]:
-        """The ranks without a sign of life, and a sentence about who is to blame."""
+    def _others(self) -> tuple[dict[int, Heartbeat], dict[int, Heartbeat], list[str]]:
+        """The ranks that live, this one among them, those without a sign of life, and a word about those never seen."""
         # Times of one file system, since clocks differ.
         try:
             now = (self._folder / _name(self._rank)).stat().st_mtime
@@ -192,13 +205,25 @@ class Watchdog:
         for rank in range(self._world):
             path = self._folder / _name(rank)
             try:
-                heartbeat = typed(Heartbeat, json.loads(path.read_text()))
+                heartbeat = typed(Heartbeat, read_json(path))
                 silence = now - path.stat().st_mtime
-            except (OSError, ValueError, TypeError, RecursionError):
+            except (OSError, ValueError, TypeError):
                 missing.append(f"rank {rank} has shown no sign of life")
                 continue
             gone = silence > self._timeout / 2 or self._stopped(rank).exists()
             (stopped if gone else alive)[rank] = heartbeat
+        return alive, stopped, missing
+
+    def _waits(self) -> bool:
+        """Whether this rank waits for one that has less done, lives and moves."""
+        alive, stopped, missing = self._others()
+        behind = min((other.count for other in alive.values()), default=self._mine.count)
+        slow = (other for other in alive.values() if other.count == behind < self._mine.count)
+        return not stopped and not missing and any(other.silent <= self._timeout for other in slow)
+
+    def _diagnose(self) -> tuple[dict[int, Heartbeat], str]:
+        """The ranks without a sign of life, and a sentence about who is to blame."""
+        alive, stopped, missing = self._others()
         if stopped or missing:
             those = [
                 f"rank {rank} (process {h.pid} on {h.host}) shows no sign of life: stopped, dead or cut off while "

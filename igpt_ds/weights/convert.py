@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from igpt_ds.atomic import fsync_directory, leftovers, publish_directory, unfinished, writing
 from igpt_ds.checkpoint.read import Checkpoint
+from igpt_ds.checkpoint.safetensors_stream import Precision
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import RunError, UserError
@@ -29,7 +30,6 @@ from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.text import aligned
 from igpt_ds.weights.base import Imported, Weights, config_of, palette_of, values_sha256, whole
 from igpt_ds.weights.formats import formats, open_weights, written
-from igpt_ds.weights.safetensors_stream import Precision
 
 IMAGES, TOKENS = 2, 64  # whose logits are compared; a prefix of an image is enough to meet every weight
 # Of the largest logit. Two programs that add in another order differ by some hundred roundings of float32.

@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from igpt_ds.checkpoint import read as checkpoint
 from igpt_ds.checkpoint.names import step_directory
-from igpt_ds.checkpoint.read import Shard
+from igpt_ds.checkpoint.read import KINDS, Shard
 from igpt_ds.checkpoint.write import Saver
 from igpt_ds.lock import Lock
 
 T = TypeVar("T")
 AnyRank = Callable[[bool], bool]
-KINDS = ("weight", *checkpoint.MOMENTS)
 SHAPES = {"token_embedding": (11, 4), "start": (4,), "blocks.0.norm.gain": (1,), "blocks.0.qkv.weight": (12, 5)}
 FACTS = {"identity": {"seed": 3}, "config": {"name": "test"}, "version": "0"}
 
@@ -37,7 +35,7 @@ def shards_of(rank: int, world: int, seed: int = 0) -> list[Shard]:
         count = len(values["weight"])
         cuts = [0, *sorted((count * (i + 1) ** 2) // (world**2) for i in range(world))]
         start, stop = cuts[rank], cuts[rank + 1]
-        shards.append(Shard(name, SHAPES[name], start, stop, {k: v[start:stop] for k, v in values.items()}))
+        shards.append(Shard(name, SHAPES[name], start, stop, {k: v[start:stop] for k, v in values.items()}.__getitem__))
     return shards
 
 

@@ -40,7 +40,7 @@ def save_model(
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         values = {"weight": flat, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
-        shards.append(Shard(name, tuple(parameter.shape), 0, flat.numel(), values))
+        shards.append(Shard(name, tuple(parameter.shape), 0, flat.numel(), values.__getitem__))
     tree = to_tree(config)
     tree["data"]["sources"] = list(sources)
     facts = {"identity": {"palette_sha256": palette_sha256}, "config": tree}

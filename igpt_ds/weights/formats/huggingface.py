@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from igpt_ds.atomic import publish_text
+from igpt_ds.checkpoint.safetensors_stream import BYTES, Precision, Streamed, write_safetensors
 from igpt_ds.config.schema import Config, ModelConfig
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
@@ -30,7 +31,6 @@ from igpt_ds.model.transformer import NORM_EPSILON
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
 from igpt_ds.weights.formats._facts import imported, read_json, record, side, stated, whole_number
 from igpt_ds.weights.formats._tensors import PickledFiles, SafetensorsFiles, TensorFiles
-from igpt_ds.weights.safetensors_stream import BYTES, Precision, Streamed, write_safetensors
 
 NAME, FOLDER, PRECISIONS = "hf", True, ("float32", "bfloat16")
 ORIGIN = "Hugging Face"

@@ -6,7 +6,6 @@ Such a run is probed, sampled, evaluated and fine-tuned as any other. It has no 
 go on from it; `pretrain --from` begins one with its weights.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,14 @@ import igpt_ds
 from igpt_ds.atomic import publish_text
 from igpt_ds.checkpoint.names import list_checkpoints, step_directory
 from igpt_ds.checkpoint.read import Checkpoint, newest_valid, rank_file
-from igpt_ds.checkpoint.write import publish_checkpoint
+from igpt_ds.checkpoint.safetensors_stream import Precision, Streamed
+from igpt_ds.checkpoint.write import publish_checkpoint, write_part
 from igpt_ds.config.file import from_tree, to_toml
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.run.directory import LOGGER, Run
 from igpt_ds.weights.base import Weights, chunks
 from igpt_ds.weights.formats._facts import record
-from igpt_ds.weights.safetensors_stream import Precision, Streamed, write_safetensors
 
 NAME, FOLDER, PRECISIONS = "native", True, ("float32",)
 
@@ -78,19 +77,12 @@ def write(
     run = Run(folder)
     hidden = run.checkpoints / f".{step_directory(run.checkpoints, step).name}.tmp"
     hidden.mkdir(parents=True)
-    names = list(weights.tensors)
-    tensors = []
-    for name in names:
-        count = math.prod(weights.tensors[name]["shape"])
+    tensors, slices = [], {}
+    for name, facts_of in weights.tensors.items():
+        count = math.prod(facts_of["shape"])
         tensors.append(Streamed(f"{name}:weight", (count,), lambda name=name: chunks(weights, name)))  # type: ignore[misc]
-    path = hidden / rank_file(0)
-    digest = write_safetensors(path, tensors, precision, tick)
-    slices = {
-        name: [list(weights.tensors[name]["shape"]), 0, tensor.elements]
-        for name, tensor in zip(names, tensors, strict=True)
-    }
-    sidecar = {"bytes": path.stat().st_size, "sha256": digest, "slices": slices}
-    publish_text(path.with_suffix(".json"), json.dumps(sidecar))
+        slices[name] = [list(facts_of["shape"]), 0, count]
+    digest = write_part(hidden / rank_file(0), tensors, slices, tick)
     content = {
         "identity": facts["identity"],
         "config": facts["config"],

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from igpt_ds.atomic import sha256_file, writing
+from igpt_ds.checkpoint.safetensors_stream import Precision
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.npy import from_npy, read_header
 from igpt_ds.dataset.palette import Palette
@@ -25,7 +26,6 @@ from igpt_ds.reading import open_regular
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
 from igpt_ds.weights.formats import _released as released
 from igpt_ds.weights.formats._facts import parse, record
-from igpt_ds.weights.safetensors_stream import Precision
 
 NAME, FOLDER, PRECISIONS = "npz", False, ("float32",)
 PALETTE, RECORD = "kmeans_centers", "igpt_ds"

@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor
 
 from igpt_ds.atomic import publish_text
+from igpt_ds.checkpoint.safetensors_stream import Precision, Streamed, write_safetensors
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import UserError
 from igpt_ds.weights.base import Imported, Weights, chunks
 from igpt_ds.weights.formats._facts import imported, read_json, record, stated
 from igpt_ds.weights.formats._tensors import SafetensorsFiles
-from igpt_ds.weights.safetensors_stream import Precision, Streamed, write_safetensors
 
 NAME, FOLDER, PRECISIONS = "safetensors", True, ("float32", "bfloat16")
 FORMAT = "igpt-weights"

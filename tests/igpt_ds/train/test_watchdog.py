@@ -51,12 +51,19 @@ for step in batches() if fault == "none" else watchdog.over(batches(), "loading 
         re.match("(a+)+$", 60 * "a" + "b")  # does not end, and does not let other threads run
     if step == 5 and rank == 1 and fault == "computing":
         the_place_of_the_fault()
+    if step == 5 and fault.startswith("saving"):
+        watchdog.beat("saving", step)
+        for _ in range(70 if rank == 1 else 0):
+            time.sleep(0.1)
+            watchdog.moves()
+        if rank == 1 and fault == "saving, then stuck":
+            the_place_of_the_fault()
     (run / f"met-{{rank}}-{{step}}").touch()
     watchdog.beat("waiting for the other ranks", step)
     while not all((run / f"met-{{other}}-{{step}}").exists() for other in range(world)):
         time.sleep(0.005)
     time.sleep(0.02)
-    if step == {{"none": 100, "slow": 12}}.get(fault):
+    if step == {{"none": 100, "slow": 12, "saving": 8}}.get(fault):
         watchdog.end()
         break
 """
@@ -108,6 +115,64 @@ def test_a_stuck_rank_is_named(tmp_path: Path, fault: str, doing: str) -> None:
     for rank in range(3):
         assert "no progress for" in (tmp_path / f"log.{rank}").read_text()
     assert "the_place_of_the_fault" in (tmp_path / "log.1").read_text()
+
+
+def test_what_takes_long_on_one_rank_is_no_hang_while_it_moves(tmp_path: Path) -> None:
+    """The other ranks wait for it three times as long as the time-out is."""
+    with ranks(tmp_path, "saving") as processes:
+        assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+        assert [process.stderr.read() for process in processes if process.stderr] == ["", "", ""]
+
+
+def test_what_moves_no_longer_is_a_hang(tmp_path: Path) -> None:
+    with ranks(tmp_path, "saving, then stuck") as processes:
+        wait_for(tmp_path / "met-0-5")
+        began = time.monotonic()
+        codes = [process.wait(timeout=60) for process in processes]
+        took = time.monotonic() - began
+        errors = [process.stderr.read() for process in processes if process.stderr]
+    assert codes == [1, 1, 1] and took > 7 + TIMEOUT / 2
+    assert f"rank 1 (process {processes[1].pid} on " in errors[0] and "is stuck saving at step 5" in errors[0]
+    assert "the_place_of_the_fault" in (tmp_path / "log.1").read_text()
+
+
+# A rank that saves, on a file system that takes 0.4 s for each of ten writes and then may hang.
+SAVE = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from igpt_ds.checkpoint import safetensors_stream as stream, write
+from igpt_ds.checkpoint.read import Shard
+from igpt_ds.train.watchdog import Watchdog
+run, way, hangs = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "hangs"
+write.available_bytes = lambda: 0 if way == "before" else 1 << 40
+writes = iter(range(1000))
+def put(file, data, digest):
+    time.sleep(60 if hangs and next(writes) == 10 else 0.4)
+    real(file, data, digest)
+real, stream._put = stream._put, put
+watchdog = Watchdog(run, 0, 1, {timeout}, (run / "log").open("w"))
+watchdog.start()
+saver = write.Saver(run / "checkpoints", 0, 1, lambda fault: fault, beat=watchdog.beat, moves=watchdog.moves)
+shards = [Shard(str(number), (2,), 0, 2, lambda kind: torch.zeros(2)) for number in range(4)]
+saver.begin(7, shards, {{"identity": {{}}, "config": {{}}}})
+print(saver.conclude())
+watchdog.end()
+"""
+
+
+@pytest.mark.parametrize("way", ["before", "beside"], ids=["before it trains on", "beside the training"])
+@pytest.mark.parametrize("end", ["comes through", "hangs"])
+def test_a_save_on_a_slow_file_system_is_no_hang(tmp_path: Path, way: str, end: str) -> None:
+    command = [sys.executable, "-c", SAVE.format(timeout=TIMEOUT), str(tmp_path), way, end]
+    done = subprocess.run(command, env=quick_start(), capture_output=True, text=True, timeout=60, check=False)
+    if end == "hangs":
+        assert done.returncode == 1
+        assert "hang: no progress for" in done.stderr and "saving at step 7" in done.stderr
+        assert not list((tmp_path / "checkpoints").glob("step-*"))
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.strip() == str(tmp_path / "checkpoints" / "step-00000007")
 
 
 @pytest.mark.parametrize(("world", "send"), [(1, os.kill), (2, os.killpg)], ids=["a process", "two process groups"])

@@ -19,8 +19,9 @@ from torch import Tensor
 from igpt_ds.atomic import writing
 
 Precision = Literal["float32", "bfloat16"]
-BYTES = {"float32": 4, "bfloat16": 2}
-_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "uint8": "U8"}
+_SYNC = 1 << 27  # bytes, after which what is written is made durable: the last sync then takes no longer than these
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Streamed:
     """A tensor that is to be written.
 
     Attributes:
-        blocks: gives its values in C order, float32, in pieces of any size.
+        blocks: gives its values in C order, float32, in pieces of any size, which are valid until the next is given.
+        precision: of this tensor alone.
     """
 
     name: str
     shape: tuple[int, ...]
     blocks: Callable[[], Iterator[Tensor]]
+    precision: Precision | Literal["uint8"] | None = None
 
     @property
     def elements(self) -> int:
@@ -44,31 +47,38 @@ def write_safetensors(
     path: Path,
     tensors: Sequence[Streamed],
     precision: Precision,
-    tick: Callable[[int], object],
+    tick: Callable[[int], object] = lambda elements: None,
     metadata: dict[str, str] | None = None,
 ) -> str:
     """Write a new file, synced; return its hex sha256.
 
     Args:
+        precision: of those tensors that have none of their own.
         tick: told the elements as they are written.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for tensor in tensors:
-        end = offset + tensor.elements * BYTES[precision]
-        entry = {"dtype": _NAMES[precision], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        kind = tensor.precision or precision
+        end = offset + tensor.elements * BYTES[kind]
+        entry = {"dtype": _NAMES[kind], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         header[tensor.name] = entry
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    digest, unsynced = hashlib.sha256(), 0
     with writing(path), open(path, "xb") as file:
         _put(file, len(text).to_bytes(8, "little") + text, digest)
         for tensor in tensors:
             written = 0
             for block in tensor.blocks():
-                typed = block.to(getattr(torch, precision)).contiguous().reshape(-1)
+                typed = block.to(getattr(torch, tensor.precision or precision)).contiguous().reshape(-1)
                 _put(file, typed.view(torch.uint8).numpy().data, digest)
+                unsynced += typed.nbytes
+                if unsynced >= _SYNC:
+                    file.flush()
+                    os.fdatasync(file.fileno())
+                    unsynced = 0
                 written += typed.numel()
                 tick(typed.numel())
             assert written == tensor.elements, f"{tensor.name}: {written} elements instead of {tensor.elements}"
