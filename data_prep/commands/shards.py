@@ -143,12 +143,11 @@ def shards(
         storage=storage,  # type: ignore[arg-type]
     )
     refuse_inside(source_name, paths, *(out / split for split in ("train", "val", "test")))
-    palette = Palette.load(palette_path)
     with place_of(out / "jobs", where) as place:
         job = begin(
-            open_source(source_name, paths, options, palette),
+            open_source(source_name, paths, options, lambda: Palette.load(palette_path)),
             out,
-            palette,
+            Palette.load(palette_path),
             settings,
             splits=tuple(dict.fromkeys(splits)) or None,  # type: ignore[arg-type]
             selection=Selection.open(selection) if selection else None,

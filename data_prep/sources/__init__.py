@@ -17,7 +17,7 @@ validation split, and "test". There are two kinds of sources:
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
@@ -139,12 +139,15 @@ def names() -> list[str]:
 
 
 def open_source(
-    name: str, paths: Sequence[str], options: Mapping[str, str] | None = None, palette: "Palette | None" = None
+    name: str,
+    paths: Sequence[str],
+    options: Mapping[str, str] | None = None,
+    palette: "Callable[[], Palette] | None" = None,
 ) -> Source:
     """Open the source called `name` on `paths`.
 
     Args:
-        palette: of the tokens that are to be built, which a `TokenSource` asks for.
+        palette: reads that of the tokens that are to be built, which a `TokenSource` asks for.
     """
     if name not in names():
         raise UserError(f"{name}: no such source: choose from {', '.join(names())}")
@@ -155,7 +158,9 @@ def open_source(
         if option not in known:
             choice = f"choose from {', '.join(known)}" if known else "it has none"
             raise UserError(f"--option {option}: {name} has no such option: {choice}")
-    source: Source = opener(list(paths), *([palette] if "palette" in parameters else []), **(options or {}))
+    source: Source = opener(
+        list(paths), *([palette and palette()] if "palette" in parameters else []), **(options or {})
+    )
     return source
 
 

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,6 +229,7 @@ class Metrics:
         with writing(self._path):
             if first < size:
                 _cut(self._path, first, kept)
+            threading.excepthook = _without_full_disks
             # Events beyond the checkpoint are hidden from view by `purge_step`.
             self._events = SummaryWriter(str(self._run / "events"), purge_step=step + 1)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
@@ -294,6 +296,12 @@ def _full_disk_allowed() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+
+
+def _without_full_disks(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread raises a full disk again where the next event is written, which allows it."""
+    if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in (errno.ENOSPC, errno.EDQUOT)):
+        threading.__excepthook__(args)
 
 
 def require_wandb() -> Any:

@@ -47,7 +47,7 @@ def released(tmp_path: Path) -> Path:
 
 
 def opened(*paths: Path, **options: str) -> TokenArrays:
-    found: Any = open_source("token_arrays", [str(path) for path in paths], options, PALETTE)
+    found: Any = open_source("token_arrays", [str(path) for path in paths], options, lambda: PALETTE)
     copy: TokenArrays = pickle.loads(pickle.dumps(found))
     assert copy == found and len(pickle.dumps(found)) < 50_000
     return copy
@@ -158,7 +158,7 @@ def test_labels_that_are_none_are_refused(tmp_path: Path, labels: np.ndarray) ->
 
 def test_other_faults(released: Path, tmp_path: Path) -> None:
     def told(*paths: Path, palette: Palette | None = PALETTE, **options: str) -> str:
-        return refusal(lambda: open_source("token_arrays", [str(path) for path in paths], options, palette))
+        return refusal(lambda: open_source("token_arrays", [str(path) for path in paths], options, lambda: palette))
 
     assert "holds tokens, no colours: give their palette to igpt-data shards" in told(released, palette=None)
     twice = np.array(PALETTE.colours)
