@@ -23,7 +23,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"evals", "samples"},
         {"results"},
         {"train"},
-        {"doctor"},
+        {"doctor", "rehearse"},
         {"commands"},
         {"cli"},
         {"__main__"},

@@ -9,6 +9,10 @@ coordinator.py):
 3. and when the module is left, lets go of its parameters, unless they are used again within
    `stage3_max_reuse_distance` elements, or step 2 has come upon that next use already and found them still there.
 
+What is gathered at once comes in one message. All of it is copied out when the first of its parameters is waited for,
+and the message is held until the last of them is: up to a bucket more than the parameters. (In which order a module's
+are waited for is chance; the most is counted.)
+
 A block is one module here, entered and left whole (engine.py). Parameters of up to `stage3_param_persistence_threshold`
 elements stay, and are gathered once after every update.
 """
@@ -36,16 +40,35 @@ class Rules:
 
 @dataclass(frozen=True)
 class Gathering:
-    """Elements gathered in one forward and one backward pass, and after an update; and most held at one time."""
+    """Elements gathered in one forward and one backward pass, and after an update; and most held at one time.
 
-    forward: int
-    backward: int
-    small: int
-    live: int
+    Attributes:
+        live, live_backward: in both passes, and in the backward pass.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    small: int = 0
+    live: int = 0
+    live_backward: int = 0
+
+
+@dataclass
+class _Message:
+    """Parameters that one message brings; once one of them is used, all are copied out of it.
+
+    It is there until the last of them is used.
+    """
+
+    size: int
+    unused: set[Parameter]
+    copied: bool = False
 
 
 def gathering(layout: Layout) -> Gathering:
-    """What a ZeRO-3 job gathers."""
+    """What a ZeRO-3 job gathers; one rank has it all."""
+    if layout.ranks == 1:
+        return Gathering()
     rules = Rules(
         prefetch=layout.option("stage3_prefetch_bucket_size", 50_000_000),
         max_live=layout.option("stage3_max_live_parameters", 10**9),
@@ -74,30 +97,46 @@ def play(sizes: Sizes, layers: int, recomputed: range, rules: Rules) -> Gatherin
     queue = deque((step, p, n) for step, (module, _) in enumerate(uses) for p, n in divided[module].items())
     there: set[Parameter] = set()
     fetched: dict[Parameter, int] = {}  # the latest use that step 2 has come upon
-    live = most = 0
-    gathered = [0, 0]
+    on_way: dict[Parameter, _Message] = {}
+    live = held = 0  # elements of parameters that count as there, and that take memory
+    gathered, most = [0, 0], [0, 0]  # in each pass
 
-    def gather(p: Parameter, n: int, step: int) -> None:
-        nonlocal live, most
-        there.add(p)
-        gathered[step >= forward] += n
-        live += n
-        most = max(most, live)
+    def send(parts: dict[Parameter, int], at: int) -> None:
+        nonlocal live, held
+        size = sum(parts.values())
+        on_way.update(dict.fromkeys(parts, _Message(size, set(parts))))
+        there.update(parts)
+        gathered[at] += size
+        live += size
+        held += size
+        most[at] = max(most[at], held)
+
+    def use(module: Module, at: int) -> None:
+        nonlocal held
+        came = {p: on_way.pop(p) for p in divided[module] if p in on_way}
+        for message in came.values():
+            held += 0 if message.copied else message.size
+            message.copied = True
+        most[at] = max(most[at], held)
+        for p, message in came.items():
+            message.unused.remove(p)
+            held -= 0 if message.unused else message.size
 
     for step, (module, left) in enumerate(uses):
-        for p, n in divided[module].items():
-            if p not in there:
-                gather(p, n, step)
+        at = int(step >= forward)
+        send({p: n for p, n in divided[module].items() if p not in there}, at)
+        use(module, at)
         for _ in [p for p in divided[module] if fetched.get(p, -1) < step]:
-            at, p, _ = queue.popleft()
-            fetched[p] = at
-        wanted, on_way = min(rules.max_live - live, rules.prefetch), 0
-        while queue and on_way < wanted:
-            at, p, n = queue.popleft()
-            if p not in there:
-                on_way += n
-                gather(p, n, step)
-            fetched[p] = max(fetched.get(p, -1), at)
+            later, p, _ = queue.popleft()
+            fetched[p] = later
+        wanted, ahead = min(rules.max_live - live, rules.prefetch), dict[Parameter, int]()
+        while queue and wanted > 0:
+            later, p, n = queue.popleft()
+            if p not in there and p not in ahead:
+                ahead[p] = n
+                wanted -= n
+            fetched[p] = max(fetched.get(p, -1), later)
+        send(ahead, at)
         for gone in left:
             following = again.get((step, gone))
             near = following is not None and passed[following] - passed[step + 1] < rules.reuse_distance
@@ -105,7 +144,8 @@ def play(sizes: Sizes, layers: int, recomputed: range, rules: Rules) -> Gatherin
                 if p in there and not near and fetched.get(p, -1) <= step + 1:
                     there.remove(p)
                     live -= n
-    return Gathering(gathered[0], gathered[1], small, most + small)
+                    held -= n
+    return Gathering(gathered[0], gathered[1], small, max(most) + small, most[1] + small)
 
 
 def _parameters(sizes: Sizes, layers: int) -> dict[Module, tuple[int, ...]]:

@@ -4,7 +4,8 @@ Model states are what DeepSpeed 0.19 was measured to hold (tests/igpt_ds/planner
 network takes, divided over the ranks from the ZeRO stage in brackets on:
 
     weights [3]             2 in bfloat16, 4 in float32
-    gradients [2]           4: they are summed in float32; at stage 1 in bfloat16 whole, and 2 as they arrive
+    gradients [2]           4: they are summed in float32; at stage 1 whole in bfloat16, or where several micro-batches
+                            are added up
     master weights [1]      4: in float32, too, as a second copy; none at stage 0
     Adam's two moments [1]  8
 
@@ -13,11 +14,12 @@ Activations are counted in units of B T d numbers, B being the micro-batch. Insi
 activation, 4 d wide (8). On a CPU the norms are not fused, and keep one more each.
 """
 
+import itertools
 from dataclasses import asdict, dataclass
 
 from igpt_ds.config.deepspeed import offloads
-from igpt_ds.config.size import parameter_count
-from igpt_ds.planner.gathering import gathering
+from igpt_ds.config.size import block_parameters, parameter_count
+from igpt_ds.planner.gathering import Gathering, gathering
 from igpt_ds.planner.layout import Layout, module_sizes
 
 _INSIDE, _UNFUSED_NORMS = 16, 2
@@ -31,14 +33,13 @@ class Memory:
 
     Attributes:
         second_copy: of the weights, divided over an hpZ group.
-        buffers: for gradients to be reduced and parameters to be gathered.
-        live: whole parameters gathered at one time (ZeRO-3).
+        buffers: for gradients that are to be reduced; at stage 3 they stay.
+        live: parameters gathered at one time, and messages with others that have come (ZeRO-3).
         optimizer_step: needed while the optimiser steps, when there are no activations.
         host: in the processor's memory, by offload.
-        arriving: of the gradients, those that are there from a block's backward pass to the end of the step only:
-            they come as activations go.
-        last_block: of the activations, what is left when the first block, the last one in the backward pass, is
-            differentiated.
+        arriving: of the gradients, those that come as activations go, and are gone at the end of the step.
+        passes: the peak of forward and backward pass, beyond what stays.
+        resting: of the buffers, those that stay.
     """
 
     parameters: int
@@ -52,7 +53,8 @@ class Memory:
     optimizer_step: int
     host: int = 0
     arriving: int = 0
-    last_block: int = 0
+    passes: int = 0
+    resting: int = 0
 
     @property
     def states(self) -> int:
@@ -62,13 +64,12 @@ class Memory:
     @property
     def total(self) -> int:
         """The peak: in the backward pass, or while the optimiser steps."""
-        before, after = self.activations + self.live, self.arriving + self.last_block + self.live
-        return self.states - self.arriving + self.buffers + max(before, after, self.optimizer_step)
+        return self.states - self.arriving + self.resting + max(self.passes, self.optimizer_step)
 
     def kinds(self) -> dict[str, int]:
-        """All figures that add up to the total by name, and the total."""
+        """All figures that people know by name, and the total."""
         kinds = {**asdict(self), "total": self.total}
-        del kinds["arriving"], kinds["last_block"]
+        del kinds["arriving"], kinds["passes"], kinds["resting"]
         return kinds
 
 
@@ -87,7 +88,9 @@ def bytes_per_rank(layout: Layout, gpu: bool = True) -> Memory:
     offloaded, weights_offloaded = offloads(layout.zero, "optimizer"), offloads(layout.zero, "param")
     parameters = layout.width * part(3)
     summed = stage == 1 and layout.bf16 and not offloaded  # in buffers that stay
-    gradients = 4 * part(2) + (2 * count if summed else 0)
+    # Stage 1 sends its gradients away as they come, where none are to be added to them.
+    sent = stage == 1 and not summed and layout.division.accumulation == 1
+    gradients = 4 * part(1 if sent else 2)
     master, moments = 4 * part(1) if stage else 0, 8 * part(1)
     host = 0
     if weights_offloaded:
@@ -97,30 +100,64 @@ def bytes_per_rank(layout: Layout, gpu: bool = True) -> Memory:
         host += master + moments + 8 * part(1)
         master = moments = 0
         gradients = gradients if stage == 1 else 0
-    arriving = 0
-    if stage < 3 and layout.division.accumulation == 1:
-        arriving = 2 * count if summed else gradients
+    arriving = 0 if stage == 3 or summed else gradients
     step = 0
     if stage and not offloaded:
         # The optimiser gets its gradients as one flat copy, in stage 3 of a group of parameters at a time; an unfused
         # Adam makes two temporaries as large, when those that had arrived are gone.
         copied = _sub_group(layout) if stage == 3 else part(1)
         step = max(arriving + 4 * copied, (4 if gpu else 12) * copied)
-    activations, last_block = activation_bytes(layout, gpu)
+        if summed:  # flat from the beginning
+            step = 0 if gpu else 8 * copied
+    held, buffers = gathering(layout) if stage == 3 else Gathering(), _buffers(layout)
+    resting = buffers if stage == 3 else 0
+    activations = _backward(layout, gpu)
     return Memory(
         parameters,
         gradients,
         master,
         moments,
         second_copy=layout.width * -(-count // layout.hpz_group) if layout.hpz_group > 1 else 0,
-        activations=activations,
-        live=layout.width * gathering(layout).live if stage == 3 else 0,
-        buffers=_buffers(layout),
+        activations=activations[0],
+        live=layout.width * held.live,
+        buffers=buffers,
         optimizer_step=step,
         host=host,
         arriving=arriving,
-        last_block=last_block,
+        passes=_passes(layout, activations, arriving, held) + buffers - resting,
+        resting=resting,
     )
+
+
+def _passes(layout: Layout, activations: list[int], arriving: int, held: Gathering) -> int:
+    """The peak of both passes, without what stays and without buffers, on the rank whose gradients arrive first."""
+    config, summed_up = layout.config, layout.division.accumulation > 1
+    sent, collected = _sent(layout)
+    block, done = block_parameters(config), sum(module_sizes(config).after)
+
+    def full(done: int) -> bool:
+        """Whether a bucket is full while a block is differentiated: two thirds of it, the MLP, come at once."""
+        return layout.width * (done + 2 * block // 3) >= sent
+
+    # In the forward pass the most is gathered before its end.
+    peaks = [arriving * summed_up + activations[0] - activations[-1] + layout.width * held.live]
+    for size in activations:
+        if summed_up:
+            # Stage 2 has those of the last micro-batch apart.
+            arrived = arriving * (2 if layout.stage == 2 else 1)
+        elif collected:
+            # All of their memory is taken when the first bucket is full and sent.
+            arrived = arriving if full(done) else 0
+        else:
+            arrived = min(arriving, 4 * done)
+        copied = sent if collected and full(done) else 0
+        peaks.append(arrived + size + copied + layout.width * held.live_backward)
+        done += block
+    # In the end a bucket that is full only now is sent, or what is left after others were; or all.
+    whole = layout.width * parameter_count(config)
+    peaks.append(min(sent, whole) if collected else arriving + sent)
+    peaks.append(arriving + whole % sent if collected and whole >= sent else 0)
+    return max(peaks)
 
 
 def _sub_group(layout: Layout) -> int:
@@ -137,31 +174,38 @@ def _sub_group(layout: Layout) -> int:
 
 def activation_bytes(layout: Layout, gpu: bool = True) -> tuple[int, int]:
     """What the backward pass of a micro-batch needs, when it begins, which is the most, and in its last block."""
+    found = _backward(layout, gpu)
+    return found[0], found[-1]
+
+
+def _backward(layout: Layout, gpu: bool) -> list[int]:
+    """Activations when the backward pass comes to each block, from the last block to the first."""
     config, layers = layout.config, layout.config.model.layers
     tokens = layout.division.micro_batch * config.sequence_length // layout.sequence_parallel
     inside = _INSIDE if gpu else _INSIDE + _UNFUSED_NORMS
-    # Of a block that is computed again: its input, and attention's output.
-    again, kept = layout.recomputed, 2 if layout.checkpointing == "selective" else 1
-    blocks = len(again) * kept + (layers - len(again)) * inside
-    if layers - 1 in again:
-        # The last block is there once in full; when an earlier one is, what the blocks after it kept is gone.
-        blocks += inside - kept
-    # The logits, their logarithms of probabilities and the gradient of these, both in float32.
-    logits = tokens * config.palette_size * (layout.width + 8)
+    # Of a block that is computed again: its input, and attention's output. When it is, it is there in full.
+    kept = 2 if layout.checkpointing == "selective" else 1
+    before = [0, *itertools.accumulate(kept if layer in layout.recomputed else inside for layer in range(layers - 1))]
     unit = tokens * config.model.width * layout.width
-    return unit * (blocks + _PASSING) + logits, unit * (inside + _PASSING)
+    found = [unit * (units + inside + _PASSING) for units in reversed(before)]
+    # The logits, their logarithms of probabilities and the gradient of these, both in float32.
+    found[0] += tokens * config.palette_size * (layout.width + 8)
+    return found
 
 
 def _buffers(layout: Layout) -> int:
-    """Stage 3: gradients collected, and parameters as they arrive. Stage 2: gradients, twice where one bucket is filled
-    while the other is on its way.
+    """Bytes in which gradients are collected until they are sent: stages 1 and 2 fill one bucket while another is on
+    its way."""
+    sent, collected = _sent(layout)
+    return collected * sent * (2 if layout.stage < 3 and layout.option("overlap_comm", False) else 1)
 
-    While stage 3 sorts gradients by rank to send them, which takes a bucket more, the block's activations are gone.
+
+def _sent(layout: Layout) -> tuple[int, bool]:
+    """Bytes of the copy of gradients that is sent at a time, and whether gradients are collected for it.
+
+    Stage 3 sorts a bucket by rank in it. Stage 0, and stage 1 in bfloat16, collect nothing, and send all when the last
+    backward pass is over, in copies of 500 million.
     """
-    reduce = layout.option("reduce_bucket_size", 500_000_000)
-    if layout.stage == 3:
-        gathered = min(layout.option("stage3_prefetch_bucket_size", 50_000_000), parameter_count(layout.config))
-        return layout.width * (reduce + gathered)
-    if layout.stage == 2:
-        return layout.width * reduce * (2 if layout.option("overlap_comm", False) else 1)
-    return 0
+    if layout.stage == 0 or (layout.stage == 1 and layout.bf16 and not offloads(layout.zero, "optimizer")):
+        return layout.width * min(parameter_count(layout.config), 500_000_000), False
+    return layout.width * layout.option("reduce_bucket_size", 500_000_000), True

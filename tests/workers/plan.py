@@ -5,9 +5,7 @@ how many bytes of tensors stay from step to step, how many more a step takes at 
 FOLDER, judged by test_ranks.py.
 """
 
-import gc
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
 from igpt_ds.planner.layout import Layout
+from igpt_ds.rehearse.watch import tensor_bytes, watch
 from tests.helpers.ranks import record_and_end
 
 RESOLUTION, COLOURS = 8, 16
@@ -158,10 +157,10 @@ class Rank:
 
         config, (ds, division) = case.config(self.ranks.world), case.resolved(self.ranks.world)
         ds["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True, "debug": False}
-        before = _tensor_bytes()
+        before = tensor_bytes()
         engine = Engine(config, ds, division, self.ranks)
         losses = [self.step(engine, step) for step in range(3)]
-        record: dict[str, Any] = {"stays": _tensor_bytes() - before}
+        record: dict[str, Any] = {"stays": tensor_bytes() - before}
         comms_logger.comms_dict.clear()
         if case.measured:
             record |= self.peaks(engine)
@@ -211,38 +210,10 @@ class Rank:
         return float(engine.ranks.sum([float(loss)])[0] / division.world)
 
     def peaks(self, engine: Any) -> dict[str, int]:
-        """Bytes beyond those that stay: at the peak of forward and backward pass, and of the optimiser's step."""
-        real = engine.deepspeed.step
-
-        def marked() -> None:
-            with torch.profiler.record_function("optimizer step"):
-                real()
-
-        engine.deepspeed.step = marked
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            self.step(engine, 3)
-        events = profile.profiler.kineto_results.events()
-        begin = next(event.start_ns() for event in events if event.name() == "optimizer step")
-        memory = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-        now, peaks = 0, {"passes": 0, "step": 0}
-        for time, size in sorted(memory, key=lambda pair: pair[0]):
-            now += size
-            phase = "passes" if time < begin else "step"
-            peaks[phase] = max(peaks[phase], now)
-        return peaks
-
-
-def _tensor_bytes() -> int:
-    """Of all tensors that Python knows of, each storage once."""
-    gc.collect()
-    found = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor):
-                storage = thing.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+        """Bytes beyond those that stay: at the peak of both passes, of the optimiser's step; what is left to it."""
+        phases = watch(engine, lambda: self.step(engine, 3)).phases
+        passes = max(phases["forward"].peak, phases["backward"].peak)
+        return {"passes": passes, "step": phases["optimizer"].peak, "left": phases["backward"].end}
 
 
 def main() -> None:

@@ -84,13 +84,14 @@ def test_memory_is_what_the_tensors_take(ranks: Ranks, case: Case) -> None:
     summed = layout.stage == 1 and layout.bf16
     if layout.stage < 3:
         stays -= planned.gradients - (4 * parameter_count(layout.config) if summed else 0)
-    for rank in ranks(2):
-        record = rank[case.name]
+    records = [rank[case.name] for rank in ranks(2)]
+    for record in records:
         assert record["stays"] == pytest.approx(stays, rel=0.02)
-        if not layout.bf16:
-            # A CPU's norms in bfloat16 keep float32 copies, which a GPU's do not.
-            peak = record["stays"] + max(record["passes"], record["step"])
-            assert peak == pytest.approx(planned.total, rel=0.05)
+    if not layout.bf16:
+        # A CPU's norms in bfloat16 keep float32 copies, which a GPU's do not. The plan is of the rank that takes most:
+        # below stage 3 the last one, whose gradients arrive first.
+        most = max(record["stays"] + max(record["passes"], record["step"]) for record in records)
+        assert most == pytest.approx(planned.total, rel=0.05)
 
 
 def test_gradients_are_copied_for_the_optimiser_group_by_group(ranks: Ranks) -> None:
@@ -99,9 +100,8 @@ def test_gradients_are_copied_for_the_optimiser_group_by_group(ranks: Ranks) -> 
     planned = [bytes_per_rank(case.layout(2), gpu=False).optimizer_step for case in (whole, grouped)]
     assert planned[1] < planned[0] / 3
     for rank in ranks(2):
-        # The two have in common what the passes left, which differs by a few MB from run to run.
-        saved = rank[whole.name]["step"] - rank[grouped.name]["step"]
-        assert saved == pytest.approx(planned[0] - planned[1], rel=0.4)
+        taken = [rank[case.name]["step"] - rank[case.name]["left"] for case in (whole, grouped)]
+        assert taken[0] - taken[1] == pytest.approx(planned[0] - planned[1], rel=0.1)
 
 
 @pytest.mark.parametrize("case", OFFLOADED, ids=lambda case: case.name)

@@ -1,0 +1,113 @@
+"""What is rehearsed: the job as its machines would run it, and as the device that is here runs one of its ranks."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from igpt_ds.config.deepspeed import load_ds_config
+from igpt_ds.config.file import load_config
+from igpt_ds.config.schema import replace
+from igpt_ds.errors import UserError
+from igpt_ds.memory import available_bytes
+from igpt_ds.planner.choose import Here
+from igpt_ds.planner.devices import Device, find_device, find_interconnect, recognise
+from igpt_ds.planner.layout import require_facts
+from igpt_ds.planner.memory import Memory, bytes_per_rank
+from igpt_ds.planner.report import Machine
+from igpt_ds.planner.step_time import Assumptions, StepTime, step_time
+from igpt_ds.text import size_text
+from igpt_ds.train.machine import Asked, Settled, settle
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a job is to run on.
+
+    Attributes:
+        device: see `find_device`; None: the GPU that is here, on a CPU an H200.
+        interconnect: see `find_interconnect`.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    device: str | None = None
+    interconnect: str = "ib-ndr"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A job, one rank of which is to be run here.
+
+    Attributes:
+        gpu: the name of the GPU that is here; None: it is a CPU.
+        planned: the job on its machines.
+        here: the same as it runs here: on a CPU in float32, and not compiled, unless that was asked for.
+        device, network: the data sheet of the job's machines, and bytes/s between them.
+    """
+
+    gpu: str | None
+    planned: Settled
+    here: Settled
+    device: Device
+    network: float
+
+    @property
+    def memory(self) -> Memory:
+        """What the rank takes here, by plan."""
+        return bytes_per_rank(self.here.layout, gpu=self.gpu is not None)
+
+    @property
+    def time(self) -> StepTime:
+        """A step of the job on its machines, by plan."""
+        return step_time(self.planned.layout, self.device, self.network, Assumptions())
+
+
+def prepare(preset: str, overrides: Sequence[str], ds_name: str, machines: Machines, at_hand: Here) -> Rehearsal:
+    """Lay the job out.
+
+    Args:
+        overrides, ds_name: as `igpt-ds pretrain` takes them by --set and --ds.
+        at_hand: what is here.
+
+    Raises:
+        UserError: the job cannot be; or this machine's memory does not suffice for one of its ranks.
+    """
+    config = load_config(preset, overrides)
+    require_facts(config, "rehearse")
+    world, per_node = machines.nodes * machines.gpus_per_node, machines.gpus_per_node
+    network = find_interconnect(machines.interconnect)
+    gpu = at_hand.name if at_hand.gpu else None
+    device = _sheet(machines.device, gpu)
+    if gpu is None or machines.device is not None:
+        there = Machine(machines.device or "h200", machines.interconnect).here(world, per_node)
+    else:
+        there = dataclasses.replace(at_hand, ranks=world, ranks_per_node=per_node, interconnect=network)
+    planned = settle(Asked(config, None if ds_name == "auto" else load_ds_config(ds_name)), there)
+    here = planned
+    if gpu is None:
+        asked = {override.partition("=")[0].strip() for override in overrides}
+        # A CPU's products in bfloat16 take many times as long.
+        changes = {"precision": "float32", "compile": False}
+        changes = {key: value for key, value in changes.items() if f"training.{key}" not in asked}
+        here = settle(Asked(replace(planned.config, "training", **changes), planned.ds_source), there)
+    rehearsal = Rehearsal(gpu, planned, here, device, network)
+    _require_memory(rehearsal)
+    return rehearsal
+
+
+def _sheet(named: str | None, gpu: str | None) -> Device:
+    found = find_device(named or "h200") if named is not None or gpu is None else recognise(gpu)
+    if found is None:
+        raise UserError(f"rehearse: {gpu}: its data sheet is not here: name by --device what is nearest to it")
+    return found
+
+
+def _require_memory(rehearsal: Rehearsal) -> None:
+    """Refuse what the system would end without a word. A GPU says by itself what it cannot hold."""
+    memory = rehearsal.memory
+    needed, free = memory.host + (memory.total if rehearsal.gpu is None else 0), available_bytes()
+    if needed > free:
+        raise UserError(
+            f"rehearse: a rank takes {size_text(needed)} of this machine's memory by plan, and {size_text(free)} are "
+            "free: rehearse shorter sequences (--set data.resolution=8), a job of more ranks, or on a larger machine"
+        )

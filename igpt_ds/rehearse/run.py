@@ -1,0 +1,76 @@
+"""A rehearsal from its options to its record."""
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from igpt_ds.distributed.device import at_hand, require_device
+from igpt_ds.errors import RunError, UserError
+from igpt_ds.rehearse.job import Machines, prepare
+from igpt_ds.rehearse.measure import Tell, measure
+from igpt_ds.rehearse.ranks import PlayedRanks
+from igpt_ds.rehearse.report import make_record
+from igpt_ds.text import time_text
+
+
+def run(
+    preset: str, overrides: Sequence[str], ds_name: str, machines: Machines, steps: int, limit: float, tell: Tell
+) -> dict[str, Any]:
+    """Run one rank of the job here; its record, see `igpt_ds.rehearse.report`.
+
+    Args:
+        preset, overrides, ds_name: see `igpt_ds.rehearse.job.prepare`.
+        steps: how many are timed.
+        limit: seconds after which it is given up.
+        tell: is told what goes on.
+
+    Raises:
+        RunError: it took too long; or see `igpt_ds.rehearse.measure.measure`.
+        UserError: see `igpt_ds.rehearse.job.prepare`.
+    """
+    if "RANK" in os.environ:
+        raise UserError("rehearse: RANK is set, as a launcher does: one process plays all ranks: start it without one")
+    world = machines.nodes * machines.gpus_per_node
+    here = at_hand(PlayedRanks(0, world))
+    rehearsal = prepare(preset, overrides, ds_name, machines, here)
+    require_device(rehearsal.here.config, here)
+    # Below stage 3 the last rank's gradients come first, so it takes most. At stage 3 ranks compare what rank 0 says.
+    ranks = PlayedRanks(0 if rehearsal.here.layout.stage == 3 else world - 1, world)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its lines go where the figures go
+    tell(rehearsal.planned.how)
+    doing = "beginning"
+
+    def note(line: str) -> None:
+        nonlocal doing
+        doing = line
+        tell(line)
+
+    def over() -> str:
+        return f"--limit: {time_text(limit)} are over, in {doing!r}: allow more, or rehearse shorter sequences"
+
+    with _within(limit, over):
+        measured = measure(rehearsal.here, ranks, steps, note)
+    ranks.leave()
+    return make_record(rehearsal, ranks.rank, measured)
+
+
+@contextmanager
+def _within(limit: float, over: Callable[[], str]) -> Iterator[None]:
+    """Raise a RunError where the time is up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise RunError(over())
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
