@@ -3,11 +3,11 @@
     python -m benchmarks.train_step
 
 iGPT-S's width in 6 layers, 8 images of 1 024 tokens, 512 colours, float32, dropout 0; the same weights, tokens, Adam
-and rate. A step is forward, backward and update. `ours` is `Engine.train_step` on one rank in a process set up as
-igpt-ds sets itself up (it keeps the memory that it frees); `bare` the same module with cross entropy, backward and
-torch's AdamW, as one would write it; `hugging face` its eager attention (it supports no fused one). Each has a process
-of its own and they take turns. First all three losses must be equal; the ratios are medians over the rounds, the
-memory is each process's peak.
+and rate. A step is forward, backward and update. `ours` is `Engine.train_step` on one rank; `bare` the same module with
+cross entropy, backward and torch's AdamW, as one would write it; `hugging face` its eager attention (it supports no
+fused one). Each has a process of its own, which keeps the memory that it frees as igpt-ds does (igpt_ds/memory.py), and
+they take turns. First all three losses must be equal; the ratios are medians over the rounds, the memory is each
+process's peak.
 
 Targets: ours at least 1.5 times as fast as Hugging Face's, at least 0.97 of the bare loop; peak memory at most 0.7 of
 Hugging Face's, 0.75 where both recompute activations.
@@ -47,6 +47,8 @@ def configure(arguments: argparse.Namespace, checkpointing: bool) -> Config:
         "data.palette_size": 512,
         "training.batch": arguments.batch,
         "training.activation_checkpointing": "full" if checkpointing else "none",
+        "training.precision": "float32",
+        "training.compile": "false",
     }
     return load_config("s", [f"{key}={value}" for key, value in facts.items()])
 
@@ -59,7 +61,6 @@ def tokens_of(config: Config) -> torch.Tensor:
 
 def ours(config: Config) -> Step:
     """The harness's step on one rank, without ZeRO."""
-    keep_freed_memory()
     from igpt_ds.distributed.engine import Engine
 
     division = divide_batch(config.training.batch, "auto", 1)
@@ -133,7 +134,7 @@ class Contestant:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self) -> dict[str, float]:
-        """{"loss": nats, "seconds": of the step, "peak": bytes of the process so far}."""
+        """{"loss": nats, "seconds": of the step, "processor": seconds, "peak": bytes of the process so far}."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
@@ -147,11 +148,11 @@ class Contestant:
 def alone(step: Step) -> None:
     """The contestant's side: a line in, a step, a line out."""
     for _ in sys.stdin:
-        begin = time.perf_counter()
+        begin, processor = time.perf_counter(), time.process_time()
         loss = step()
-        seconds = time.perf_counter() - begin
+        seconds, processor = time.perf_counter() - begin, time.process_time() - processor
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"loss": loss, "seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"loss": loss, "seconds": seconds, "processor": processor, "peak": peak}), flush=True)
     os._exit(0)
 
 
@@ -163,21 +164,22 @@ def compare(arguments: argparse.Namespace, checkpointing: bool) -> None:
     losses = {who: [step["loss"] for step in steps] for who, steps in warm.items()}
     for who in WHO:
         np.testing.assert_allclose(losses[who], losses["bare"], rtol=1e-4, err_msg=who)
-    seconds: dict[str, list[float]] = {who: [] for who in WHO}
-    peaks: dict[str, float] = {}
+    found: dict[str, list[dict[str, float]]] = {who: [] for who in WHO}
     for number in range(arguments.rounds):
         for who in WHO[number % 3 :] + WHO[: number % 3]:
-            found = contestants[who].step()
-            seconds[who].append(found["seconds"])
-            peaks[who] = found["peak"]
+            found[who].append(contestants[who].step())
+    peaks = {who: steps[-1]["peak"] for who, steps in found.items()}
     for contestant in contestants.values():
         contestant.end()
     print(f"\nactivation checkpointing {'full' if checkpointing else 'none'}, losses {losses['ours']}")
     for who in WHO:
-        print(f"  {who:<22}{statistics.median(seconds[who]):>8.3f} s a step{peaks[who] / 2**20:>8.0f} MiB at the peak")
+        seconds, processor = (statistics.median(s[what] for s in found[who]) for what in ("seconds", "processor"))
+        times = f"{seconds:>8.3f} s a step, {processor:.3f} of processors"
+        print(f"  {who:<22}{times}{peaks[who] / 2**20:>8.0f} MiB at the peak")
     for other, target in (("hugging face", 1.5), ("bare", 0.97)):
-        ratios = [theirs / mine for theirs, mine in zip(seconds[other], seconds["ours"], strict=True)]
-        print(f"  {other + ' / ours':<22}{statistics.median(ratios):>8.3f}    target at least {target}")
+        pairs = list(zip(found[other], found["ours"], strict=True))
+        ratios = [statistics.median(b[what] / a[what] for b, a in pairs) for what in ("seconds", "processor")]
+        print(f"  {other + ' / ours':<22}{ratios[0]:>8.3f}, {ratios[1]:.3f} of processors    target at least {target}")
     ratio, most = peaks["ours"] / peaks["hugging face"], 0.75 if checkpointing else 0.7
     print(f"  {'ours / hugging face':<22}{ratio:>8.3f}    of the memory; target at most {most}", flush=True)
 
@@ -194,6 +196,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if arguments.alone:
+        keep_freed_memory()
         alone(MAKERS[arguments.alone](configure(arguments, arguments.checkpointing)))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}", flush=True)
     for checkpointing in (True,) if arguments.checkpointing else (False, True):

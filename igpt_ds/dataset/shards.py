@@ -144,8 +144,8 @@ class Dataset:
         self._row_bytes = self._dtype.itemsize * self._width
         # offset(row) = first + row * row_bytes + row // rows_per_block * (what of a block is not token rows).
         rest = manifest.rows_per_block * self._row_bytes
-        facts = [(shard.token_offset, shard.block_bytes - rest, shard.rows) for shard in manifest.shards]
-        self._first, self._rest, self._rows = np.array(facts, np.int64).reshape(-1, 3).T.copy()
+        self._rows, _, _, self._first, block = manifest.table.T.copy()
+        self._rest = block - rest
         self._files = _Files(self.path, manifest.shards, times)
 
     @classmethod
@@ -165,16 +165,24 @@ class Dataset:
                 "restore it or rebuild the dataset"
             )
         times = []
-        for shard in manifest.shards:
-            path = directory / f"{shard.name}.tar"
-            try:
-                found = path.stat()
-            except OSError:
-                raise _missing(path) from None
-            if found.st_size != shard.bytes:
-                raise damaged(path, f"{found.st_size} bytes, but the manifest says {shard.bytes}")
-            times.append(found.st_mtime_ns)
+        folder = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for shard in manifest.shards:
+                try:
+                    found = os.stat(f"{shard.name}.tar", dir_fd=folder)
+                except OSError:
+                    raise _missing(directory / f"{shard.name}.tar") from None
+                if found.st_size != shard.bytes:
+                    what = f"{found.st_size} bytes, but the manifest says {shard.bytes}"
+                    raise damaged(directory / f"{shard.name}.tar", what)
+                times.append(found.st_mtime_ns)
+        finally:
+            os.close(folder)
         return cls(directory, manifest, palette, times)
+
+    def own(self) -> "Dataset":
+        """The same through open files of its own, for another thread."""
+        return Dataset(self.path, self.manifest, self.palette, self._files.times)
 
     def read(self, shard: int, row: int) -> np.ndarray:
         """Tokens of one row of one shard: uint16 [n]; see `read_many`."""
@@ -318,7 +326,7 @@ class _Files(dict[int, int]):
 
     def __init__(self, directory: Path, shards: Sequence[ShardRecord], times: Sequence[int] | None) -> None:
         super().__init__()
-        self._directory, self._shards, self._times = directory, shards, list(times) if times is not None else None
+        self._directory, self._shards, self.times = directory, shards, list(times) if times is not None else None
         self._looked = -math.inf
 
     def require_unchanged(self) -> None:
@@ -336,7 +344,7 @@ class _Files(dict[int, int]):
             self._looked = now
 
     def _require_unchanged(self, shard: int, descriptor: int) -> None:
-        if self._times is None or (time_now := os.fstat(descriptor).st_mtime_ns) == self._times[shard]:
+        if self.times is None or (time_now := os.fstat(descriptor).st_mtime_ns) == self.times[shard]:
             return
         with open(os.dup(descriptor), "rb") as file:
             file.seek(0)
@@ -346,7 +354,7 @@ class _Files(dict[int, int]):
                     f"{self._path(shard)}: damaged shard (it was changed while it was in use): restore it, or start "
                     "again if igpt-data verify finds it whole"
                 )
-        self._times[shard] = time_now
+        self.times[shard] = time_now
 
     def _path(self, shard: int) -> Path:
         return self._directory / f"{self._shards[shard].name}.tar"
@@ -368,7 +376,7 @@ class _Files(dict[int, int]):
         return descriptor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Files, (self._directory, self._shards, self._times)  # an open file stays with its process
+        return _Files, (self._directory, self._shards, self.times)  # an open file stays with its process
 
     def __del__(self) -> None:
         while self:

@@ -192,7 +192,7 @@ def likelihood(
     bar = tqdm(total=total, desc="likelihood", unit=" batches", leave=False, disable=hidden)
     with torch.no_grad(), bar as progress:
         for mask in range(masks):
-            for rows in evaluation_batches(dataset, batch, ranks.rank, ranks.world):
+            for rows in evaluation_batches(dataset, batch, ranks.rank, ranks.world, read_ahead=True):
                 real_B = rows["weight"] > 0
                 tokens_BT, positions_B = rows["tokens"][real_B].to(device, torch.int64), rows["positions"][real_B]
                 if len(tokens_BT):

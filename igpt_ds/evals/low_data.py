@@ -2,13 +2,14 @@
 
 Each subset has the same number of images of every class, drawn by a seed; the classifier sees nothing else, and is
 scored on all images of a held-out split. The regularisation is fixed beforehand: to choose it on the validation split
-would use many more labels than the subset has.
+would use many more labels than the subset has. Where no layer is named, the features are those that did best in a
+probe of the same checkpoint, in all that they were taken by.
 """
 
 import re
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 import numpy as np
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from igpt_ds.dataset.shards import Dataset
     from igpt_ds.features.cache import Features
-    from igpt_ds.features.extract import Network
+    from igpt_ds.features.extract import Network, Recipe
     from igpt_ds.features.splits import Scored
 
 NAME, TITLE = "low-data", "Few labels"
@@ -36,6 +37,10 @@ HOLDS = {
         "*": {**_SPREAD, "accuracies": [SHARE], "n": int, "converged?": bool, "masks?": _SPREAD},
     },
     "layer?": int,
+    "layers?": [int],
+    "norm?": str,
+    "precision?": str,
+    "store?": str,
     "regularisation?": float,
     "split?": str,
 }
@@ -43,7 +48,7 @@ SUBSETS = 5  # and a regularisation of 1, scikit-learn's default
 OPTIONS = (
     click.Option(["--labels"], metavar="N,N", default="4,25,400", show_default=True, help="Labels a class."),
     click.Option(
-        ["--layer"], type=click.IntRange(min=0), help="Whose features.  [default: the best of RUN/probe.json]"
+        ["--layer"], type=click.IntRange(min=0), help="Whose features.  [default: what did best in RUN/probe.json]"
     ),
     val_or_test("Whose images are scored."),
     MASKS,
@@ -66,11 +71,12 @@ def run(
     """Few labels a class: a linear classifier of 5 random subsets, mean and standard deviation of its accuracy.
 
     \b
-    As the paper does, on the best layer of a probe; writes RUN/low_data.json and prints the table:
+    As the paper does, on the best features of a probe, one layer or several side by side, of the same norm and
+    precision; writes RUN/low_data.json and prints the table:
         igpt-ds probe RUN --data cifar10
         igpt-ds low-data RUN --data cifar10 --labels 4,25,400 --split test
     """
-    from igpt_ds.features.extract import Network, Recipe
+    from igpt_ds.features.extract import Network, Recipe, usual_precision
     from igpt_ds.features.splits import masks_of
 
     counts = [text.strip() for text in labels.split(",")]
@@ -80,10 +86,13 @@ def run(
     weights, config, splits = subject.labelled(split == "test")
     check(splits.train, wanted)
     facts = header("low_data", weights, config, splits)
-    chosen = best_layer(subject.folder / "probe.json", facts["checkpoint"]) if layer is None else layer
-    if chosen > config.model.layers:
-        raise UserError(f"--layer {chosen}: the network has layers 0 to {config.model.layers}: choose among them")
-    network = Network(config, weights, Recipe((chosen,)), subject.ranks, ds)
+    if layer is None:
+        recipe = best_features(subject.folder / "probe.json", facts["checkpoint"])
+    else:
+        recipe = Recipe((layer,), precision=usual_precision())
+    if (last := max(recipe.layers)) > config.model.layers:
+        raise UserError(f"--layer {last}: the network has layers 0 to {config.model.layers}: choose among them")
+    network = Network(config, weights, recipe, subject.ranks, ds)
     scored_set = splits.test or splits.validation
     folder = subject.folder / "features"
     train, scored = collect(network, splits.train, scored_set, masks_of(config, masks), folder)
@@ -92,9 +101,12 @@ def run(
     return {
         **facts,
         "split": scored_set.manifest.split,
-        "layer": chosen,
+        "layers": list(recipe.layers),
+        "norm": recipe.norm,
+        "precision": recipe.precision,
+        "store": recipe.store,
         "regularisation": regularisation,
-        "labels_per_class": judge(train, scored, chosen, wanted, regularisation, config),
+        "labels_per_class": judge(train, scored, recipe.layers, wanted, regularisation, config),
     }
 
 
@@ -130,7 +142,7 @@ def check(train: "Dataset", counts: tuple[int, ...]) -> None:
 def collect(
     network: "Network", train: "Dataset", scored: "Dataset", masks: int, folder: Path
 ) -> "tuple[Features, Scored]":
-    """The features of both splits; of use on rank 0 only, whose work goes on. A collective."""
+    """The features of both splits. A collective of ranks, of which only rank 0's work goes on."""
     from igpt_ds.features.splits import take, take_scored
 
     with network.ranks.meeting():
@@ -140,24 +152,32 @@ def collect(
 
 
 def judge(
-    train: "Features", scored: "Scored", layer: int, counts: tuple[int, ...], strength: float, config: Config
+    train: "Features",
+    scored: "Scored",
+    layers: tuple[int, ...],
+    counts: tuple[int, ...],
+    strength: float,
+    config: Config,
 ) -> dict[str, Any]:
-    """Accuracies by number of labels a class: "mean" and "std" (sample standard deviation) over the subsets."""
+    """Accuracies by number of labels a class: "mean" and "std" (sample standard deviation) over the subsets.
+
+    Args:
+        layers: whose features stand side by side.
+    """
     from igpt_ds.features import classifier
     from igpt_ds.features.splits import ensemble, rows
 
     found: dict[str, Any] = {}
-    features_ID = train.of(layer)
     total = len(counts) * SUBSETS
     with tqdm(total=total, desc="few labels", unit=" subsets", leave=False, disable=None) as progress:
         for count in counts:
             accuracies, masks, converged = [], [], True
             for repeat in range(SUBSETS):
                 chosen = subset(train.labels, count, config.seed, repeat)
-                few = classifier.Rows([(features_ID[chosen],)], train.labels[chosen])
+                few = classifier.Rows([tuple(train.of(layer)[chosen] for layer in layers)], train.labels[chosen])
                 model = next(classifier.fit(few, (strength,)))
-                accuracies.append(model.accuracy(rows(scored.features, (layer,))))
-                masks.append(ensemble(model, scored, (layer,), config))
+                accuracies.append(model.accuracy(rows(scored.features, layers)))
+                masks.append(ensemble(model, scored, layers, config))
                 converged = converged and model.converged
                 progress.update()
             result = {**_spread(accuracies), "n": len(scored.features.labels), "converged": converged}
@@ -174,18 +194,27 @@ def _spread(accuracies: list[float]) -> dict[str, Any]:
     }
 
 
-def best_layer(path: Path, checkpoint: str) -> int:
-    """The best layer of a probe of the same checkpoint (its `fingerprint`)."""
+def best_features(path: Path, checkpoint: str) -> "Recipe":
+    """What did best on the validation split in a probe of the same checkpoint (its `fingerprint`)."""
+    from igpt_ds.features.extract import Norm, Precision, Recipe, Store
+
     try:
         record = read_json(path)
-        probed, layer = record["checkpoint"], record["best_layer"]
-    except (OSError, ValueError, KeyError, TypeError):
+        probed, step = record["checkpoint"], record.get("step")
+        results = [{**each, "layers": [each["layer"]]} for each in record["layers"]]
+        results += record.get("concatenation") or []
+        layers = max(results, key=lambda each: each["accuracy"])["layers"]
+        # Older versions have not recorded all of it: it was so.
+        how = record.get("norm", "first"), record.get("precision", "float32"), record.get("store", "float32")
+        if layers != sorted({layer for layer in layers if type(layer) is int and layer >= 0}) or not layers:
+            raise ValueError("layers")
+        if not all(each in get_args(kind) for each, kind in zip(how, (Norm, Precision, Store), strict=True)):
+            raise ValueError("how they were taken")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: no record of a probe: run igpt-ds probe first, or give --layer") from None
-    if probed != checkpoint or type(layer) is not int or layer < 0:
-        raise UserError(
-            f"{path}: a probe of another checkpoint (step {record.get('step')}): probe it again, or give --layer"
-        )
-    return layer
+    if probed != checkpoint:
+        raise UserError(f"{path}: a probe of another checkpoint (step {step}): probe it again, or give --layer")
+    return Recipe(tuple(layers), *how)
 
 
 def table(record: Record) -> Table:
@@ -195,9 +224,13 @@ def table(record: Record) -> Table:
         masks, subsets = found.get("masks"), len(found["accuracies"])
         lines.append([count, *_cells(found), *(_cells(masks) if masks else ["", ""]), str(subsets), f"{found['n']:,}"])
     headings = ["labels a class", "accuracy", "± std", "modal of masks", "± std", "subsets", "n"]
+    layers = record.get("layers") or [record.get("layer")]
+    of = [f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}", f"norm {record.get('norm') or 'first'}"]
+    types = (("precision", "network"), ("store", "features"))
+    of += [f"{record[key]} {what}" for key, what in types if record.get(key)]
     note = (
-        f"layer {record.get('layer')}, regularisation {record.get('regularisation') or 1:g}; mean and sample "
-        f"standard deviation (n - 1) over subsets; n images of {record.get('split', 'val')}"
+        f"{', '.join(of)}, regularisation {record.get('regularisation') or 1:g}\n"
+        f"mean and sample standard deviation (n - 1) over subsets; n images of {record.get('split', 'val')}"
     )
     if not all(found.get("converged", True) for found in record["labels_per_class"].values()):
         note += "; some classifiers did not converge"

@@ -1,6 +1,6 @@
-"""Features on the disk: RUN/features/NAME-KEY/, computed once for (checkpoint, data, layers, masks, precision).
+"""Features on the disk: RUN/features/NAME-KEY/, computed once for (checkpoint, data, layers, masks, precision, type).
 
-    features.npy    float32 [L, images, D], read through a memory map
+    features.npy    float32 or float16 [L, images, D], read through a memory map
     labels.npy      int64 [images]
     record.json     the facts that KEY is a hash of: the directory's commit mark, published with a rename
 
@@ -10,6 +10,7 @@ checkpoint have another key and are never taken.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ from igpt_ds.loading.loader import source_rows
 from igpt_ds.reading import MOST_BYTES, read_json
 from igpt_ds.weights.base import Weights
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Features:
 
     Attributes:
         numbers: which layers, ascending.
-        layers: float32 [len(numbers), images, D], as a rule a memory map.
+        layers: float32 or float16 [len(numbers), images, D], as a rule a memory map.
         labels: int64 [images].
     """
 
@@ -46,7 +47,7 @@ class Features:
     labels: np.ndarray
 
     def of(self, layer: int) -> np.ndarray:
-        """The features of one layer: float32 [images, D]."""
+        """The features of one layer: [images, D]."""
         return self.layers[self.numbers.index(layer)]
 
 
@@ -80,28 +81,39 @@ def cached(
     title: str,
     images: int | None = None,
     mask_seed: int | None = None,
-) -> Features | None:
+) -> Features:
     """The features of the dataset's (first) images: from `folder` if they are there, else computed and left there.
 
-    A collective of all ranks; rank 0 gets the features, the others None. Features of more layers serve, too.
+    A collective of all ranks, each of which gets them: they must see the same folder. Features of more layers serve,
+    too.
 
     Raises:
         RunError: a feature is not finite.
     """
-    total = min(dataset.rows, images or dataset.rows)
+    total, ranks = min(dataset.rows, images or dataset.rows), network.ranks
     facts = facts_of(network, dataset, total, mask_seed)
-    path = _find(folder, facts) if network.ranks.rank == 0 else None
-    if network.ranks.from_rank_0(path is not None):
-        return _open(path, network.recipe.layers) if path else None
-    if network.ranks.rank:
+    path = ranks.from_rank_0(_find(folder, facts) if ranks.rank == 0 else None)
+    if path is None and ranks.rank:
         extract(network, dataset, title, total, mask_seed, None)
-        return None
-    final = folder / _name(facts)
-    temporary = unfinished(final)
+    elif path is None:
+        path = _make(network, dataset, folder / _name(facts), title, facts, mask_seed)
+    path = ranks.from_rank_0(path)
+    assert path is not None
+    if not path.exists():
+        raise UserError(f"{path}: rank {ranks.rank} does not see it: keep the run where all nodes see it")
+    return _open(path, network.recipe.layers)
+
+
+def _make(
+    network: Network, dataset: Dataset, final: Path, title: str, facts: dict[str, Any], mask_seed: int | None
+) -> Path:
+    """Compute features and publish them as `final`, which is returned; rank 0's part."""
+    temporary, total = unfinished(final), facts["images"]
+    shape = (len(facts["layers"]), total, network.config.model.width)
     try:
         with writing(temporary):
             temporary.mkdir(parents=True)
-            out_LID = _allocate(temporary / "features.npy", (len(facts["layers"]), total, network.config.model.width))
+            out_LID = _allocate(temporary / "features.npy", shape, np.dtype(facts["store"]))
             np.save(temporary / "labels.npy", dataset.labels()[:total], allow_pickle=False)
         extract(network, dataset, title, total, mask_seed, out_LID)
         out_LID.flush()
@@ -112,19 +124,19 @@ def cached(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return _open(final, network.recipe.layers)
+    return final
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
+def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.memmap:
     """A memory map whose space on the disk is there: a disk that fills up later would kill the process."""
-    size = 4 * int(np.prod(shape))
+    size = dtype.itemsize * math.prod(shape)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise UserError(
             f"{path.parent.parent}: {size / 2**30:.3g} GiB of features, but {free / 2**30:.3g} GiB are free: "
-            f"free space, or ask for fewer --layers or --images"
+            f"free space, or ask for {'--store float16, ' if dtype.itemsize > 2 else ''}fewer --layers or --images"
         )
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
@@ -171,7 +183,7 @@ def _open(path: Path, layers: tuple[int, ...]) -> Features:
         stored = np.load(path / "features.npy", mmap_mode="r", allow_pickle=False)
         labels = read_npy(path / "labels.npy", MOST_BYTES)
         assert record is not None
-        fits = stored.dtype == np.float32 and stored.shape[:2] == (len(record["layers"]), record["images"])
+        fits = stored.dtype == record["store"] and stored.shape[:2] == (len(record["layers"]), record["images"])
         if not fits or labels.dtype != np.int64 or labels.shape != (record["images"],):
             raise ValueError("arrays of another shape than recorded")
     except (OSError, ValueError, EOFError) as error:

@@ -63,8 +63,9 @@ class Rows:
         ]
 
     def read(self, part: int, first: int, stop: int) -> np.ndarray:
-        """One block's features, in memory: [stop - first, D]."""
-        return np.concatenate([layer[first:stop] for layer in self.parts[part]], axis=1)
+        """One block's features: [stop - first, D]."""
+        layers = [layer[first:stop] for layer in self.parts[part]]
+        return layers[0] if len(layers) == 1 else np.concatenate(layers, axis=1)
 
     def labels(self, part: int, first: int, stop: int) -> np.ndarray:
         """One block's labels."""

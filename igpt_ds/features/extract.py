@@ -2,12 +2,14 @@
 
 The ranks of a launch share the images. A network that fits a device stands whole on every rank; a larger one is
 divided over the ranks by DeepSpeed (ZeRO-3). Rank 0 receives all features and writes them into a memory map, so that
-no process holds more than a few batches; see cache.py for where they lie.
+no process holds more than a few batches; see cache.py for where they lie. While the network is at work, the next batch
+is read and the last one's features are written.
 
 Suffixes: L layers asked for, I images, B images of a batch, T positions, D width.
 """
 
 import re
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 Norm = Literal["first", "none"]
 Precision = Literal["float32", "bfloat16"]
+Store = Literal["float32", "float16"]
 T = TypeVar("T")
 
 _TOKENS = 1 << 16  # in one forward pass of a rank: 64 images of 32², 16 of 64²
@@ -47,11 +50,19 @@ class Recipe:
         norm: "first": f^l, after the block's first norm (the paper's). "none": the mean of h^l itself, which others
             use.
         precision: of the network; the mean over positions is taken in float32 in any case.
+        store: the type in which features are kept; float16 takes half of the space, and keeps 11 bits of each.
     """
 
     layers: tuple[int, ...]
     norm: Norm = "first"
     precision: Precision = "float32"
+    store: Store = "float32"
+
+
+def usual_precision() -> Precision:
+    """bfloat16 on a GPU that computes in it, else float32."""
+    quick = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if quick else "float32"
 
 
 def load_model(config: Config, checkpoint: Weights | None, precision: Precision = "float32") -> ImageGPT:
@@ -115,7 +126,7 @@ class Network:
         self._engine: Engine | None = None
 
     def features(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Features of a batch (tokens of any type of integers), float32 [L, B, D] on the CPU.
+        """Features of a batch (tokens of any type of integers), [L, B, D] on the CPU, of the type they are kept in.
 
         With a divided network a collective.
         """
@@ -123,7 +134,7 @@ class Network:
             self._build()
         if self._engine is not None:
             found = self._engine.features(tokens_BT, mask_BT, self.recipe.layers, self.recipe.norm == "first")
-            return torch.stack(found).cpu()
+            return self._kept(found)
         assert self._model is not None
         device = self._model.head.weight.device
         with torch.no_grad():
@@ -134,7 +145,10 @@ class Network:
                 logits=False,
                 norm=self.recipe.norm == "first",
             )
-        return torch.stack([output.features[layer] for layer in self.recipe.layers]).cpu()
+        return self._kept([output.features[layer] for layer in self.recipe.layers])
+
+    def _kept(self, features_LBD: list[Tensor]) -> Tensor:
+        return torch.stack(features_LBD).to(getattr(torch, self.recipe.store)).cpu()
 
     def _build(self) -> None:
         if self._ds is None:
@@ -161,7 +175,7 @@ def extract(
     Args:
         mask_seed: of a BERT model's masks, which hide parts of the input as in training (paper section 4.6); None
             hides nothing.
-        out_LID: float32 [L, images, D]; None on the other ranks.
+        out_LID: [L, images, D], of the recipe's type; None on the other ranks.
 
     Raises:
         RunError: a feature is not finite.
@@ -169,25 +183,38 @@ def extract(
     ranks = network.ranks
     batch = min(network.batch, -(-images // ranks.world))
     stride = batch * ranks.world
-    with tqdm(total=images, desc=title, unit=" images", leave=False, disable=True if ranks.rank else None) as progress:
-        batches = evaluation_batches(dataset, batch, ranks.rank, ranks.world)
+    hidden = True if ranks.rank else None
+    with (
+        tqdm(total=images, desc=title, unit=" images", leave=False, disable=hidden) as progress,
+        ThreadPoolExecutor(1, "features") as writer,
+    ):
+        batches = evaluation_batches(dataset, batch, ranks.rank, ranks.world, read_ahead=True)
+        written: Future[None] | None = None
         for first, rows in zip(range(0, images, stride), batches, strict=False):
             mask_BT = _mask(network.config, rows["tokens"], rows["positions"], mask_seed)
             parts = ranks.gather(network.features(rows["tokens"], mask_BT))
-            for rank, part_LBD in enumerate(parts):
-                start = first + rank * batch
-                count = min(batch, images - start)  # what lies beyond only fills the batch up
-                if out_LID is None or count <= 0:
-                    break
-                finite_B = torch.isfinite(part_LBD[:, :count]).all(dim=2).all(dim=0)
-                if not finite_B.all():
-                    bad = (start + torch.nonzero(~finite_B).flatten()).tolist()
-                    raise RunError(
-                        f"{dataset.path}: features of images {listed(bad)} are not finite: the weights are damaged: "
-                        f"take another checkpoint{'' if network.recipe.precision == 'float32' else ', or float32'}"
-                    )
-                out_LID[:, start : start + count] = part_LBD[:, :count].numpy()
+            if written is not None:
+                written.result()  # the last batch's: what is wrong with it is told here
+            if out_LID is not None:
+                written = writer.submit(_write, out_LID, torch.cat(parts, dim=1), first, dataset, network.recipe)
             progress.update(min(stride, images - first))
+        if written is not None:
+            written.result()
+
+
+def _write(out_LID: np.ndarray, found_LBD: Tensor, first: int, dataset: Dataset, recipe: Recipe) -> None:
+    """Features of the images from `first` on; what lies beyond the last only filled the ranks' batches up."""
+    found_LBD = found_LBD[:, : out_LID.shape[1] - first]
+    finite_B = torch.isfinite(found_LBD).all(dim=2).all(dim=0)
+    if not finite_B.all():
+        bad = (first + torch.nonzero(~finite_B).flatten()).tolist()
+        rough = [each for each in (recipe.precision, recipe.store) if each != "float32"]
+        remedy = f", or float32 in place of {' and '.join(rough)}" if rough else ""
+        raise RunError(
+            f"{dataset.path}: features of images {listed(bad)} are not finite: the weights are damaged: "
+            f"take another checkpoint{remedy}"
+        )
+    out_LID[:, first : first + found_LBD.shape[1]] = found_LBD.numpy()
 
 
 def _mask(config: Config, tokens_BT: Tensor, positions_B: Tensor, seed: int | None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """The labelled splits that a classifier is trained and scored on, and their features under several masks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ class Scored:
     unmasked: Features | None = None
 
 
-def take(network: Network, dataset: Dataset, folder: Path, images: int | None, number: int | None = 0) -> Any:
-    """The features of a split on rank 0, None on the other ranks; a collective, see `cached`.
+def take(network: Network, dataset: Dataset, folder: Path, images: int | None, number: int | None = 0) -> Features:
+    """The features of a split; a collective, see `cached`.
 
     Args:
         number: of a BERT model's mask; None hides nothing.
@@ -80,7 +81,7 @@ def take_scored(network: Network, dataset: Dataset, folder: Path, images: int | 
     return Scored(masked[0], masked, take(network, dataset, folder, images, None))
 
 
-def rows(features: Features, layers: tuple[int, ...]) -> Rows:
+def rows(features: Features, layers: Sequence[int]) -> Rows:
     """Images with the features of some layers side by side."""
     return Rows([tuple(features.of(layer) for layer in layers)], features.labels)
 

@@ -13,6 +13,7 @@ process has been copied through a pipe (three to seven times the time of reading
 which is small in containers, and a process that was forked beside CUDA and NCCL is a hazard.
 """
 
+import copy
 import hashlib
 import pickle
 import threading
@@ -27,6 +28,7 @@ import torch
 
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from igpt_ds.loading.ahead import ahead
 from igpt_ds.loading.order import NOTHING_LEFT_OUT, LeftOut, Order, SourceRows
 
 Arrays = dict[str, np.ndarray]
@@ -42,7 +44,7 @@ def source_rows(dataset: Dataset) -> SourceRows:
     """What the order must know of a dataset: the same wherever the directory lies."""
     manifest = dataset.manifest
     digest = hashlib.sha256("".join(shard.sha256 for shard in manifest.shards).encode()).hexdigest()
-    shards = tuple((shard.rows, shard.view) for shard in manifest.shards)
+    shards = tuple(map(tuple, manifest.table[:, [0, 2]].tolist()))
     return SourceRows(f"{manifest.source}/{manifest.split}", shards, digest)
 
 
@@ -104,6 +106,13 @@ class MicroBatches:
         self._first = rank * micro_batch
         self._stride = world * micro_batch
         self.accumulation = batch // self._stride
+
+    def own(self) -> "MicroBatches":
+        """The same for another thread."""
+        found = copy.copy(self)
+        found._datasets = tuple(dataset.own() for dataset in self._datasets)
+        found._order = copy.copy(self._order)
+        return found
 
     def groups(self, indices: Iterable[int]) -> Iterator[list[int]]:
         """Endless indices in the groups to read them in. The first are small: a run starts with its first batch."""
@@ -182,9 +191,12 @@ def train_batches(
 
 
 def evaluation_batches(
-    dataset: Dataset, micro_batch: int, rank: int, world: int, labelled: bool = False
+    dataset: Dataset, micro_batch: int, rank: int, world: int, labelled: bool = False, read_ahead: bool = False
 ) -> Iterator[Batch]:
     """Every row of view 0 once over all ranks, in the dataset's order; equally many batches on every rank.
+
+    Args:
+        read_ahead: whether the next batch is read while the last one is in use.
 
     Yields:
         {"tokens": uint16 [m, n], "weight": float32 [m], "positions": int64 [m]} and, where they are asked for,
@@ -193,6 +205,13 @@ def evaluation_batches(
     """
     if not dataset.rows:
         raise UserError(f"{dataset.path}: the dataset has no rows: build it again")
+    if read_ahead:
+        dataset = pickle.loads(pickle.dumps(dataset))  # open files belong to one thread
+    arrays = _evaluation_arrays(dataset, micro_batch, rank, world, labelled)
+    yield from _tensors(ahead(arrays) if read_ahead else arrays)
+
+
+def _evaluation_arrays(dataset: Dataset, micro_batch: int, rank: int, world: int, labelled: bool) -> Iterator[Arrays]:
     shards = [k for k, record in enumerate(dataset.manifest.shards) if record.view == 0]
     starts = list(accumulate((dataset.manifest.shards[k].rows for k in shards), initial=0))
     labels = dataset.labels() if labelled else None
@@ -206,7 +225,7 @@ def evaluation_batches(
         batch = {"tokens": dataset.read_many(rows), "weight": real.astype(np.float32), "positions": positions}
         if labels is not None:
             batch["labels"] = labels[positions]
-        yield from _tensors([batch])
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -232,7 +251,7 @@ class _Reader(threading.Thread):
     def __init__(self, micro_batches: MicroBatches, groups: Iterable[list[int]]) -> None:
         super().__init__(name="reader", daemon=True)
         # Of its own: open files and the order's caches belong to one thread.
-        self._micro_batches: MicroBatches = pickle.loads(pickle.dumps(micro_batches))
+        self._micro_batches = micro_batches.own()
         self._groups = groups
         self._wanted = threading.Semaphore(1)
         self._found: SimpleQueue[list[Arrays | Exception]] = SimpleQueue()

@@ -18,11 +18,9 @@ order by it.
 import hashlib
 import json
 import math
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -70,10 +68,10 @@ class _SourceOrder:
         self._key = (seed, index)
         self._window_shards = window
         self._shards_of_view = _shards_of_views(source)
-        self._rows_of_shard = [rows for rows, _ in source.shards]
-        self.epoch_rows = sum(self._rows_of_shard[shard] for shard in self._shards_of_view[0])
+        self._rows_of_shard = np.array(source.shards, np.int64)[:, 0]
+        self.epoch_rows = int(self._rows_of_shard[self._shards_of_view[0]].sum())
         self._current = _Window(0, 0, np.empty((0, 2), np.int64))
-        self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
+        self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
 
     def lookup(self, q: int) -> tuple[int, int]:
@@ -97,13 +95,13 @@ class _SourceOrder:
     def _find_window(self, q: int) -> _Window:
         epoch, t = divmod(q, self.epoch_rows)
         shards, starts = self._epoch(epoch)
-        number = bisect_right(starts, t) - 1
+        number = int(np.searchsorted(starts, t, "right")) - 1
         if (epoch, number) not in self._windows:
             first = number * self._window_shards
             chosen = shards[first : first + self._window_shards]
-            rows = [self._rows_of_shard[shard] for shard in chosen]
+            rows = self._rows_of_shard[chosen].tolist()
             sorted_places = np.stack([np.repeat(chosen, rows), np.concatenate([np.arange(count) for count in rows])], 1)
-            start = epoch * self.epoch_rows + starts[number]
+            start = epoch * self.epoch_rows + int(starts[number])
             permutation = _permutation(stable_hash(*self._key, epoch, _ROWS, number), len(sorted_places))
             places = sorted_places.take(permutation, axis=0)
             self._windows[epoch, number] = _Window(start, start + len(places), places)
@@ -112,14 +110,13 @@ class _SourceOrder:
         self._windows.move_to_end((epoch, number))
         return self._windows[epoch, number]
 
-    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The permuted shards of an epoch, and the epoch's row at which each window begins."""
         if epoch not in self._epochs:
             of_view = self._shards_of_view[epoch % len(self._shards_of_view)]
-            permuted = _permutation(stable_hash(*self._key, epoch, _SHARDS), len(of_view))
-            shards = [of_view[k] for k in permuted.tolist()]
-            starts = list(accumulate((self._rows_of_shard[shard] for shard in shards), initial=0))
-            self._epochs[epoch] = shards, starts[: -1 : self._window_shards]
+            shards = of_view.take(_permutation(stable_hash(*self._key, epoch, _SHARDS), len(of_view)))
+            rows = self._rows_of_shard.take(shards)
+            self._epochs[epoch] = shards, (rows.cumsum() - rows)[:: self._window_shards]
             if len(self._epochs) > _WINDOWS_KEPT:
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
@@ -237,7 +234,7 @@ def _permutation(key: int, count: int) -> NDArray[np.int64]:
     return permutation
 
 
-def _shards_of_views(source: SourceRows) -> list[list[int]]:
+def _shards_of_views(source: SourceRows) -> list[NDArray[np.int64]]:
     """Shard indices of each view, checked: views 0 to K - 1, equally many rows, not none."""
     views = 1 + max((view for _, view in source.shards), default=0)
     shards: list[list[int]] = [[] for _ in range(views)]
@@ -252,7 +249,7 @@ def _shards_of_views(source: SourceRows) -> list[list[int]]:
             raise UserError(
                 f"{source.name}: view {view} has {count} rows, view 0 has {rows[0]}: build the dataset again"
             )
-    return shards
+    return [np.array(of_view, np.int64) for of_view in shards]
 
 
 def _reduced(weights: Sequence[int], sources: Sequence[SourceRows]) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """The palette fit: exact where it can be, as good as k-means over all pixels, and reproducible."""
 
+import io
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -9,11 +11,13 @@ import pytest
 from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits, load_sample_images
+from tqdm import tqdm
 
 from data_prep.images.rejects import Tally
 from data_prep.images.transforms import Transform, evaluation
+from data_prep.palette import fit as fits
 from data_prep.palette.count import add_colours, add_up, colour_tasks, count_colours
-from data_prep.palette.fit import _coarse, _colours, distortion, fit
+from data_prep.palette.fit import _histogram, _rounds, _Weighted, distortion, fit
 from data_prep.sources import Source, open_source
 from data_prep.workers.run import Done, Here
 from igpt_ds.errors import UserError
@@ -63,8 +67,11 @@ def test_the_distortion_is_what_it_says(photo: np.ndarray) -> None:
     assert found.rms_levels == pytest.approx(127.5 * np.sqrt((error**2).mean()), rel=1e-9)
 
 
-@pytest.mark.parametrize("k", [8, 64])
-def test_no_worse_than_k_means_over_all_pixels(photo: np.ndarray, k: int) -> None:
+@pytest.mark.parametrize(("k", "easy"), [(8, 1 << 22), (64, 1 << 22), (64, 0), (256, 0)])
+def test_no_worse_than_k_means_over_all_pixels(
+    photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, k: int, easy: int
+) -> None:
+    monkeypatch.setattr(fits, "_EASY", easy)
     counts = counts_of(photo)
     pixels = photo.reshape(-1, 3) / 127.5 - 1.0
     reference = KMeans(k, n_init=1, random_state=0).fit(pixels)
@@ -84,16 +91,61 @@ def test_small_sets_find_the_best_grouping() -> None:
     assert distortion(counts, fit(counts, 16, seed=0)).mse == pytest.approx(min(merged), rel=1e-5)
 
 
-def test_the_same_bytes_again_sorted_and_whatever_the_threads(photo: np.ndarray) -> None:
+@pytest.mark.parametrize("easy", [1 << 22, 0])
+def test_the_same_bytes_again_sorted_and_whatever_the_threads(
+    photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, easy: int
+) -> None:
     from threadpoolctl import threadpool_limits
 
+    monkeypatch.setattr(fits, "_EASY", easy)
     counts = counts_of(photo)
-    palette = fit(counts, 32, seed=4)
+    with threadpool_limits(2):
+        palette = fit(counts, 32, seed=4)
     with threadpool_limits(1):
         assert fit(counts, 32, seed=4).sha256 == palette.sha256
     assert fit(counts, 32, seed=5).sha256 != palette.sha256
     rows = palette.colours.tolist()
     assert rows == sorted(rows)
+
+
+def test_rounds_are_those_of_lloyd(photo: np.ndarray) -> None:
+    """All distances, computed in the plainest way; colours that are not looked up again must belong where they did."""
+    points, weights = np.unique(photo[::3, ::3].reshape(-1, 3), axis=0, return_counts=True)
+    points = points.astype(np.float64)
+    # Between the colours, so that none is as far from two of them.
+    start = wanted = points[:: len(points) // 20][:20] + np.random.default_rng(0).uniform(0.1, 0.4, (20, 3))
+    for rounds in range(1, 13):
+        nearest = np.square(points[:, None] - wanted).sum(2).argmin(1)
+        wanted = np.stack([np.average(points[nearest == i], axis=0, weights=weights[nearest == i]) for i in range(20)])
+        pixels = _Weighted(points, weights.astype(np.float64))
+        found = _rounds(pixels, start, tqdm(disable=True), rounds, gain=0.0, step=1.0)
+        assert found == pytest.approx(wanted, abs=1e-9)
+
+
+def test_a_centre_without_colours_gets_some(photo: np.ndarray) -> None:
+    points = np.unique(photo[::3, ::3].reshape(-1, 3), axis=0).astype(np.float64)
+    centres = np.concatenate([points[:4], np.full((6, 3), -900.0)])
+    for rounds in (1, 20):
+        found = _rounds(_Weighted(points, np.ones(len(points))), centres, tqdm(disable=True), rounds, 0.0, 1.0)
+        assert len(np.unique(found, axis=0)) == 10
+        assert found.min() >= 0
+
+
+def test_the_rounds_are_shown(photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fits, "_EASY", 0)
+    bars = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, **options: object) -> None:
+            assert options.pop("disable", True) is None  # on a terminal only
+            super().__init__(**options, file=io.StringIO())
+            bars.append(self)
+
+    monkeypatch.setattr(fits, "tqdm", Bar)
+    fit(counts_of(photo), 32, seed=0)
+    (bar,) = bars
+    assert bar.n > 10
+    assert re.fullmatch(r"\d+\.\d\d levels", bar.postfix)
 
 
 def test_fewer_colours_than_k_names_both() -> None:
@@ -107,21 +159,22 @@ def test_fewer_colours_than_k_names_both() -> None:
 
 def test_coarse_bins_are_not_used_where_they_are_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand colours in 27 bins of 6 bits: the fit must still tell them apart."""
-    monkeypatch.setattr("data_prep.palette.fit._EASY", 0)
+    monkeypatch.setattr(fits, "_EASY", 0)
     grid = np.stack(np.meshgrid(*[np.arange(100, 110)] * 3), -1).astype(np.uint8)
     palette = fit(counts_of(grid), 100, seed=0)
     assert len(np.unique(palette.encode(grid))) == 100
 
 
-def test_coarse_bins_stand_at_their_exact_means(photo: np.ndarray) -> None:
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_bins_stand_at_their_exact_means(photo: np.ndarray, bits: int) -> None:
     packed = np.flatnonzero(counts := counts_of(photo))
-    means, weights = _coarse(packed, _colours(packed), counts[packed].astype(np.float64))
-    x, bins = photo.reshape(-1, 3) / 127.5 - 1.0, photo.reshape(-1, 3) >> 2
-    assert len(means) == len(np.unique(bins, axis=0))
-    assert weights.sum() == len(x)
+    means, weights = _histogram(packed, counts[packed].astype(np.float64), bits)
+    pixels, side = photo.reshape(-1, 3), 1 << (8 - bits)
+    assert len(means) == len(np.unique(pixels // side, axis=0))
+    assert weights.sum() == len(pixels)
     for mean, weight in zip(means[::97], weights[::97], strict=True):
-        inside = (bins == np.floor((mean + 1) * 127.5 + 1e-6) // 4).all(-1)
-        assert x[inside].mean(0) == pytest.approx(mean, abs=1e-12)
+        inside = (pixels // side == np.floor(mean + 1e-6) // side).all(-1)
+        assert pixels[inside].mean(0) == pytest.approx(mean, abs=1e-9)
         assert inside.sum() == weight
 
 

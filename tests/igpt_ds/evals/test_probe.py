@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +13,21 @@ import pytest
 from PIL import Image
 
 from igpt_ds.config.file import to_toml
+from igpt_ds.config.schema import Config
 from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.shards import Dataset
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError
 from igpt_ds.evals import probe
-from igpt_ds.evals.probe import Collected, Settings, centred, judge
 from igpt_ds.features import classifier_sgd
 from igpt_ds.features.cache import Features
-from igpt_ds.features.choice import choose
-from igpt_ds.features.classifier import Classifier, Rows
+from igpt_ds.features.choice import Choice, Sgd, choose
+from igpt_ds.features.classifier import Rows
+from igpt_ds.features.probing import Collected, Probe, Settings, centred
 from igpt_ds.features.splits import Scored, Splits
 from tests.helpers.commands import call
 from tests.helpers.models import random_model, save_model, small_config
+from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,50 +49,43 @@ def test_the_strength_that_validation_prefers_is_chosen() -> None:
     """With more features than tell anything and wrong labels, little regularisation learns the set by heart."""
     train, validation = noisy(150, 0, wrong=0.2), noisy(2000, 1, wrong=0.0)
     strengths = (1e6, 60.0, 1.0, 1e-3)
-    each = [choose(train, validation, 2, (s,), 1, 0, "test").accuracy for s in strengths]
-    chosen = choose(train, validation, 2, strengths, 1, 0, "test")
+    each = [choose(train, validation, (s,)).accuracy for s in strengths]
+    chosen = choose(train, validation, strengths)
     assert each[1] > max(each[0], each[3]) + 0.1  # the search has something to find
     assert chosen.setting == strengths[int(np.argmax(each))]
     assert chosen.accuracy == pytest.approx(max(each), abs=0.002)
-    assert chosen.classifier.accuracy(validation) == chosen.accuracy
+    assert chosen.classifier is not None and chosen.classifier.accuracy(validation) == chosen.accuracy
 
 
-def rates_tried(monkeypatch: pytest.MonkeyPatch, accuracies: dict[float, float | None]) -> tuple[list[float], Any]:
-    """The rates that a search by SGD tries, and what it ends with, if they have these accuracies (None: diverged)."""
-    tried = []
-    always_1 = Classifier(np.zeros(1), np.ones(1), np.zeros((1, 2)), np.array([0.0, 1.0]), np.arange(2), True)
+def chosen_rates(monkeypatch: pytest.MonkeyPatch, accuracies: list[list[float]]) -> list[Choice]:
+    """What SGD chooses for each layer if the heads have these accuracies by layer and rate (nan: diverged)."""
 
-    def fit(rows: Rows, classes: int, rate: float, *more: Any) -> Any:
-        tried.append(rate)
-        return None if accuracies[rate] is None else dataclasses.replace(always_1, mean_D=np.array([rate]))
+    class Played:
+        def __init__(self, groups: list[Rows], classes: int, rates: tuple[float, ...], *more: Any) -> None:
+            assert rates == classifier_sgd.RATES
 
-    monkeypatch.setattr(classifier_sgd, "fit", fit)
-    monkeypatch.setattr(Classifier, "accuracy", lambda self, rows: accuracies[float(self.mean_D[0])])
-    rows = Rows([(np.zeros((2, 1)),)], np.arange(2))
-    return tried, lambda: choose(rows, rows, 2, (), 1, 0, "test")
+        def accuracies(self, groups: list[Rows], rates: int) -> np.ndarray:
+            return np.array([each + [math.nan] * (rates - len(each)) for each in accuracies])
+
+        def classifier(self, group: int, rate: int) -> tuple[int, int]:
+            return group, rate
+
+    monkeypatch.setattr(classifier_sgd, "fit", Played)
+    rows = [Rows([(np.zeros((2, 1)),)], np.arange(2))] * len(accuracies)
+    return Sgd(2, 1, 128, 0, Ranks()).choose(rows, rows, "test")
 
 
-@pytest.mark.parametrize(
-    ("accuracies", "tried", "best"),
-    [
-        ({30.0: 0.5, 10.0: 0.6, 3.0: 0.55}, [30, 10, 3], 10),
-        ({30.0: 0.5, 10.0: 0.4}, [30, 10], 30),
-        ({30.0: None, 10.0: None, 3.0: 0.2, 1.0: 0.3, 0.3: 0.3, 0.1: 0.1}, [30, 10, 3, 1, 0.3, 0.1], 1),
-        (dict(zip(classifier_sgd.RATES, range(8), strict=True)), list(classifier_sgd.RATES), 0.01),
-    ],
-)
-def test_rates_are_tried_in_order_until_the_accuracy_falls(
-    monkeypatch: pytest.MonkeyPatch, accuracies: dict[float, float | None], tried: list[float], best: float
-) -> None:
-    seen, run = rates_tried(monkeypatch, accuracies)
-    assert run().setting == best
-    assert seen == tried
+def test_of_all_rates_the_best_is_chosen_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equals the largest; only the best of all layers needs its classifier."""
+    nan = math.nan
+    found = chosen_rates(monkeypatch, [[0.5, 0.6, 0.55], [nan, nan, 0.2, 0.7, 0.7, 0.1], [0.6, nan]])
+    assert [(each.setting, each.accuracy) for each in found] == [(10.0, 0.6), (1.0, 0.7), (30.0, 0.6)]
+    assert [each.classifier for each in found] == [None, (1, 3), None]
 
 
 def test_divergence_at_every_rate_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, run = rates_tried(monkeypatch, dict.fromkeys(classifier_sgd.RATES))
     with pytest.raises(RunError, match="diverged at every rate"):
-        run()
+        chosen_rates(monkeypatch, [[0.5], [math.nan]])
 
 
 def test_layers_are_centred_on_the_best() -> None:
@@ -117,6 +114,11 @@ def splits(digits: Path) -> Splits:
     return Splits(Dataset.open(digits / "train"), Dataset.open(digits / "val"))
 
 
+def probed(collected: Collected, splits: Splits, settings: Settings, config: Config | None = None) -> dict[str, Any]:
+    made = Probe(splits, config or small_config(), settings)
+    return made.judge(collected, made.choose(collected))
+
+
 def test_each_layer_is_judged_on_its_own_features_and_validation_is_folded_into_training(splits: Splits) -> None:
     """Class 2 is in the validation and test splits only: a classifier knows it if it was trained on both."""
     generator = np.random.default_rng(1)
@@ -127,7 +129,7 @@ def test_each_layer_is_judged_on_its_own_features_and_validation_is_folded_into_
         corners(labels, seed, (False, True, False)) for seed, labels in enumerate((known, held_out, tested))
     )
     collected = Collected(train, Scored(validation), Scored(test))
-    record = judge(collected, splits, small_config(), Settings(strengths=(0.1,), concatenate=(2,)))
+    record = probed(collected, splits, Settings(strengths=(0.1,), concatenate=(2,)))
     assert [r["layer"] for r in record["layers"]] == [0, 1, 2]
     accuracies = [r["accuracy"] for r in record["layers"]]
     assert max(accuracies[0], accuracies[2]) < 0.55
@@ -149,7 +151,7 @@ def test_without_a_test_split_none_is_reported(splits: Splits) -> None:
     labels = np.arange(60) % 3
     found = corners(labels, 0, (True, True, False))
     before = corners(labels, 1, (False, False, False))
-    record = judge(Collected(found, Scored(found), None, (before, before)), splits, small_config(), Settings())
+    record = probed(Collected(found, Scored(found), None, (before, before)), splits, Settings())
     assert record["test"] is None
     assert record["best_layer"] == 0  # of equals the first
     assert len(record["untrained"]) == 3 and record["untrained"][0]["accuracy"] < 0.8
@@ -167,7 +169,7 @@ def test_masks_are_ensembled_by_the_modal_prediction(splits: Splits) -> None:
 
     masked = [misled(third) for third in range(3)]
     scored = Scored(masked[0], masked, corners(labels, 9, telling))
-    record = judge(Collected(corners(labels, 0, telling), scored), splits, config, Settings(masks=3))
+    record = probed(Collected(corners(labels, 0, telling), scored), splits, Settings(masks=3), config)
     masks = record["masks"]
     assert masks["single"] == pytest.approx([2 / 3] * 3) and masks["single_mean"] == pytest.approx(2 / 3)
     assert masks["single_std"] == pytest.approx(0, abs=1e-12)
@@ -233,6 +235,32 @@ def test_probe_command_writes_what_it_prints(
     assert (record["train_images"], record["validation_images"], record["untrained"]) == (40, 40, [])
     assert [r["layer"] for r in record["layers"]] == [1, 2] and record["pixels"] is None
     assert all(r["learning_rate"] in classifier_sgd.RATES and r["regularisation"] is None for r in record["layers"])
+    assert (record["precision"], record["store"], record["iterations"], record["batch"]) == (
+        "float32",
+        "float32",
+        20,
+        128,
+    )
+
+
+@pytest.mark.distributed
+def test_ranks_divide_the_heads_and_find_what_one_finds(
+    run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two and five ranks for three layers and, side by side, for one group; features in float16."""
+    data = with_test_split(digits, run.parent / "data")
+    how = ["--solver", "sgd", "--iterations", "60", "--sgd-batch", "32", "--store", "float16", "--concatenate", "2"]
+    words = [str(run), "--data", str(data), *how, "--split", "test"]
+    assert call(monkeypatch, "probe", *words) == 0
+    (cache,) = (run / "features").glob("*train*")
+    assert np.load(cache / "features.npy", mmap_mode="r").dtype == np.float16
+    alone = json.loads((run / "probe.json").read_text())
+    for world in (2, 5):
+        out = run.parent / f"{world}.json"
+        texts = run_ranks("igpt_ds", ["probe", *words, "--json", str(out)], world=world, limit=200)
+        assert [text.count("written:") for text in texts] == [1] + [0] * (world - 1)
+        assert json.loads(out.read_text()) == alone
+    assert alone["store"] == "float16" and len({result["learning_rate"] for result in alone["layers"]}) > 1
 
 
 def test_a_bert_model_is_probed_under_masks(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +286,8 @@ def test_probe_refuses_what_does_not_fit(
     assert "no BERT model" in refused("probe", run, "--masks", 5)
     assert "layers 0 to 2" in refused("probe", run, "--layers", "3")
     assert "only 3 layers" in refused("probe", run, "--concatenate", 5)
-    assert "belongs to" in refused("probe", run, "--iterations", 5)
+    assert "belong to --solver sgd" in refused("probe", run, "--iterations", 5)
+    assert "belong to --solver sgd" in refused("probe", run, "--sgd-batch", 5)
     assert "no checkpoint of step 3: choose one of those there: 7" in refused("probe", run, "--step", 3)
 
     bare = tmp_path / "unlabelled"

@@ -4,13 +4,17 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
+from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.features import classifier, classifier_sgd
+from igpt_ds.features.choice import Sgd
 from igpt_ds.features.classifier import Classifier, Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+CPU = torch.device("cpu")
 SCALES = np.array([1, 10, 0.1, 1, 1, 1])
 
 
@@ -142,29 +146,37 @@ def test_every_row_is_seen_once_an_epoch_in_another_order(monkeypatch: pytest.Mo
     monkeypatch.setattr(classifier_sgd, "_BLOCKS", 3)
     rows = numbered(23, 9)  # 32 rows, two batches an epoch
     epochs = []
-    stream = classifier_sgd.batches(rows, 16, seed=1)
+    stream = classifier_sgd.batches([rows], 16, 1, CPU)
     for _ in range(3):
         first, second = next(stream), next(stream)
-        labels = np.concatenate([first[1], second[1]])
-        assert np.array_equal(np.concatenate([first[0], second[0]]), np.stack([labels, -labels], axis=1))
+        labels = torch.cat([first[1], second[1]]).numpy()
+        assert np.array_equal(torch.cat([first[0][0], second[0][0]]), np.stack([labels, -labels], axis=1))
         assert sorted(labels) == list(range(32))
         epochs.append(labels.tolist())
     assert epochs[0] != epochs[1] != epochs[2] != list(range(32))
-    again = classifier_sgd.batches(rows, 16, seed=1)
-    assert np.concatenate([next(again)[1], next(again)[1]]).tolist() == epochs[0]
-    # Batches that do not divide the rows go on into the next epoch; none is short.
-    sizes = [len(batch[1]) for batch in itertools.islice(classifier_sgd.batches(rows, 10, seed=1), 20)]
-    assert sizes == [10] * 20
+    again = classifier_sgd.batches([rows], 16, 1, CPU)
+    assert torch.cat([next(again)[1], next(again)[1]]).tolist() == epochs[0]
+    # Batches that do not divide the rows, or are more, go on into the next epoch; none is short.
+    for size in (10, 40):
+        found = list(itertools.islice(classifier_sgd.batches([rows], size, 1, CPU), 16))
+        assert [len(labels) for _, labels in found] == [size] * 16
+        seen = torch.cat([labels for _, labels in found])
+        assert all(sorted(seen[i : i + 32].tolist()) == list(range(32)) for i in range(0, 160, 32))
+        assert torch.equal(torch.cat([x for x, _ in found], dim=1)[0, :, 0], seen.float())
+
+
+def alone(rows: Rows, classes: int, rate: float, steps: int, seed: int = 0, batch: int = 128) -> Classifier:
+    return classifier_sgd.fit([rows], classes, [rate], steps, seed, "test", batch).classifier(0, 0)
 
 
 def test_sgd_follows_momentum_and_cosine_to_the_letter() -> None:
     """Against the update written out in float64."""
     rows, steps, rate = clouds(3, 64), 12, 0.05
-    found = classifier_sgd.fit(rows, 3, rate, steps, seed=4, title="test", batch=16)
-    assert found is not None
+    found = alone(rows, 3, rate, steps, seed=4, batch=16)
     weights, bias = np.zeros((6, 3)), np.zeros(3)
     moved_weights, moved_bias = np.zeros((6, 3)), np.zeros(3)
-    for step, (x, labels) in enumerate(itertools.islice(classifier_sgd.batches(rows, 16, 4), steps)):
+    stream = itertools.islice(classifier_sgd.batches([rows], 16, 4, CPU), steps)
+    for step, (x, labels) in enumerate((x[0].double().numpy(), labels.numpy()) for x, labels in stream):
         scores = x @ weights + bias
         p = np.exp(scores - scores.max(1, keepdims=True))
         slope = (p / p.sum(1, keepdims=True) - np.eye(3)[labels]) / 16
@@ -175,16 +187,68 @@ def test_sgd_follows_momentum_and_cosine_to_the_letter() -> None:
     np.testing.assert_allclose(found.bias_C, bias, atol=1e-4)
 
 
+def layers_of(images: int, seed: int = 0, dtype: str = "float32") -> list[Rows]:
+    """Three layers of 6 features of the same images, of different scale."""
+    rows = clouds(3, images, seed)
+    scales = ((rows.parts[0][0] - 3) / SCALES.astype(np.float32) * factor for factor in (1, 0.3, 2))
+    return [Rows([(layer.astype(dtype),)], rows.labels_I) for layer in scales]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_heads_trained_at_once_are_those_trained_one_by_one(dtype: str) -> None:
+    train, held_out, rates = layers_of(500, 0, dtype), layers_of(200, 1, dtype), [0.1, 0.01]
+    bank = classifier_sgd.fit(train, 3, rates, 60, 5, "test", 32)
+    accuracies = bank.accuracies(held_out, len(rates))
+    assert accuracies.shape == (3, 2) and len(set(accuracies.ravel())) > 3
+    for group, rows in enumerate(train):
+        for number, rate in enumerate(rates):
+            one, among = alone(rows, 3, rate, 60, 5, 32), bank.classifier(group, number)
+            np.testing.assert_allclose(among.weights_DC, one.weights_DC, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(among.bias_C, one.bias_C, rtol=1e-4, atol=1e-6)
+            assert accuracies[group, number] == pytest.approx(one.accuracy(held_out[group]), abs=1e-12)
+
+
+def test_layers_side_by_side_are_one_group() -> None:
+    layers = layers_of(300)
+    beside = Rows([tuple(rows.parts[0][0] for rows in layers)], layers[0].labels_I)
+    joined = Rows([(np.concatenate([rows.parts[0][0] for rows in layers], axis=1),)], layers[0].labels_I)
+    ours, theirs = alone(beside, 3, 0.05, 40), alone(joined, 3, 0.05, 40)
+    assert ours.weights_DC.shape == (18, 3) and np.array_equal(ours.weights_DC, theirs.weights_DC)
+
+
+def test_the_heads_are_shared_out_each_to_one_rank() -> None:
+    for groups, rates, world in itertools.product((1, 2, 3, 7, 49), (1, 3, 8), (1, 2, 3, 5, 8, 16)):
+        had: list[tuple[int, int]] = []
+        for rank in range(world):
+            of_groups, of_rates = classifier_sgd.share(groups, rates, rank, world)
+            had += itertools.product(of_groups, of_rates)
+        assert sorted(had) == list(itertools.product(range(groups), range(rates))), (groups, rates, world)
+    loads = [len(classifier_sgd.share(49, 8, rank, 8)[0]) for rank in range(8)]
+    assert sorted(loads) == [6] * 7 + [7]
+    one_group = [classifier_sgd.share(1, 8, rank, 8) for rank in range(8)]
+    assert [(list(groups), list(rates)) for groups, rates in one_group] == [([0], [rank]) for rank in range(8)]
+
+
 def test_sgd_comes_near_the_unregularised_optimum() -> None:
     train, test = clouds(3, 600), clouds(3, 600, seed=1)
     scaled = [Rows([((rows.parts[0][0] - 3) / SCALES.astype(np.float32),)], rows.labels_I) for rows in (train, test)]
     best = next(classifier.fit(train, (1e-3,)))
-    found = classifier_sgd.fit(scaled[0], 3, 0.1, 1500, seed=0, title="test")
-    assert found is not None
+    found = alone(scaled[0], 3, 0.1, 1500)
     assert (found.predict(scaled[1]) == best.predict(test)).mean() > 0.96
 
 
-def test_a_rate_at_which_sgd_diverges_gives_nothing() -> None:
-    rows = clouds(3, 200)
-    huge = Rows([(rows.parts[0][0] * 1e18,)], rows.labels_I)
-    assert classifier_sgd.fit(huge, 3, 1e30, 40, seed=0, title="test") is None
+def test_a_rate_at_which_sgd_diverges_spoils_no_other_head() -> None:
+    train, held_out = layers_of(300), layers_of(200, 1)
+    huge, huge_held_out = (Rows([(layers[1].parts[0][0] * 1e18,)], layers[1].labels_I) for layers in (train, held_out))
+    bank = classifier_sgd.fit([train[0], huge], 3, [1e30, 0.1], 40, 0, "test")
+    accuracies = bank.accuracies([held_out[0], huge_held_out], 2)
+    assert np.isnan(accuracies[1, 0])
+    assert accuracies[0, 1] == alone(train[0], 3, 0.1, 40).accuracy(held_out[0]) > 0.4
+    sgd = Sgd(3, 40, 128, 0, Ranks())
+    assert sgd.fit(huge, 1e30, "test") is None and sgd.fit(train[0], 0.1, "test") is not None
+
+
+def test_more_heads_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier_sgd, "free_bytes", lambda device, neighbours: 1000)
+    with pytest.raises(UserError, match="for 3 layers at once do not fit in memory: probe fewer --layers"):
+        classifier_sgd.fit(layers_of(50), 3, [0.1], 5, 0, "test")

@@ -1,6 +1,7 @@
 """Features: against plain forward passes of one image, on several ranks, and from the cache."""
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.features import cache as feature_cache
 from igpt_ds.features.cache import Features, cached
-from igpt_ds.features.extract import Network, Recipe, extract, load_model, parse_layers, pixels
+from igpt_ds.features.extract import Network, Recipe, extract, load_model, parse_layers, pixels, usual_precision
 from igpt_ds.model.transformer import GATE, ImageGPT
 from igpt_ds.objectives import masked_pixel
 from igpt_ds.weights.base import config_of
@@ -90,6 +91,64 @@ def test_bfloat16_is_near_float32(digits: Path, tmp_path: Path) -> None:
     exact, rough = (np.asarray(found.layers) for found in both if found)
     error = np.abs(rough - exact).max() / np.abs(exact).max()
     assert 1e-5 < error < 2e-2
+
+
+def test_float16_keeps_half_the_bytes_and_eleven_bits(digits: Path, tmp_path: Path) -> None:
+    config = digits_config()
+    checkpoint, dataset = saved(random_model(config), config, tmp_path), Dataset.open(digits / "val")
+    exact, rough = (
+        cached(Network(config, checkpoint, recipe, ALONE, batch=7), dataset, tmp_path / "f", "test").layers
+        for recipe in (Recipe((0, 2)), Recipe((0, 2), store="float16"))
+    )
+    assert (exact.dtype, rough.dtype) == (np.float32, np.float16) and 2 * rough.nbytes == exact.nbytes
+    np.testing.assert_array_equal(rough, exact.astype(np.float16))
+    # What has no float16 is no infinity among features.
+    model = random_model(config)
+    with torch.no_grad():
+        model.blocks[0].norm_attention.gain.fill_(1e8)
+    large = saved(model, config, tmp_path / "large")
+    network = Network(config, large, Recipe((0,), store="float16"), ALONE)
+    with pytest.raises(RunError, match=r"not finite.* or float32 in place of float16"):
+        cached(network, dataset, tmp_path / "f", "test")
+
+
+def test_a_gpu_that_computes_in_bfloat16_does_so_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, quick, expected in ((False, True, "float32"), (True, True, "bfloat16"), (True, False, "float32")):
+
+        def supported(including_emulation: bool = True, quick: bool = quick) -> bool:
+            return quick or including_emulation
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert usual_precision() == expected
+
+
+def test_the_next_batch_is_read_while_the_network_is_at_work(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the network has batch k, another thread reads batch k + 1: here it waits until that is read."""
+    config, dataset = digits_config(), Dataset.open(digits / "val")
+    network = Network(config, saved(random_model(config), config, tmp_path), ALL, ALONE, batch=16)
+    read, readers, begun = threading.Semaphore(0), set(), 0
+    read_many, features = Dataset.read_many, Network.features
+
+    def noting(self: Dataset, rows: Any) -> np.ndarray:
+        readers.add(threading.get_ident())
+        found = read_many(self, rows)
+        read.release()
+        return found
+
+    def waiting(self: Network, tokens_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+        nonlocal begun
+        begun += 1
+        for _ in range(2 if begun == 1 else 1 if begun < 5 else 0):
+            assert read.acquire(timeout=20), "nothing is read ahead"
+        return features(self, tokens_BT, mask_BT)
+
+    monkeypatch.setattr(Dataset, "read_many", noting)
+    monkeypatch.setattr(Network, "features", waiting)
+    extract(network, dataset, "test", dataset.rows, None, np.empty((3, dataset.rows, 32), np.float32))
+    assert begun == 5 and len(readers) == 1 and threading.get_ident() not in readers
 
 
 def test_pixels_are_the_palettes_colours(digits: Path) -> None:
@@ -172,9 +231,10 @@ def test_other_weights_data_masks_or_precision_are_other_features(take: Cached, 
     take(checkpoint, mask_seed=5)
     take(checkpoint, Recipe((0, 1, 2), "none"))
     take(checkpoint, Recipe((0, 1, 2), "first", "bfloat16"))
+    take(checkpoint, Recipe((0, 1, 2), "first", "float32", "float16"))
     take.dataset = Dataset.open(digits / "train")
     take(checkpoint)
-    assert take.built == 8 == len(list(take.folder.iterdir()))
+    assert take.built == 9 == len(list(take.folder.iterdir()))
 
 
 def test_features_under_another_checkpoints_name_are_refused(take: Cached) -> None:

@@ -311,17 +311,20 @@ def test_source_rows_do_not_depend_on_the_place(tmp_path: Path) -> None:
     assert source_rows(build(tmp_path / "c", [(4, 0), (3, 1), (1, 1)], seed=1)) != source_rows(first)
 
 
-def all_ranks(dataset: Dataset, micro_batch: int, world: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+def all_ranks(
+    dataset: Dataset, micro_batch: int, world: int, read_ahead: bool = False
+) -> Iterator[list[dict[str, torch.Tensor]]]:
     labelled = dataset.manifest.classes is not None
-    return (list(evaluation_batches(dataset, micro_batch, rank, world, labelled)) for rank in range(world))
+    return (list(evaluation_batches(dataset, micro_batch, rank, world, labelled, read_ahead)) for rank in range(world))
 
 
+@pytest.mark.parametrize("read_ahead", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("micro_batch", [1, 4, 13, 50])
-def test_evaluation_sees_every_row_once(tmp_path: Path, world: int, micro_batch: int) -> None:
+def test_evaluation_sees_every_row_once(tmp_path: Path, world: int, micro_batch: int, read_ahead: bool) -> None:
     # View 1 lies between the shards of view 0 and must not be read.
     dataset = build(tmp_path / "val", [(9, 0), (13, 1), (4, 0)], labelled=True)
-    ranks = list(all_ranks(dataset, micro_batch, world))
+    ranks = list(all_ranks(dataset, micro_batch, world, read_ahead))
     assert {len(batches) for batches in ranks} == {-(-13 // (world * micro_batch))}
     batches = [batch for batches in ranks for batch in batches]
     assert {batch["tokens"].shape for batch in batches} == {(micro_batch, 4)}
