@@ -24,6 +24,7 @@ from igpt_ds.planner.devices import DEVICES, INTERCONNECTS
     metavar="NAME",
     help=f"Between nodes: {', '.join(INTERCONNECTS)}, or a GPU's GB/s.",
 )
+@click.option("--resolution", type=click.IntRange(1, 4096), help="Pixels a side of the images here  [the job's].")
 @click.option("--steps", default=3, show_default=True, type=click.IntRange(1, 1000), help="Steps to time; 3 more run.")
 @click.option(
     "--limit",
@@ -42,6 +43,7 @@ def rehearse(
     gpus_per_node: int,
     device: str | None,
     interconnect: str,
+    resolution: int | None,
     steps: int,
     limit: float,
     json_path: Path | None,
@@ -51,20 +53,20 @@ def rehearse(
     \b
     One of 64 GPUs, on a machine with one:
         igpt-ds rehearse xl --nodes 8 --gpus-per-node 8
-    Its memory on a laptop, with short sequences:
-        igpt-ds rehearse s --nodes 8 --set data.resolution=8
+    Its memory on a laptop, with images of 8 x 8 in place of the job's:
+        igpt-ds rehearse s --nodes 8 --resolution 8
 
     The rank runs through the real engine: ZeRO, recomputation, compilation, optimiser, a save. Measured are its memory
     and the time that it computes; messages are as planned. Tokens are random, no data is needed, and the network
-    learns nothing. docs/rehearse.md says how far to trust it. On a CPU the rank runs in float32, unless --set
-    training.precision says otherwise, and the job's speed is planned.
+    learns nothing. On a CPU the rank runs in float32, unless --set training.precision says otherwise; there, and with
+    --resolution, the job's speed is planned. docs/rehearse.md says how far to trust it.
     """
     # Before torch is loaded: its profiler tells when it begins and ends.
     os.environ |= {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    from igpt_ds.rehearse.job import Machines
+    from igpt_ds.rehearse.job import Request
     from igpt_ds.rehearse.report import text
     from igpt_ds.rehearse.run import run
 
-    machines = Machines(nodes, gpus_per_node, device, interconnect)
-    record = run(preset, overrides, ds_name, machines, steps, limit, lambda line: click.echo(line, err=True))
+    request = Request(preset, overrides, ds_name, nodes, gpus_per_node, device, interconnect, resolution)
+    record = run(request, steps, limit, lambda line: click.echo(line, err=True))
     show(text(record), record, json_path)

@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import load_config
+from igpt_ds.config.rules import contradictions
 from igpt_ds.config.schema import replace
 from igpt_ds.errors import UserError
 from igpt_ds.memory import available_bytes
@@ -20,18 +22,30 @@ from igpt_ds.train.machine import Asked, Settled, settle
 
 
 @dataclass(frozen=True)
-class Machines:
-    """What a job is to run on.
+class Request:
+    """What is to be rehearsed.
 
     Attributes:
-        device: see `find_device`; None: the GPU that is here, on a CPU an H200.
+        preset, overrides, ds_name: as `igpt-ds pretrain` takes them, by --preset, --set and --ds.
+        nodes, gpus_per_node: the job's machines.
+        device: theirs, see `find_device`; None: the GPU that is here, on a CPU an H200.
         interconnect: see `find_interconnect`.
+        resolution: of the images here; None: the job's.
     """
 
+    preset: str
+    overrides: Sequence[str] = ()
+    ds_name: str = "auto"
     nodes: int = 1
     gpus_per_node: int = 8
     device: str | None = None
     interconnect: str = "ib-ndr"
+    resolution: int | None = None
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,8 @@ class Rehearsal:
     Attributes:
         gpu: the name of the GPU that is here; None: it is a CPU.
         planned: the job on its machines.
-        here: the same as it runs here: on a CPU in float32, and not compiled, unless that was asked for.
+        here: the same as it runs here: on images of another resolution, if that is asked for; on a CPU in float32, and
+            not compiled, if nothing else is asked for.
         device, network: the data sheet of the job's machines, and bytes/s between them.
     """
 
@@ -50,6 +65,11 @@ class Rehearsal:
     here: Settled
     device: Device
     network: float
+
+    @property
+    def real(self) -> bool:
+        """Whether the rank runs here as it would on the job's machines."""
+        return self.gpu is not None and self.here == self.planned
 
     @property
     def memory(self) -> Memory:
@@ -62,34 +82,39 @@ class Rehearsal:
         return step_time(self.planned.layout, self.device, self.network, Assumptions())
 
 
-def prepare(preset: str, overrides: Sequence[str], ds_name: str, machines: Machines, at_hand: Here) -> Rehearsal:
+def prepare(request: Request, at_hand: Here) -> Rehearsal:
     """Lay the job out.
 
     Args:
-        overrides, ds_name: as `igpt-ds pretrain` takes them by --set and --ds.
         at_hand: what is here.
 
     Raises:
         UserError: the job cannot be; or this machine's memory does not suffice for one of its ranks.
     """
-    config = load_config(preset, overrides)
+    config = load_config(request.preset, request.overrides)
     require_facts(config, "rehearse")
-    world, per_node = machines.nodes * machines.gpus_per_node, machines.gpus_per_node
-    network = find_interconnect(machines.interconnect)
+    network = find_interconnect(request.interconnect)
     gpu = at_hand.name if at_hand.gpu else None
-    device = _sheet(machines.device, gpu)
-    if gpu is None or machines.device is not None:
-        there = Machine(machines.device or "h200", machines.interconnect).here(world, per_node)
+    device = _sheet(request.device, gpu)
+    if gpu is None or request.device is not None:
+        machine = Machine(request.device or "h200", request.interconnect)
+        there = machine.here(request.ranks, request.gpus_per_node)
     else:
-        there = dataclasses.replace(at_hand, ranks=world, ranks_per_node=per_node, interconnect=network)
-    planned = settle(Asked(config, None if ds_name == "auto" else load_ds_config(ds_name)), there)
-    here = planned
+        there = dataclasses.replace(at_hand, ranks_per_node=request.gpus_per_node, interconnect=network)
+    ds = None if request.ds_name == "auto" else load_ds_config(request.ds_name)
+    planned = settle(Asked(config, ds), there)
+    asked = {override.partition("=")[0].strip() for override in request.overrides}
+    changes: dict[str, Any] = {}
     if gpu is None:
-        asked = {override.partition("=")[0].strip() for override in overrides}
         # A CPU's products in bfloat16 take many times as long.
         changes = {"precision": "float32", "compile": False}
         changes = {key: value for key, value in changes.items() if f"training.{key}" not in asked}
-        here = settle(Asked(replace(planned.config, "training", **changes), planned.ds_source), there)
+    changed = replace(planned.config, "training", **changes)
+    if request.resolution is not None:
+        changed = replace(changed, "data", resolution=request.resolution)
+        if faults := contradictions(changed):
+            raise UserError(f"--resolution {request.resolution}: {'; '.join(faults)}")
+    here = planned if changed == planned.config else settle(Asked(changed, planned.ds_source), there)
     rehearsal = Rehearsal(gpu, planned, here, device, network)
     _require_memory(rehearsal)
     return rehearsal
@@ -109,5 +134,5 @@ def _require_memory(rehearsal: Rehearsal) -> None:
     if needed > free:
         raise UserError(
             f"rehearse: a rank takes {size_text(needed)} of this machine's memory by plan, and {size_text(free)} are "
-            "free: rehearse shorter sequences (--set data.resolution=8), a job of more ranks, or on a larger machine"
+            "free: rehearse smaller images (--resolution 8), a job of more ranks, or on a larger machine"
         )

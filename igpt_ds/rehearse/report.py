@@ -27,7 +27,7 @@ def make_record(rehearsal: Rehearsal, rank: int, measured: Measured) -> dict[str
     # On a CPU all memory is the processor's.
     planned_peak = plan.total + (plan.host if rehearsal.gpu is None else 0)
     ratio = measured.peak / planned_peak
-    job_peak = measured.peak if rehearsal.gpu else int(ratio * bytes_per_rank(rehearsal.planned.layout).total)
+    job_peak = measured.peak if rehearsal.real else int(ratio * bytes_per_rank(rehearsal.planned.layout).total)
     planned = {kind: getattr(plan, kind) for kind in _STATES}
     if plan.host and rehearsal.gpu is None:
         planned = {kind: size for kind, size in planned.items() if kind == "second_copy"}  # the others are in `host`
@@ -84,17 +84,17 @@ def make_record(rehearsal: Rehearsal, rank: int, measured: Measured) -> dict[str
 
 
 def _speed(rehearsal: Rehearsal, measured: Measured) -> dict[str, Any]:
-    """How fast the job is: what was computed here with the messages planned; on a CPU all of it as planned."""
+    """How fast the job is: what was computed here with the messages planned; or all of it as planned, on a CPU say."""
     layout, time = rehearsal.planned.layout, rehearsal.time
     config, step, sheet = layout.config, time.step, rehearsal.device
-    if rehearsal.gpu:
+    if rehearsal.real:
         # The optimiser does not begin before the last message of the passes has come.
         passes = max(measured.step - time.optimizer, time.hidden_messages)
         step = passes + time.optimizer + time.messages
-        sheet = recognise(rehearsal.gpu) or sheet
+        sheet = recognise(measured.device) or sheet
     flops = flops_per_image(config) * config.training.batch
     return {
-        "measured": rehearsal.gpu is not None,
+        "measured": rehearsal.real,
         "step_seconds": step,
         "planned_seconds": {
             "step": time.step,
@@ -117,7 +117,7 @@ def text(record: dict[str, Any]) -> str:
 
 def _facts(record: dict[str, Any]) -> str:
     job, here, seconds = record["job"], record["rehearsed"], record["seconds"]
-    how = "computed here, messages as planned" if job["measured"] else "planned; a CPU's seconds say nothing of it"
+    how = "computed here, messages as planned" if job["measured"] else "planned"
     likely = "" if job["measured"] else ", planned, times the ratio below"
     return aligned(
         [

@@ -4,27 +4,24 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from igpt_ds.distributed.device import at_hand, require_device
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.rehearse.job import Machines, prepare
+from igpt_ds.rehearse.job import Request, prepare
 from igpt_ds.rehearse.measure import Tell, measure
 from igpt_ds.rehearse.ranks import PlayedRanks
 from igpt_ds.rehearse.report import make_record
 from igpt_ds.text import time_text
 
 
-def run(
-    preset: str, overrides: Sequence[str], ds_name: str, machines: Machines, steps: int, limit: float, tell: Tell
-) -> dict[str, Any]:
-    """Run one rank of the job here; its record, see `igpt_ds.rehearse.report`.
+def run(request: Request, steps: int, limit: float, tell: Tell) -> dict[str, Any]:
+    """Run one rank of a job here; its record, see `igpt_ds.rehearse.report`.
 
     Args:
-        preset, overrides, ds_name: see `igpt_ds.rehearse.job.prepare`.
         steps: how many are timed.
         limit: seconds after which it is given up.
         tell: is told what goes on.
@@ -35,12 +32,11 @@ def run(
     """
     if "RANK" in os.environ:
         raise UserError("rehearse: RANK is set, as a launcher does: one process plays all ranks: start it without one")
-    world = machines.nodes * machines.gpus_per_node
-    here = at_hand(PlayedRanks(0, world))
-    rehearsal = prepare(preset, overrides, ds_name, machines, here)
+    here = at_hand(PlayedRanks(0, request.ranks))
+    rehearsal = prepare(request, here)
     require_device(rehearsal.here.config, here)
     # Below stage 3 the last rank's gradients come first, so it takes most. At stage 3 ranks compare what rank 0 says.
-    ranks = PlayedRanks(0 if rehearsal.here.layout.stage == 3 else world - 1, world)
+    ranks = PlayedRanks(0 if rehearsal.here.layout.stage == 3 else request.ranks - 1, request.ranks)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its lines go where the figures go
     tell(rehearsal.planned.how)
@@ -52,7 +48,7 @@ def run(
         tell(line)
 
     def over() -> str:
-        return f"--limit: {time_text(limit)} are over, in {doing!r}: allow more, or rehearse shorter sequences"
+        return f"--limit: {time_text(limit)} are over ({doing}): allow more, or rehearse smaller images (--resolution)"
 
     with _within(limit, over):
         measured = measure(rehearsal.here, ranks, steps, note)
