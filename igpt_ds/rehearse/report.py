@@ -33,7 +33,7 @@ def make_record(rehearsal: Rehearsal, rank: int, measured: Measured) -> dict[str
         planned = {kind: size for kind, size in planned.items() if kind == "second_copy"}  # the others are in `host`
     return {
         "name": config.name,
-        "parameters": parameter_count(config),
+        "parameters": parameter_count(rehearsal.planned.config),
         "decided": rehearsal.planned.how,
         "job": {
             "device": rehearsal.device.label.replace(".*", " "),
