@@ -2,8 +2,8 @@
 
 Two tables. How far a gradient is from the exact one when the ranks' parts are added in bfloat16 as a ring adds them,
 each sum rounded, beside how far the bfloat16 pass itself is from the float32 one. And how many bytes a parameter a
-single rank moves in a step beside the network's own passes and Adam's update, by ZeRO stage (tensors read and written by
-torch's operations): gradients are copied, added and cleared, their norm is taken, and new weights are copied.
+single rank moves in a step beside the network's own passes and Adam's update, by ZeRO stage (what torch's operations
+read and write): gradients are copied, added and cleared, their norm is taken, and new weights are copied.
 
 Under a launcher, such as `torchrun --nproc-per-node 4 -m benchmarks.gradients`: the losses of a small training in
 float32, and in bfloat16 with gradients summed in bfloat16 and in float32.

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What the job scripts share; sourced from the repository's root. One srun task is one rank.
+# What the job scripts share; sourced from the repository's root. One srun task is one rank. It may see all GPUs of its
+# node, as --gpus-per-node leaves it, or its own alone (--gpus-per-task=1, --gpu-bind=single).
 #   data_options              --data once for each folder in DATA
 #   machine                   --ds where DS_CONFIG is set
 #   run_ranks COMMAND ...     start it on every rank; pass the scheduler's notice on; then, by what became of it:
