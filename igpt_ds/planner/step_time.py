@@ -37,9 +37,10 @@ class Assumptions:
         attention: what each kernel reaches of the peak, by the FLOPs that it does.
         passes, passes_compiled: over memory beside the products of a block, forward and backward, in units of B T d
             numbers, each read or written.
-        gradient_bytes: moved a parameter and micro-batch, beside the backward pass's own writing.
-        optimizer_bytes: moved a parameter of the rank's share and step (read in DeepSpeed 0.19: norm, copies, Adam, and
-            weights written).
+        gradient_bytes: moved a parameter and micro-batch, beside the backward pass's own writing (a single rank's were
+            counted by benchmarks/gradients.py; how they are divided was read in DeepSpeed 0.19).
+        gradient_share_bytes: the same, of the parameters of the rank's share.
+        optimizer_bytes: moved a parameter of the rank's share and step: norm, copies, Adam, and weights written.
         host: seconds that a rank's processor takes a block and micro-batch, the block being computed again (measured).
         host_kept: the share of that where it is not; host_compiled: where it is compiled.
         sync: seconds by which waiting for the device once delays it.
@@ -55,8 +56,9 @@ class Assumptions:
     attention: dict[str, float] = field(default_factory=lambda: {"cudnn": 0.55, "flash": 0.38, "efficient": 0.25})
     passes: tuple[int, int] = (18, 30)
     passes_compiled: tuple[int, int] = (17, 26)
-    gradient_bytes: tuple[int, ...] = (12, 18, 28, 28)
-    optimizer_bytes: tuple[int, ...] = (32, 34, 54, 54)
+    gradient_bytes: tuple[int, ...] = (12, 18, 12, 12)
+    gradient_share_bytes: tuple[int, ...] = (0, 0, 26, 28)
+    optimizer_bytes: tuple[int, ...] = (32, 34, 66, 66)
     host: tuple[float, ...] = (2.5e-3, 3.2e-3, 4.2e-3, 7.5e-3)
     host_kept: float = 0.55
     host_compiled: float = 0.8
@@ -122,10 +124,9 @@ def step_time(layout: Layout, device: Device, network: float, assumed: Assumptio
     timed = tuple((t, _seconds(t, layout, device, network, assumed)) for t in transfers(layout))
     overlap = layout.option("overlap_comm", layout.stage == 3)
     hidden = sum(s for t, s in timed if overlap and layout.stage in _CONCURRENT.get(t.operation, ()))
-    moved = layout.division.accumulation * assumed.gradient_bytes[layout.stage] * parameter_count(layout.config)
     return StepTime(
         compute_seconds(layout, device, assumed),
-        moved / (device.bandwidth * assumed.memory),
+        _gradient_seconds(layout, device, assumed),
         hidden,
         sum(s for _, s in timed) - hidden,
         _optimizer_seconds(layout, device, assumed),
@@ -151,6 +152,14 @@ def _seconds(transfer: Transfer, layout: Layout, device: Device, network: float,
     return seconds + transfer.messages * transfer.factor * hops
 
 
+def _gradient_seconds(layout: Layout, device: Device, assumed: Assumptions) -> float:
+    """Copies of gradients on their way, and what adds them up."""
+    stage = layout.stage
+    moved = assumed.gradient_bytes[stage] + assumed.gradient_share_bytes[stage] / layout.ranks
+    times = layout.division.accumulation - (stage == 0)  # there the first micro-batch's are the sum
+    return times * moved * parameter_count(layout.config) / (device.bandwidth * assumed.memory)
+
+
 def _optimizer_seconds(layout: Layout, device: Device, assumed: Assumptions) -> float:
     """Adam reads and writes master weights and moments, reads gradients, and writes weights; what goes with it."""
     count = parameter_count(layout.config)
@@ -159,7 +168,7 @@ def _optimizer_seconds(layout: Layout, device: Device, assumed: Assumptions) -> 
         whole = 0
         if layout.stage == 1 and layout.bf16:
             # The norm of all gradients, and their clearing; between ranks copies into messages and out of them.
-            whole = 8 if layout.ranks == 1 else 20
+            whole = 12 if layout.ranks == 1 else 24
         moved = assumed.optimizer_bytes[layout.stage] * shard + whole * count
         return moved / (device.bandwidth * assumed.memory)
     # Gradients go to the processor, weights come back.

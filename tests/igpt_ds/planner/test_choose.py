@@ -59,7 +59,7 @@ def said(decision: Decision) -> tuple[str, str, int, str, bool]:
         ("xl", gpus(H200, 64), ("zero3", "bfloat16", 1, "none", True), "64 x H200 on 8 nodes: bf16, ZeRO-3, no"),
         ("s", gpus(RTX_4090), ("zero1", "bfloat16", 16, "none", True), "1 x RTX 4090: bf16"),
         # Its states are 24 GiB.
-        ("l", gpus(RTX_4090), ("zero2_offload", "bfloat16", 8, "1/48", True), "ZeRO-2 and offload"),
+        ("l", gpus(RTX_4090), ("zero2_offload", "bfloat16", 8, "none", True), "ZeRO-2 and offload"),
         ("s", gpus(V100), ("zero0", "float32", 2, "none", True), "1 x V100: float32, ZeRO-0"),
         ("tiny", cpus(), ("zero0", "float32", 8, "none", False), "2 x CPU: float32, ZeRO-0, no recomputation, micro-"),
     ],
