@@ -124,13 +124,13 @@ def bytes_per_rank(layout: Layout, gpu: bool = True) -> Memory:
         optimizer_step=step,
         host=host,
         arriving=arriving,
-        passes=_passes(layout, activations, arriving, held) + buffers - resting,
+        passes=_passes(layout, activations, arriving, buffers, held) - resting,
         resting=resting,
     )
 
 
-def _passes(layout: Layout, activations: list[int], arriving: int, held: Gathering) -> int:
-    """The peak of both passes, without what stays and without buffers, on the rank whose gradients arrive first."""
+def _passes(layout: Layout, activations: list[int], arriving: int, buffers: int, held: Gathering) -> int:
+    """The peak of both passes, with buffers but without all else that stays, on the rank whose gradients come first."""
     config, summed_up = layout.config, layout.division.accumulation > 1
     sent, collected = _sent(layout)
     block, done = block_parameters(config), sum(module_sizes(config).after)
@@ -139,9 +139,14 @@ def _passes(layout: Layout, activations: list[int], arriving: int, held: Gatheri
         """Whether a bucket is full while a block is differentiated: two thirds of it, the MLP, come at once."""
         return layout.width * (done + 2 * block // 3) >= sent
 
-    # In the forward pass the most is gathered before its end.
-    peaks = [arriving * summed_up + activations[0] - activations[-1] + layout.width * held.live]
-    for size in activations:
+    there, gathered = arriving * summed_up + activations[0], layout.width * held.live_backward
+    # In the forward pass the most is gathered before its end. When the backward pass begins, stages 1 and 2 have no
+    # buffers yet; when the first gradient comes, the logits are gone.
+    peaks = [
+        there - activations[-1] + layout.width * held.live + buffers,
+        there + gathered + (buffers if layout.stage == 3 else 0),
+    ]
+    for size in [activations[0] - _logit_bytes(layout), *activations[1:]]:
         if summed_up:
             # Stage 2 has those of the last micro-batch apart.
             arrived = arriving * (2 if layout.stage == 2 else 1)
@@ -151,12 +156,12 @@ def _passes(layout: Layout, activations: list[int], arriving: int, held: Gatheri
         else:
             arrived = min(arriving, 4 * done)
         copied = sent if collected and full(done) else 0
-        peaks.append(arrived + size + copied + layout.width * held.live_backward)
+        peaks.append(arrived + size + copied + gathered + buffers)
         done += block
     # In the end a bucket that is full only now is sent, or what is left after others were; or all.
     whole = layout.width * parameter_count(config)
-    peaks.append(min(sent, whole) if collected else arriving + sent)
-    peaks.append(arriving + whole % sent if collected and whole >= sent else 0)
+    peaks.append(min(sent, whole) + buffers if collected else arriving + sent)
+    peaks.append(arriving + whole % sent + buffers if collected and whole >= sent else 0)
     return max(peaks)
 
 
@@ -179,7 +184,7 @@ def activation_bytes(layout: Layout, gpu: bool = True) -> tuple[int, int]:
 
 
 def _backward(layout: Layout, gpu: bool) -> list[int]:
-    """Activations when the backward pass comes to each block, from the last block to the first."""
+    """Activations when the backward pass comes to each block, from the last block to the first; at first the logits."""
     config, layers = layout.config, layout.config.model.layers
     tokens = layout.division.micro_batch * config.sequence_length // layout.sequence_parallel
     inside = _INSIDE if gpu else _INSIDE + _UNFUSED_NORMS
@@ -188,9 +193,14 @@ def _backward(layout: Layout, gpu: bool) -> list[int]:
     before = [0, *itertools.accumulate(kept if layer in layout.recomputed else inside for layer in range(layers - 1))]
     unit = tokens * config.model.width * layout.width
     found = [unit * (units + inside + _PASSING) for units in reversed(before)]
-    # The logits, their logarithms of probabilities and the gradient of these, both in float32.
-    found[0] += tokens * config.palette_size * (layout.width + 8)
+    found[0] += _logit_bytes(layout)
     return found
+
+
+def _logit_bytes(layout: Layout) -> int:
+    """The logits, their logarithms of probabilities and the gradient of these, both in float32."""
+    tokens = layout.division.micro_batch * layout.config.sequence_length // layout.sequence_parallel
+    return tokens * layout.config.palette_size * (layout.width + 8)
 
 
 def _buffers(layout: Layout) -> int:
