@@ -49,7 +49,7 @@ def choose(
 
 def _order(device: torch.device, tokens: int) -> list[SDPBackend]:
     flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    rest = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE]  # the last: of other devices
     if device.type != "cuda" or torch.version.hip:
         return [flash, *rest]
     # Before 9.15.1 cuDNN's gradients can be NaN where the length is no multiple of 128 (pytorch #169849). Newer torch

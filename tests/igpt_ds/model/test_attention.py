@@ -13,7 +13,7 @@ from igpt_ds.model import attention
 from igpt_ds.model.transformer import ImageGPT
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-REST = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+REST = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH, SDPBackend.OVERRIDEABLE]
 CPU = torch.device("cpu")
 
 
