@@ -1,5 +1,6 @@
 """Likelihood against float64 and closed forms; on several ranks; the command."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -224,7 +225,7 @@ def test_the_command_writes_what_it_prints(
     # A manifest that does not record it, of data that something else has built.
     silent = {key: manifest.palette[key] for key in ("k", "sha256")}
     try:
-        Manifest(**{**vars(manifest), "palette": silent}).save(digits / "val")
+        dataclasses.replace(manifest, palette=silent).save(digits / "val")
         assert call("eval", run, "--step", 7) == 0
     finally:
         manifest.save(digits / "val")
@@ -277,5 +278,5 @@ def test_the_command_refuses_what_does_not_fit(
     other = Palette(-dataset.palette.colours)
     other.save(folder / "val" / "palette.npy")
     manifest = Manifest.load(digits / "val")
-    Manifest(**{**vars(manifest), "palette": {"k": 16, "sha256": other.sha256}}).save(folder / "val")
+    dataclasses.replace(manifest, palette={"k": 16, "sha256": other.sha256}).save(folder / "val")
     assert "another palette" in refused(run, "--data", folder)

@@ -205,7 +205,7 @@ def with_test_split(digits: Path, folder: Path) -> Path:
     shutil.copytree(digits, folder)
     shutil.copytree(folder / "val", folder / "test")
     manifest = Manifest.load(folder / "test")
-    Manifest(**{**vars(manifest), "split": "test"}).save(folder / "test")
+    dataclasses.replace(manifest, split="test").save(folder / "test")
     return folder
 
 
@@ -294,13 +294,13 @@ def test_probe_refuses_what_does_not_fit(
     shutil.copytree(digits, bare)
     for split in ("train", "val"):
         manifest = Manifest.load(bare / split)
-        Manifest(**{**vars(manifest), "classes": None}).save(bare / split)
+        dataclasses.replace(manifest, classes=None).save(bare / split)
     assert "label" in refused("probe", run, "--data", bare)
 
     split = tmp_path / "other_classes"
     shutil.copytree(digits, split)
     manifest = Manifest.load(split / "val")
-    Manifest(**{**vars(manifest), "classes": [*"abcdefghij"]}).save(split / "val")
+    dataclasses.replace(manifest, classes=[*"abcdefghij"]).save(split / "val")
     assert "classes are not those" in refused("probe", run, "--data", split)
 
     shutil.rmtree(split / "val")

@@ -278,6 +278,17 @@ def test_nothing_is_left_where_the_disk_is_full_or_a_feature_is_not_finite(
     assert list(take.folder.iterdir()) == []
 
 
+def test_a_rank_that_does_not_see_the_features_says_so(digits: Path, tmp_path: Path) -> None:
+    class OnAnotherNode(Ranks):
+        def from_rank_0(self, value: Any) -> Any:
+            return tmp_path / "features" / "of rank 0"
+
+    config = digits_config()
+    network = Network(config, saved(random_model(config), config, tmp_path), ALL, OnAnotherNode(1, 2, 1, 2))
+    with pytest.raises(UserError, match="of rank 0: rank 1 does not see it: keep the run where all nodes see it"):
+        cached(network, Dataset.open(digits / "val"), tmp_path / "features", "test")
+
+
 # --- several ranks ---------------------------------------------------------------------------------------------
 
 
