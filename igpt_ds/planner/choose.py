@@ -20,7 +20,7 @@ from igpt_ds.config.schema import Config
 from igpt_ds.config.schema import replace as changed
 from igpt_ds.errors import UserError
 from igpt_ds.planner.devices import INTERCONNECTS, Device, recognise
-from igpt_ds.planner.layout import Layout
+from igpt_ds.planner.layout import Layout, laid_out
 from igpt_ds.planner.memory import Memory, bytes_per_rank
 from igpt_ds.planner.step_time import Assumptions, StepTime, recomputed_share, step_time
 from igpt_ds.text import counted
@@ -163,8 +163,8 @@ def ways(
         for micro in divisors(share) if recipe.micro_batch == "auto" else [recipe.micro_batch]:
             division = divide_batch(recipe.batch, micro, here.ranks, recipe.sequence_parallel)
             kept = changed(config, "training", micro_batch=division.micro_batch, activation_checkpointing="none")
-            zero = resolve(tree, kept, division, here.ranks_per_node)["zero_optimization"]
-            layout, fits = Layout(kept, zero, division, here.ranks_per_node), False
+            ds = resolve(tree, kept, division, here.ranks_per_node)
+            layout, fits = laid_out(kept, ds, division, here.ranks_per_node), False
             named = recipe.activation_checkpointing
             for mode in _modes(layout, here) if named == "auto" else [named]:
                 other = layout.with_training(activation_checkpointing=mode)

@@ -50,11 +50,11 @@ def transfers(layout: Layout) -> list[Transfer]:
     """All large messages of a step; those of norms, flags and losses are some bytes."""
     stage, ranks, accumulation = layout.stage, layout.ranks, layout.division.accumulation
     count = parameter_count(layout.config)
-    whole, bucket = layout.width * count, layout.option("reduce_bucket_size", 500_000_000)
+    summed, bucket = layout.sent_width * count, layout.option("reduce_bucket_size", 500_000_000)
     found = []
     if stage == 3:
         found += _gatherings(layout)
-        found.append(Transfer("scatter gradients", accumulation * whole, ranks, accumulation * _parts(count, bucket)))
+        found.append(Transfer("scatter gradients", accumulation * summed, ranks, accumulation * _parts(count, bucket)))
     else:
         # Stages 0 and 1 sum up the micro-batches first.
         times = accumulation if stage == 2 else 1
@@ -62,9 +62,9 @@ def transfers(layout: Layout) -> list[Transfer]:
         if stage == 1 and layout.bf16:
             to_owner = False  # an optimiser class of its own, which does not know the option
         messages = times * (_parts(count, bucket) if stage else 1)
-        found.append(Transfer("reduce gradients", times * whole, ranks, messages, 1 if to_owner else 2))
+        found.append(Transfer("reduce gradients", times * summed, ranks, messages, 1 if to_owner else 2))
         if stage:
-            found.append(Transfer("gather weights", whole, ranks, 1))
+            found.append(Transfer("gather weights", layout.width * count, ranks, 1))
     if layout.sequence_parallel > 1:
         found.append(_exchange(layout))
     return [transfer for transfer in found if transfer.sent]

@@ -18,12 +18,14 @@ class Layout:
         zero: the resolved `zero_optimization` (see `igpt_ds.config.deepspeed.resolve`).
         division: of the batch over the ranks.
         ranks_per_node: GPUs of a node.
+        summed_in: DeepSpeed's `communication_data_type`, in which ranks sum up gradients; None: in that of weights.
     """
 
     config: Config
     zero: dict[str, Any]
     division: Division
     ranks_per_node: int
+    summed_in: str | None = None
 
     def __post_init__(self) -> None:
         recipe = self.config.training
@@ -57,8 +59,13 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Bytes of a weight, an activation or a gradient on its way."""
+        """Bytes of a weight, an activation or a gradient in its backward pass."""
         return 2 if self.bf16 else 4
+
+    @property
+    def sent_width(self) -> int:
+        """Bytes of a gradient on its way between ranks."""
+        return {"bf16": 2, "fp32": 4}.get(self.summed_in or "", self.width)
 
     @property
     def checkpointing(self) -> str:
@@ -107,7 +114,12 @@ def lay_out(config: Config, ds_source: str, nodes: int, ranks_per_node: int) -> 
     recipe = config.training
     division = divide_batch(recipe.batch, recipe.micro_batch, nodes * ranks_per_node, recipe.sequence_parallel)
     ds = resolve(load_ds_config(ds_source), config, division, ranks_per_node)
-    return Layout(config, ds["zero_optimization"], division, ranks_per_node)
+    return laid_out(config, ds, division, ranks_per_node)
+
+
+def laid_out(config: Config, ds: dict[str, Any], division: Division, ranks_per_node: int) -> Layout:
+    """By a resolved DeepSpeed configuration."""
+    return Layout(config, ds["zero_optimization"], division, ranks_per_node, ds.get("communication_data_type"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config, replace
 from igpt_ds.errors import UserError
 from igpt_ds.planner.choose import Here, decide
-from igpt_ds.planner.layout import Layout
+from igpt_ds.planner.layout import Layout, laid_out
 from igpt_ds.reading import read_json
 from igpt_ds.run.directory import Run
 
@@ -89,7 +89,7 @@ class Settled:
     @property
     def layout(self) -> Layout:
         """The training on its machines, for the planner."""
-        return Layout(self.config, self.ds["zero_optimization"], self.division, self.ranks_per_node)
+        return laid_out(self.config, self.ds, self.division, self.ranks_per_node)
 
     def ds_record(self) -> dict[str, Any]:
         """What RUN/ds.json holds."""

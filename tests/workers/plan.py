@@ -16,7 +16,7 @@ from igpt_ds.config.batch import Division, divide_batch
 from igpt_ds.config.deepspeed import load_ds_config, resolve
 from igpt_ds.config.file import load_config
 from igpt_ds.config.schema import Config
-from igpt_ds.planner.layout import Layout
+from igpt_ds.planner.layout import Layout, laid_out
 from igpt_ds.rehearse.watch import tensor_bytes, watch
 from tests.helpers.ranks import record_and_end
 
@@ -49,6 +49,7 @@ class Case:
     small: bool = False
     measured: bool = False  # on a larger network, memory as well
     changes: tuple[tuple[str, Any], ...] = ()
+    summed_in: str = ""  # the type of gradients between ranks, chosen
 
     @property
     def name(self) -> str:
@@ -62,6 +63,7 @@ class Case:
                 *(["small"] if self.small else []),
                 *(["measured"] if self.measured else []),
                 *(f"{key}={value}" for key, value in self.changes),
+                *([f"summed-in-{self.summed_in}"] if self.summed_in else []),
             ]
         )
 
@@ -96,12 +98,14 @@ class Case:
         if self.measured:
             zero.update({key: value for key, value in LARGER.items() if key in zero})
         zero.update(self.changes)
+        if self.summed_in:
+            tree["communication_data_type"] = self.summed_in
         return resolve(tree, config, division, 2), division
 
     def layout(self, world: int) -> Layout:
         """What the planner is asked about."""
         ds, division = self.resolved(world)
-        return Layout(self.config(world), ds["zero_optimization"], division, 2)
+        return laid_out(self.config(world), ds, division, 2)
 
 
 _BF16 = "bfloat16"
@@ -118,6 +122,8 @@ MEASURED = [
 MESSAGES = [
     *(Case(f"zero{stage}", accumulation=2) for stage in (0, 1, 2, 3)),
     *(Case(f"zero{stage}", _BF16, 2) for stage in (1, 2)),
+    *(Case(f"zero{stage}", _BF16, summed_in="fp32") for stage in (1, 2, 3)),
+    Case("zero0", summed_in="bf16"),
     *(Case(f"zero{stage}", accumulation=2, changes=(("use_multi_rank_bucket_allreduce", False),)) for stage in (1, 2)),
     Case("zero3", small=True),
     Case("zero3", _BF16, small=True, accumulation=2),
