@@ -245,14 +245,16 @@ def test_probe_command_writes_what_it_prints(
 
 @pytest.mark.distributed
 def test_ranks_divide_the_heads_and_find_what_one_finds(
-    run: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two and five ranks for three layers and, side by side, for one group; features in float16."""
+    """Two and five ranks for three layers and, side by side, for one group; float16, votes by the best of all heads."""
+    run = make_run(digits, tmp_path / "run", "masked_pixel")
     data = with_test_split(digits, run.parent / "data")
     how = ["--solver", "sgd", "--iterations", "60", "--sgd-batch", "32", "--store", "float16", "--concatenate", "2"]
+    how += ["--masks", "2"]
     words = [str(run), "--data", str(data), *how, "--split", "test"]
     assert call(monkeypatch, "probe", *words) == 0
-    (cache,) = (run / "features").glob("*train*")
+    (cache,) = (run / "features").glob("*-train-*")
     assert np.load(cache / "features.npy", mmap_mode="r").dtype == np.float16
     alone = json.loads((run / "probe.json").read_text())
     for world in (2, 5):
