@@ -2,7 +2,8 @@
 
 A source module has a docstring that says which layout it reads, and `open_source(paths, **options) -> Source`,
 whose keyword arguments (all `str | None = None`) are the options that `--option name=value` sets. Options that name
-a file of classes stand in its `CLASS_FILES`, if it has such. To add a source is to add a file here; nothing else
+a file of classes stand in its `CLASS_FILES`, if it has such. Where the images are tokens already (`TokenSource`), their
+palette is the second argument, `palette`. To add a source is to add a file here; nothing else
 changes.
 
 A source holds up to two pools of images, as they were published: "train", of which a share can be held out as the
