@@ -37,6 +37,7 @@ from igpt_ds.text import size_text
 RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 BATCH = 128  # the paper names none for this; the one that it pre-trains with
 MOMENTUM = 0.9
+_CPU = torch.device("cpu")
 _BLOCK, _BLOCKS = 128, 64  # rows read at once, and blocks whose rows are shuffled together
 
 
@@ -162,7 +163,9 @@ def _require_memory(groups: Sequence[Rows], heads: int, batch: int, device: torc
     width, itemsize = groups[0].width, groups[0].parts[0][0].itemsize
     pool = len(groups) * min(len(groups[0]) + batch, _BLOCK * _BLOCKS + batch) * width * itemsize
     trained = len(groups) * 4 * (2 * width * heads + 3 * batch * heads + batch * width)
-    for place, needed in ((torch.device("cpu"), 2 * pool), (device, pool + trained)):
+    host = 2 * pool  # the pool in use, and the next one
+    needs = [(device, host + trained)] if device.type == "cpu" else [(_CPU, host), (device, pool + trained)]
+    for place, needed in needs:
         if needed > free_bytes(place, neighbours):
             raise UserError(
                 f"SGD: {size_text(needed)} for {len(groups)} layers at once do not fit in memory: probe fewer "
