@@ -31,7 +31,6 @@ import os
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def write_shard(
                 tar.addfile(info, io.BytesIO(data))
     # Hashed as read back: what is on the disk, not what was meant to be.
     record = ShardRecord(name, rows, path.stat().st_size, sha256_file(path), view, token_offset, block_bytes)
-    mark = {**asdict(record), "note": dict(note or {})}
+    mark = {**record._asdict(), "note": dict(note or {})}
     publish_text(path.with_suffix(".json"), json.dumps(mark, indent=1) + "\n")
     return record
 

@@ -15,7 +15,6 @@ which is small in containers, and a process that was forked beside CUDA and NCCL
 
 import copy
 import hashlib
-import pickle
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -206,7 +205,7 @@ def evaluation_batches(
     if not dataset.rows:
         raise UserError(f"{dataset.path}: the dataset has no rows: build it again")
     if read_ahead:
-        dataset = pickle.loads(pickle.dumps(dataset))  # open files belong to one thread
+        dataset = dataset.own()  # open files belong to one thread
     arrays = _evaluation_arrays(dataset, micro_batch, rank, world, labelled)
     yield from _tensors(ahead(arrays) if read_ahead else arrays)
 

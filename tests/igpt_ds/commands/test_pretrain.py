@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,16 @@ def test_print_config_can_be_read_back(
     assert (config.name, config.seed, config.training.steps, config.training.stop_at) == ("tiny", 1, 7, 3)
     assert config.data.sources == (str(digits),)
     assert not (tmp_path / "run").exists()
+
+
+def test_print_config_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from igpt_ds.cli import main\n"
+        "sys.argv = ['igpt-ds', 'pretrain', 'unused', '--preset', 's', '--print-config']\n"
+        "main(); print({'torch', 'deepspeed'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", done.stderr
 
 
 def test_dry_run_tells_the_size_and_writes_nothing(

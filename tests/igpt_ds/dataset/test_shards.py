@@ -16,7 +16,7 @@ import pytest
 import webdataset as wds
 
 from data_prep.check.verify import verify
-from igpt_ds.dataset.manifest import Manifest
+from igpt_ds.dataset.manifest import Manifest, ShardRecord
 from igpt_ds.dataset.npy import from_npy, read_npy, to_npy
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset, read_mark, write_shard
@@ -365,6 +365,61 @@ def test_malformed_manifest(tmp_path: Path, changes: dict, complaint: str) -> No
         Dataset.open(tmp_path / "d")
     assert "\n" not in str(caught.value)
     assert "igpt-data shards again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"rows": 12.0}, "rows is 12.0"),
+        ({"rows": True}, "rows is True"),
+        ({"name": None}, "name is None"),
+        ({"more": 1}, "the keys should be name, rows, bytes, sha256, view, token_offset, block_bytes"),
+        ({"name": "a/b"}, "the record of shard 'a/b' makes no sense"),
+        ({"name": "train-00000"}, "a shard is listed twice"),
+        ({"rows": 0}, "the record of shard 'train-00001' makes no sense"),
+        ({"rows": 10}, "its shards hold .* rows by view, but it says 22 a view"),
+        ({"rows": 1 << 62}, "the record of shard 'train-00001' makes no sense"),
+        ({"bytes": 1}, "the record of shard 'train-00001' makes no sense"),
+        ({"token_offset": 0}, "the record of shard 'train-00001' makes no sense"),
+        ({"token_offset": -(1 << 62)}, "the record of shard 'train-00001' makes no sense"),
+        ({"block_bytes": 1 << 62}, "the record of shard 'train-00001' makes no sense"),
+        ({"bytes": (1 << 64) - 1}, "malformed"),  # beyond what NumPy counts with
+        ({"view": -1}, "shard 'train-00001' belongs to view -1 of 1"),
+        ({"view": 1}, "shard 'train-00001' belongs to view 1 of 1"),
+    ],
+    ids=str,
+)
+def test_malformed_record_among_others(tmp_path: Path, changes: dict, complaint: str) -> None:
+    make_dataset(tmp_path / "d")
+    rewrite_record(tmp_path / "d", 1, **changes)
+    with pytest.raises(UserError, match=complaint) as caught:
+        Dataset.open(tmp_path / "d")
+    assert "\n" not in str(caught.value) and "manifest.json: malformed" in str(caught.value)
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "d")
+    before = (tmp_path / "d" / "manifest.json").read_bytes()
+    manifest = Manifest.load(tmp_path / "d")
+    assert manifest.shards == [ShardRecord(**record) for record in json.loads(before)["shards"]]
+    manifest.save(tmp_path / "d")
+    assert (tmp_path / "d" / "manifest.json").read_bytes() == before
+
+
+def test_another_thread_reads_through_its_own_files(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "d")
+    dataset = Dataset.open(tmp_path / "d")
+    dataset.read(0, 0)
+    own = dataset.own()
+    assert own.manifest is dataset.manifest and not own._files
+    assert (own.read(1, 0) == dataset.read(1, 0)).all() and (own.tokens(0) == dataset.tokens(0)).all()
+    assert set(own._files.values()).isdisjoint(dataset._files.values())
+    # It knows when the files were written, too.
+    third = dataset.own()
+    with (tmp_path / "d" / "train-00001.tar").open("r+b") as file:
+        file.write(b"other")
+    with pytest.raises(UserError, match="it was changed while it was in use"):
+        third.read(1, 0)
 
 
 @pytest.mark.parametrize("text", ["[" * 50_000, '{"a":' * 50_000, '{"rows": ' + "9" * 5000 + "}", "{}\x00", "3"])
