@@ -11,7 +11,7 @@ import torch
 from igpt_ds.config.schema import Config
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import UserError
-from igpt_ds.memory import free_bytes
+from igpt_ds.memory import available_bytes, free_bytes
 from igpt_ds.planner.choose import Here
 
 
@@ -27,6 +27,7 @@ def at_hand(ranks: Ranks) -> Here:
         ranks=ranks.world,
         ranks_per_node=ranks.neighbours,
         compiles=not missing_to_compile(),
+        host=available_bytes() // ranks.neighbours,
     )
 
 
@@ -38,6 +39,7 @@ def in_common(here: Here, ranks: Ranks) -> Here:
     return dataclasses.replace(
         ranks.from_rank_0(here),
         memory=ranks.least(here.memory),
+        host=ranks.least(here.host),
         bf16=bool(ranks.least(here.bf16)),
         compiles=bool(ranks.least(here.compiles)),
     )

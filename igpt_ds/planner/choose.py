@@ -10,6 +10,7 @@ Equal input gives an equal decision, on every rank.
 """
 
 import bisect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class Here:
         bf16: it computes bfloat16 in hardware.
         compiles: a compiler and Python's headers are there.
         interconnect: bytes/s of a GPU between nodes (see `find_interconnect`).
+        host: bytes of the processor's memory that one rank may use; by default it is taken to suffice.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Here:
     ranks_per_node: int
     compiles: bool = True
     interconnect: float = INTERCONNECTS["ib-ndr"]
+    host: int = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,16 @@ def choose(
     if len(found) == 1 and ds is not None:
         return found[0]  # all of it is specified, and a plan is no proof
     least, gib = min(found, key=lambda choice: choice.memory.total), 2**30
+    takes, has = (
+        f"{least.memory.total / gib:.3g} GiB",
+        f"{USABLE * here.memory / gib:.3g} of {here.memory / gib:.3g} GiB",
+    )
+    if least.memory.host > USABLE * here.host:
+        takes += f" and {least.memory.host / gib:.3g} of the processor's"
+        has += f" and {USABLE * here.host / gib:.3g} of the processor's {here.host / gib:.3g}"
     raise UserError(
-        f"{config.name} does not fit {here.name}: it takes at least {least.memory.total / gib:.3g} GiB a rank "
-        f"({_how(least)}), and {USABLE * here.memory / gib:.3g} of {here.memory / gib:.3g} GiB can be used: "
+        f"{config.name} does not fit {here.name}: it takes at least {takes} a rank ({_how(least)}), and {has} can be "
+        "used: "
         + ("take more or larger GPUs" if here.gpu else "take a machine with more memory, or a smaller network")
         + (", or --ds auto" if ds is not None else "")
     )
@@ -191,8 +201,9 @@ def _modes(layout: Layout, here: Here) -> list[str]:
 
 
 def _fits(memory: Memory, here: Here) -> bool:
-    # On a CPU what is offloaded lies there, too.
-    return memory.total + (0 if here.gpu else memory.host) <= USABLE * here.memory
+    if here.gpu:
+        return memory.total <= USABLE * here.memory and memory.host <= USABLE * here.host
+    return memory.total + memory.host <= USABLE * here.memory
 
 
 def _preferred(fitting: list[Choice]) -> Choice:

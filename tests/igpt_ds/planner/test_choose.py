@@ -188,6 +188,13 @@ def test_offload_is_for_what_nothing_else_fits() -> None:
     # Master weights, moments and two copies of the gradients, 20 bytes a parameter.
     assert "127 of the processor's" in decision.line
     assert "offload" not in decide(left_open("xl"), None, gpus(H200)).line
+    # What the processor cannot hold is no way out.
+    assert decide(left_open("xl"), None, gpus(H100, host=142 * GIB)).ds_name == "zero2_offload"
+    with pytest.raises(UserError) as caught:
+        decide(left_open("xl"), None, gpus(H100, host=140 * GIB))
+    assert "GiB and 140 of the processor's a rank (bf16, ZeRO-3 and offload" in str(caught.value)
+    assert "of 78.5 GiB and 126 of the processor's 140 can be used: take more or larger GPUs" in str(caught.value)
+    assert "offload" not in decide(left_open("xl"), None, gpus(H200, host=0)).line
     # A processor's memory is not relieved by it.
     with pytest.raises(UserError, match="take a machine with more memory, or a smaller network") as caught:
         decide(left_open("l"), None, cpus(1, 16))
