@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 1000),
     default=1,
     show_default=True,
-    help="Differently cropped copies of each training image.",
+    help="Differently cropped copies of each training image. Of a listed source more can be added later.",
 )
 @click.option("--no-crop", is_flag=True, help="Take whole square images: they are small already.")
 @click.option("--no-augment", is_flag=True, help="Crop training images in the centre, as for validation.")

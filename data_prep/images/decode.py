@@ -65,11 +65,13 @@ class Reduced(NamedTuple):
         size: (width, height) as stored, upright.
         scale: 1, 2, 4 or 8: pixel (x, y) of `image` covers those from (scale x, scale y) of the stored one; None
             where no reduction was wanted, or the image is no JPEG in RGB or grey.
+        stored: (width, height) as stored, of a JPEG in RGB or grey; None of others.
     """
 
     image: Image.Image
     size: tuple[int, int]
     scale: int | None
+    stored: tuple[int, int] | None
 
 
 def decode(data: bytes, exif: ExifOrientation = "apply") -> Image.Image:
@@ -107,10 +109,10 @@ def reduced(data: bytes, exif: ExifOrientation, scale: Callable[[tuple[int, int]
         image, header = _open(data)
         try:
             _refuse_slow(image, data, header)
-            divisor = None
+            divisor = stored = None
             size = image.size
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                divisor = scale(size)
+                stored, divisor = size, scale(size)
                 if divisor:
                     image.draft(image.mode, (size[0] // divisor, size[1] // divisor))
             image.load()
@@ -120,7 +122,7 @@ def reduced(data: bytes, exif: ExifOrientation, scale: Callable[[tuple[int, int]
             orientation = _orientation(image) if exif == "apply" else 1
             if orientation > 1:
                 rgb = rgb.transpose(_UPRIGHT[orientation])
-            return Reduced(rgb, size[::-1] if orientation >= 5 else size, divisor)
+            return Reduced(rgb, size[::-1] if orientation >= 5 else size, divisor, stored)
         except (RejectError, MemoryError):
             raise
         except Exception as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,15 +101,15 @@ def stream(source: Source, piece: Piece) -> Iterator[Encoded]:
             yield Encoded(item, error)
 
 
-def pixels(encoded: Encoded, transform: Transform, view: int = 0) -> np.ndarray | Rejected:
-    """Decode and transform one image: uint8 [height, width, 3], or why not."""
+def pixels(encoded: Encoded, transform: Transform, views: Sequence[int] = (0,)) -> list[np.ndarray] | Rejected:
+    """Decode one image and transform it, for each view: uint8 [height, width, 3], or why not."""
     item, data = encoded.item, encoded.data
     if isinstance(data, UnusableError):
         return Rejected(item.id, data.reason, data.detail)
     if isinstance(data, OSError):
         return Rejected(item.id, "unreadable", data.strerror or str(data))
     try:
-        return transform.pixels(data, item.id, view)
+        return transform.views(data, item.id, views)
     except RejectError as reject:
         return Rejected(item.id, reject.reason, reject.detail)
 

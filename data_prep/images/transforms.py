@@ -15,7 +15,9 @@ images.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -71,12 +73,23 @@ class Transform:
         Raises:
             RejectError: it cannot be decoded; or crop is "none" and it is not square.
         """
-        if self.decoder == "pillow":
-            return self(decode(data, self.exif), image_id, view)
-        found = reduced(data, self.exif, lambda size: self._scale(size, image_id, view))
-        if found.scale is None:
-            return self(found.image, image_id, view)
-        return self._in_one_step(found, found.scale, image_id, view)
+        return self.views(data, image_id, [view])[0]
+
+    def views(self, data: bytes, image_id: str, views: Sequence[int]) -> list[np.ndarray]:
+        """An image file's pixels in some views, each as `pixels` gives it; the file is decoded once.
+
+        Once a scale, to be exact: of a JPEG that is reduced, some cuts may be too small for the reduction of others.
+        """
+        made: dict[int, np.ndarray] = {}
+        while left := [view for view in views if view not in made]:
+            found = reduced(data, self.exif, partial(self._scale, image_id=image_id, view=left[0]))
+            for view in left:
+                scale = self._scale(found.stored, image_id, view) if found.stored else None
+                if scale == found.scale and scale:
+                    made[view] = self._in_one_step(found, scale, image_id, view)
+                elif scale == found.scale:
+                    made[view] = self(found.image, image_id, view)
+        return [made[view] for view in views]
 
     def __call__(self, image: Image.Image, image_id: str, view: int) -> np.ndarray:
         """A decoded image's pixels: RGB -> uint8 [resolution, resolution, 3].
@@ -94,9 +107,9 @@ class Transform:
 
     def _scale(self, size: tuple[int, int], image_id: str, view: int) -> int | None:
         """By how much a JPEG may be reduced when it is decoded; None: use the two steps."""
-        left, top, right, bottom = self._cut(size, image_id, view)
-        if self.resolution is None or (self.crop == "none" and size[0] != size[1]):
+        if self.decoder == "pillow" or self.resolution is None or (self.crop == "none" and size[0] != size[1]):
             return None
+        left, top, right, bottom = self._cut(size, image_id, view)
         finer = min(right - left, bottom - top) / (OVERSAMPLING * self.resolution)
         return next((scale for scale in (8, 4, 2, 1) if scale <= finer), None)
 

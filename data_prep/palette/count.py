@@ -119,7 +119,7 @@ def count_colours(task: ColourTask) -> Done:
             tally.reject(found)
             tally.judge(task.max_reject_rate, task.images)
         else:
-            waiting.append(found.reshape(-1, 3))
+            waiting.append(found[0].reshape(-1, 3))
             if sum(map(len, waiting)) >= _BATCH:
                 add_colours(dense, np.concatenate(waiting))
                 waiting.clear()

@@ -26,7 +26,9 @@ import PIL
 
 from data_prep.images.rejects import Tally
 from data_prep.selection.file import Selection
-from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Settings, Split, make_plans, no_images, refuse_mismatch
+from data_prep.shards.marks import adopt
+from data_prep.shards.mismatch import refuse_mismatch
+from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Settings, Split, fingerprint_of, make_plans, no_images
 from data_prep.shards.task import OWNER, UNKNOWN, ShardTask, committed, records, task_of
 from data_prep.sources import PlacedSource, Source, StreamedSource, TokenSource
 from igpt_ds import __version__
@@ -129,6 +131,14 @@ class Build:
                 _refuse_other(plan, directory)  # it may have been built since this build was planned
             difference = plan.difference(directory)
             shards = len(list(directory.glob(f"{plan.split}-?????*.tar")))
+            if not self.force and (other := plan.of_other_views(directory)):
+                difference = None
+                told = (
+                    f"{directory}: was of {other['views']} view(s), now {plan.views}: shards of views in both are kept"
+                )
+                sys.stderr.write(visible(f"igpt-data: {told}") + "\n")
+                count = plan.views * len(plan.pieces)
+                adopt(directory, plan.split, fingerprint_of(other), plan.fingerprint, count)
             if difference and shards and not self.force:
                 told = f"{directory}: {shards} shards of another plan's unfinished build are removed: {difference}"
                 sys.stderr.write(visible(f"igpt-data: {told}") + "\n")
@@ -142,8 +152,9 @@ class Build:
                 fsync_directory(directory)
             if directory in again and not isinstance(plan.source, StreamedSource):
                 # Damaged since it was complete, or of an older version: what its images were is not known any more.
-                for mark in directory.glob(f"{plan.split}-*.json"):
-                    if not (stamp := directory / f".{mark.stem}.input").exists():
+                for piece in plan.slices():
+                    stamp = directory / f".{piece.name}.input"
+                    if (directory / f"{piece.name}.json").exists() and not stamp.exists():
                         publish_text(stamp, UNKNOWN)
             publish_text(directory / "plan.json", json.dumps(plan.record, indent=1) + "\n")
             self.palette.save(directory / "palette.npy")
@@ -321,7 +332,8 @@ def _refuse_other(plan: Plan, directory: Path) -> None:
     difference = plan.difference(directory)
     if difference is None or not directory.is_dir():
         return
-    if (directory / "manifest.json").exists():
+    other = plan.of_other_views(directory)
+    if (directory / "manifest.json").exists() and not (other and other["views"] < plan.views):
         raise UserError(
             f"{directory}: holds another dataset ({difference}): choose another --out, or --force to replace it"
         )

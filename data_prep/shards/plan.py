@@ -27,10 +27,10 @@ from igpt_ds.errors import UserError
 from igpt_ds.reading import read_json
 
 ROWS_PER_BLOCK = 256
-_CLASS_FILES = {"classes", "truth"}  # options of sources
-_OF_OTHERS = {*_CLASS_FILES, "test", "order", "pool", "allow_pipe"}  # these change no name of a training image
-_POOL = "pool_sha256"  # of the ids of all images that a listed source's split is a share of
+CLASS_FILES = {"classes", "truth"}  # options of sources
+POOL = "pool_sha256"  # of the ids of all images that a listed source's split is a share of
 _MOST_SHARDS = 1_000_000  # of a split, each with its file and its mark
+_TOKENS_AT_A_TIME = 512 << 20  # bytes, in all views of a listed source's slice
 
 Split = Literal["train", "val", "test"]
 
@@ -56,14 +56,27 @@ class Slice:
     """What one task builds.
 
     Attributes:
-        name: of its shard, or what the names of its shards begin with.
-        views: that it writes.
+        views: that it writes: of an input file all, of listed images as many as its tokens' memory allows.
         piece: its images, in row order, or its input file.
+        number: of the piece, of so many `pieces`.
     """
 
-    name: str
+    split: Split
     views: tuple[int, ...]
     piece: Piece
+    number: int
+    pieces: int
+
+    @property
+    def name(self) -> str:
+        """Of its first shard, or what the names of its shards begin with."""
+        return f"{self.split}-{self.number:05d}" if self.piece.items is None else self.shard(0, self.views[0])
+
+    def shard(self, number: int, view: int) -> str:
+        """The name of the slice's shard of that number; of listed images, of which a view has one, that is 0."""
+        if self.piece.items is not None:
+            return f"{self.split}-{view * self.pieces + self.number:05d}"
+        return f"{self.name}-{number * len(self.views) + view:03d}"
 
 
 @dataclass(frozen=True)
@@ -87,22 +100,27 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of the record."""
-        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self.record)
 
     @property
     def passes(self) -> int:
-        """How often the split's images are read: once a view where they are listed."""
-        return 1 if isinstance(self.source, StreamedSource) else self.views
+        """How often the split's images are read."""
+        return len(self._groups)
+
+    @property
+    def _groups(self) -> list[tuple[int, ...]]:
+        """The views that are made at a time, of one reading of the images."""
+        if isinstance(self.source, StreamedSource):
+            return [tuple(range(self.views))]
+        tokens = 2 * self.settings.resolution**2 * len(self.pieces[0].items or ())
+        size = max(1, _TOKENS_AT_A_TIME // tokens)
+        return [tuple(range(first, min(first + size, self.views))) for first in range(0, self.views, size)]
 
     def slices(self, limit: int | None = None) -> Iterator[Slice]:
         """What is to be built, piece by piece; `limit`: only the first so many of each view."""
-        if isinstance(self.source, StreamedSource):
-            for i, piece in enumerate(self.pieces[:limit]):
-                yield Slice(f"{self.split}-{i:05d}", tuple(range(self.views)), piece)
-            return
-        for view in range(self.views):
-            for i, piece in enumerate(self.pieces[:limit]):
-                yield Slice(f"{self.split}-{view * len(self.pieces) + i:05d}", (view,), piece)
+        for views in self._groups:
+            for number, piece in enumerate(self.pieces[:limit]):
+                yield Slice(self.split, views, piece, number, len(self.pieces))
 
     def images(self, limit: int | None = None) -> int | None:
         """How many images a view's slices have; None where it is not known before they are read."""
@@ -121,17 +139,33 @@ class Plan:
             ", ".join(f"{key} was {_short(other.get(key))} and is {_short(mine.get(key))}" for key in differing) or None
         )
 
+    def of_other_views(self, directory: Path) -> dict[str, Any] | None:
+        """The plan in a directory, as its record, if it is this one but for the number of views.
+
+        None of a streamed source: the views of an input file take turns, so other numbers of them have other shards.
+        """
+        other = read_record(directory)
+        if not other or isinstance(self.source, StreamedSource) or type(other.get("views")) is not int:
+            return None
+        same = _meaning({**other, "views": self.views}) == _meaning(self.record)
+        return other if same and other["views"] != self.views else None
+
     def as_begun(self, directory: Path) -> "Plan":
         """This plan in the words of the one in a directory, if that means the same: its shards bear its fingerprint."""
         other = read_record(directory)
         return self if other is None or _meaning(other) != _meaning(self.record) else replace(self, record=other)
 
 
+def fingerprint_of(record: dict[str, Any]) -> str:
+    """Hex sha256 of a plan's record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _meaning(record: dict[str, Any]) -> dict[str, Any]:
     """Without what other splits hold, and names of files of classes or labels, which the plan holds itself."""
-    record = {name: value for name, value in record.items() if name != _POOL}
+    record = {name: value for name, value in record.items() if name != POOL}
     if isinstance(options := record.get("options"), dict):
-        record["options"] = {name: value for name, value in options.items() if name not in _CLASS_FILES}
+        record["options"] = {name: value for name, value in options.items() if name not in CLASS_FILES}
     return record
 
 
@@ -296,7 +330,7 @@ def _plan(
             raise no_images(split, settings.holdout, len(every))
         for item in items:
             content.update(f"{item.label}\0{item.id}\0".encode("utf-8", "surrogateescape"))
-        record |= {"images": len(items), "images_sha256": content.hexdigest(), _POOL: pool_sha256}
+        record |= {"images": len(items), "images_sha256": content.hexdigest(), POOL: pool_sha256}
         pieces = cut(items, settings.rows_per_shard)
     return Plan(split, source, settings, transform, views, pieces, selection, record)
 
@@ -309,57 +343,3 @@ def no_images(split: Split, holdout: float, pool: int | None = None) -> UserErro
         f"--holdout {holdout:g}: of {many} images none is left for {which}: "
         "choose another share, or 0 for no validation"
     )
-
-
-def refuse_mismatch(plan: Plan, there: Path, split: Split) -> None:
-    """The splits of one directory are one data set, also when they are built one after the other."""
-    other = read_record(there)
-    if other is None:
-        return
-    remedy = f"or choose another --out, or remove {there}"
-    transform, held_out = other.get("transform"), other.get("holdout")
-    resolution = transform.get("resolution") if isinstance(transform, dict) else None
-    if "test" not in (split, plan.split) and held_out != plan.settings.holdout:
-        raise UserError(
-            f"{there}: was built with --holdout {held_out}, not {plan.settings.holdout:g}, so that the splits "
-            f"would overlap: give the same share, {remedy}"
-        )
-    if "test" not in (split, plan.split) and (told := _other_pool(plan.record, other)):
-        raise UserError(
-            f"{there}: was built from {told}, so that the splits may overlap: "
-            f"build both in one command (--split train --split val), {remedy}"
-        )
-    if other.get("palette_sha256") != plan.record["palette_sha256"]:
-        raise UserError(f"{there}: was built with another palette: give --palette {there}/palette.npy, {remedy}")
-    if resolution != plan.settings.resolution:
-        raise UserError(
-            f"{there}: was built with --resolution {resolution}, not {plan.settings.resolution}: "
-            f"give the same, {remedy}"
-        )
-    if other.get("classes") != plan.record["classes"]:
-        raise UserError(
-            f"{there}: has {_listed(other.get('classes'))}, but {plan.split} would have "
-            f"{_listed(plan.record['classes'])}: give both the same classes in the same order "
-            f"(folders: as train/ and test/ of one folder), {remedy}"
-        )
-
-
-def _listed(classes: object) -> str:
-    if not isinstance(classes, list):
-        return "no classes"
-    return f"{len(classes)} classes ({', '.join(map(str, classes[:4]))}{', ...' if len(classes) > 4 else ''})"
-
-
-def _other_pool(mine: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """How the images differ that two splits are shares of, in words: an image's share depends on its id."""
-    if other.get("source") != mine["source"]:
-        return f"{other.get('source')}, not {mine['source']}"
-    options = other.get("options")
-    there = options if isinstance(options, dict) else {}
-    for name in sorted({*mine["options"], *there} - _OF_OTHERS):
-        if there.get(name) != mine["options"].get(name):
-            return f"other images (--option {name} was {there.get(name)} and is {mine['options'].get(name)})"
-    # Older versions have not kept the ids of all listed images.
-    if any(other.get(name, found) != found for name, found in mine.items() if name in {"parts_sha256", _POOL}):
-        return "images or files of other names (they are called by their place below the path that is given)"
-    return None

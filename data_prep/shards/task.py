@@ -1,35 +1,35 @@
 """The unit of work: one slice of a plan becomes its shards. Idempotent, resumable, committed last.
 
-A slice of a source that lists its images is one shard. An input file of a streamed source is read once, and
-becomes as many shards as its rows need; each is committed by its mark, and the mark of the last one says that it
-is the last. A task that was stopped goes on after the last committed shard: it passes over the images before it
-without decoding them. Each mark carries a hash of all images up to its end; where those that are passed over are
-others, the input has changed, and the slice is built anew; so it is if a file that was read to its end, or that of a
-listed image, has changed since. A slice in which no image can be used leaves a mark without a shard.
+A slice of a source that lists its images is one shard in each of its views; an image is decoded once for all that are
+not there yet. An input file of a streamed source is read once, and becomes as many shards as its rows need; each is
+committed by its mark, and the mark of the last one says that it is the last. A task that was stopped goes on after the
+last committed shard: it passes over the images before it without decoding them. Each mark carries a hash of all images
+up to its end; where those that are passed over, or were seen by other views, are others, the input has changed, and the
+slice is built anew; so it is if a file that was read to its end, or that of a listed image, has changed since. A slice
+in which no image can be used leaves a mark without a shard.
 """
 
-import hashlib
 import json
 import sys
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
 from data_prep.images.pieces import pixels, stamp, stream
-from data_prep.images.rejects import Rejected, Tally
+from data_prep.images.rejects import Rejected
 from data_prep.images.transforms import Transform
 from data_prep.selection.file import Selection
+from data_prep.shards.marks import Mark, Passed, read, tally_of
 from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Slice, Split, belongs, missing_selected
 from data_prep.sources import Encoded, Source
 from data_prep.workers.pool import count
 from data_prep.workers.run import Done
-from igpt_ds.atomic import publish_text, sha256_file
+from igpt_ds.atomic import publish_text
 from igpt_ds.dataset.manifest import ShardRecord
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import read_mark, write_shard
@@ -73,25 +73,6 @@ class ShardTask:
     token: str
 
 
-@dataclass(frozen=True)
-class Mark:
-    """What a commit mark says.
-
-    Attributes:
-        record: the shard; None for a slice without a usable image.
-        seen: images of the slice up to the end of this shard, the rejected ones included.
-        rejected: those within this shard's images.
-        last: is it the slice's last shard?
-        passed: hash of the images seen, see `_Passed`; None in marks of older versions.
-    """
-
-    record: ShardRecord | None
-    seen: int
-    rejected: list[Rejected]
-    last: bool
-    passed: str | None
-
-
 def task_of(
     plan: Plan, piece: Slice, directory: Path, palette: Palette, images: int | None, rate: float, token: str
 ) -> ShardTask:
@@ -126,29 +107,29 @@ def build_slice(task: ShardTask) -> Done:
     """
     marks = committed(task, thorough=True)
     if _is_finished(task, marks):
-        tally = _tally(marks)
+        tally = tally_of(marks)
         return Done(tally, tally.seen, _again(task))
-    read = stamp(task.source, task.slice.piece)
-    if read is not None:
+    now = stamp(task.source, task.slice.piece)
+    if now is not None:
         require(task.directory / OWNER, task.token)
         publish_text(_stamp_of(task), UNKNOWN)  # until all shards are of what is read now
-    done = _go_on(task, marks)
+    done = _go_on(task, marks, {} if marks else _views_there(task))
     if done is None:
-        holds = "holds" if marks[-1].passed else "may hold"  # older versions have not kept what it held
-        told = f"{task.slice.piece.part}: {holds} other images than when {len(marks)} of its shards were built"
-        told += f": they are built anew for {task.split}"
-        if task.slice.piece.items is not None:
-            told = f"{task.slice.name}: its images have changed since it was built: it is built anew"
+        told = f"{task.slice.name}: its images have changed since it was built: it is built anew"
+        if task.slice.piece.items is None:
+            holds = "holds" if marks[-1].passed else "may hold"  # older versions have not kept what it held
+            told = f"{task.slice.piece.part}: {holds} other images than when {len(marks)} of its shards were built"
+            told += f": they are built anew for {task.split}"
         sys.stderr.write(visible(f"igpt-data: {told}") + "\n")
-        done = _go_on(task, [])
-    if read is not None:
-        publish_text(_stamp_of(task), json.dumps(read))
+        done = _go_on(task, [], {})
+    if now is not None:
+        publish_text(_stamp_of(task), json.dumps(now))
     return cast(Done, done)
 
 
-def _go_on(task: ShardTask, marks: list[Mark]) -> Done | None:
-    """Build the slice's shards after those that have marks; None: these are of other images."""
-    tally, passed = _tally(marks), _Passed()
+def _go_on(task: ShardTask, marks: list[Mark], there: dict[int, Mark]) -> Done | None:
+    """Build the slice's shards after those that have marks, but for views that are there; None: of other images."""
+    tally, passed = tally_of(marks), Passed()
     kept = tally.seen
     palette = _palette(task.directory / "palette.npy", task.palette_sha256)
     images = _images(task)
@@ -159,9 +140,10 @@ def _go_on(task: ShardTask, marks: list[Mark]) -> Done | None:
     if marks and marks[-1].last:
         return Done(tally, kept, _again(task)) if next(images, None) is None else None
     _remove_from(task, len(marks))
-    shard = _Shard(task, len(marks))
+    views = [view for view in task.slice.views if view not in there]
+    shard = _Shard(task, len(marks), views)
     for position, encoded in enumerate(images, kept):
-        rows = _encode(encoded, task, palette)
+        rows = _encode(encoded, task.transform, views, palette)
         if isinstance(rows, Rejected):
             shard.rejected.append(rejected := rows)
             tally.reject(rejected)
@@ -170,11 +152,13 @@ def _go_on(task: ShardTask, marks: list[Mark]) -> Done | None:
             # A full shard waits for the next row, for until then it may be the last.
             if shard.rows == shard.capacity:
                 shard.publish(seen=position, last=False, passed=passed.hex)
-                shard = _Shard(task, shard.number + 1)
+                shard = _Shard(task, shard.number + 1, views)
             shard.add(encoded, rows)
         tally.seen += 1
         passed.add(encoded)
         count(1, int(isinstance(rows, Rejected)))
+    if any(mark.passed != passed.hex for mark in there.values()):
+        return None
     shard.publish(seen=tally.seen, last=True, passed=passed.hex)
     return Done(tally, kept, _again(task))
 
@@ -222,71 +206,56 @@ def finished(task: ShardTask) -> Done | None:
     marks = committed(task, thorough=False)
     if not _is_finished(task, marks):
         return None
-    tally = _tally(marks)
+    tally = tally_of(marks)
     return Done(tally, tally.seen, _again(task))
 
 
 def committed(task: ShardTask, *, thorough: bool) -> list[Mark]:
-    """The slice's shards from an earlier run, up to the first that is not there, by view 0.
+    """The slice's shards from an earlier run, by their first view, up to the first that is not there in all views.
 
-    A shard is there if it was committed by the same plan and its file is whole: of the recorded size and, where it
-    is looked at thoroughly, hash.
+    All of the same images: of listed ones each view is a file of its own, and a build anew may have ended between two.
     """
     marks: list[Mark] = []
     while not marks or not marks[-1].last:
-        found = [_read(task, _name(task, len(marks), view), thorough) for view in task.slice.views]
-        # An empty slice has one mark only, whatever its views.
-        needed = found[:1] if found[0] and found[0].record is None else found
-        if not all(needed):
+        names = [task.slice.shard(len(marks), view) for view in task.slice.views]
+        found = [read(task.directory, name, task.plan, thorough) for name in names]
+        # An input file without a usable image has one mark only, whatever its views.
+        empty = task.slice.piece.items is None and found[0] and found[0].record is None
+        found = found[:1] if empty else found
+        if not all(found) or len({mark and mark.passed for mark in found}) > 1:
             break
         marks.append(cast(Mark, found[0]))
     return marks
 
 
-def _tally(marks: list[Mark]) -> Tally:
-    tally = Tally(marks[-1].seen if marks else 0)
-    for mark in marks:
-        for rejected in mark.rejected:
-            tally.reject(rejected)
-    return tally
+def _views_there(task: ShardTask) -> dict[int, Mark]:
+    """Of listed images, the views whose shard is there."""
+    if task.slice.piece.items is None:
+        return {}
+    found = {view: read(task.directory, task.slice.shard(0, view), task.plan, True) for view in task.slice.views}
+    return {view: mark for view, mark in found.items() if mark}
 
 
 def records(task: ShardTask, marks: list[Mark]) -> list[tuple[ShardRecord, float]]:
     """The slice's shards, of all views that it writes: each one's record and the palette's squared error in it."""
-    names = [_name(task, i, view) for i, mark in enumerate(marks) if mark.record for view in task.slice.views]
+    names = [task.slice.shard(i, view) for i, mark in enumerate(marks) if mark.record for view in task.slice.views]
     found = [mark for name in names if (mark := read_mark(task.directory, name))]
     return [(record, float(note["squared_error"])) for record, note in found]
 
 
-class _Passed:
-    """A hash of the images that a task has seen, in their order: ids, labels, sizes and checksums."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, encoded: Encoded) -> None:
-        item, data = encoded.item, encoded.data
-        what = f"{len(data)}\0{zlib.crc32(data)}" if isinstance(data, bytes) else str(data)
-        self._hash.update(f"{item.id}\0{item.label}\0{what}\0".encode("utf-8", "surrogateescape"))
-
-    @property
-    def hex(self) -> str:
-        return self._hash.hexdigest()
-
-
 class _Shard:
-    """The rows of one shard, in all views, until it is published."""
+    """The rows of one shard, in some views, until it is published."""
 
-    def __init__(self, task: ShardTask, number: int) -> None:
+    def __init__(self, task: ShardTask, number: int, views: list[int]) -> None:
         self.task, self.number, self.rows = task, number, 0
         self.capacity = task.rows_per_shard
         tokens = cast(int, task.transform.resolution) ** 2
         shape = (min(self.capacity, max(1, _FIRST_BYTES // (2 * tokens))), tokens)
-        self.tokens = {view: np.empty(shape, np.uint16) for view in task.slice.views}
+        self.tokens = {view: np.empty(shape, np.uint16) for view in views}
         self.ids: list[bytes] = []
         self.labels: list[int | None] = []
         self.rejected: list[Rejected] = []
-        self.squared_error = dict.fromkeys(task.slice.views, 0.0)  # of the palette, see `Palette.squared_error`
+        self.squared_error = dict.fromkeys(views, 0.0)  # of the palette, see `Palette.squared_error`
 
     def add(self, encoded: Encoded, rows: list["_Row"]) -> None:
         for view, (row, squared_error) in zip(self.tokens, rows, strict=True):
@@ -306,13 +275,14 @@ class _Shard:
         if not self.rows:
             require(task.directory / OWNER, task.token)
             mark = json.dumps({"rows": 0, "note": note}, indent=1) + "\n"
-            publish_text(task.directory / f"{_name(task, self.number, task.slice.views[0])}.json", mark)
+            for view in list(self.tokens)[: 1 if task.slice.piece.items is None else None]:
+                publish_text(task.directory / f"{task.slice.shard(self.number, view)}.json", mark)
             return
         for view, tokens in self.tokens.items():
             require(task.directory / OWNER, task.token)
             write_shard(
                 task.directory,
-                _name(task, self.number, view),
+                task.slice.shard(self.number, view),
                 tokens[: self.rows],
                 np.array(self.ids, dtype=np.bytes_),
                 None if task.source.classes is None else np.array(self.labels, np.int64),
@@ -346,45 +316,13 @@ def _images(task: ShardTask) -> Iterator[Encoded]:
 _Row = tuple[np.ndarray, float]  # tokens, and the squared error of their colours
 
 
-def _encode(encoded: Encoded, task: ShardTask, palette: Palette) -> list[_Row] | Rejected:
-    """The image in each of the slice's views, or why there is none."""
-    rows = []
-    for view in task.slice.views:
-        found = pixels(encoded, task.transform, view)
-        if isinstance(found, Rejected):
-            return found
-        tokens = palette.encode(found).reshape(-1)
-        rows.append((tokens, palette.squared_error(found, tokens)))
-    return rows
-
-
-def _name(task: ShardTask, number: int, view: int) -> str:
-    if task.slice.piece.items is not None:
-        return task.slice.name
-    return f"{task.slice.name}-{number * len(task.slice.views) + view:03d}"
-
-
-def _read(task: ShardTask, name: str, thorough: bool) -> Mark | None:
-    """A shard's mark, if this plan has made it and the shard is there."""
-    path = task.directory / f"{name}.tar"
-    try:
-        record: ShardRecord | None = None
-        if found := read_mark(task.directory, name):
-            record, note = found
-            float(note["squared_error"])
-            if path.stat().st_size != record.bytes or (thorough and sha256_file(path) != record.sha256):
-                return None
-        else:
-            mark: dict[str, Any] = read_json(task.directory / f"{name}.json")
-            if mark["rows"] != 0:
-                return None
-            note = mark["note"]
-        if note["plan"] != task.plan:
-            return None
-        rejected = [Rejected(*each) for each in note["rejected"]]
-        return Mark(record, int(note["seen"]), rejected, bool(note["last"]), note.get("passed"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
+def _encode(encoded: Encoded, transform: Transform, views: Sequence[int], palette: Palette) -> list[_Row] | Rejected:
+    """The image in each of the views, or why there is none."""
+    found = pixels(encoded, transform, views)
+    if isinstance(found, Rejected):
+        return found
+    tokens = [palette.encode(view).reshape(-1) for view in found]
+    return [(row, palette.squared_error(view, row)) for view, row in zip(found, tokens, strict=True)]
 
 
 @lru_cache(maxsize=2)

@@ -188,7 +188,7 @@ class _Batch:
 class _Progress:
     """A step's images: the tally that rejects are judged by, and what a meter shows.
 
-    Views of images that are listed are read one after the other: to the meter each reading is an image more.
+    Images that are read again for further views of them are so many more to the meter.
     """
 
     def __init__(self, step: Step[Any], meter: Meter) -> None:

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from data_prep.images import transforms
+from data_prep.images.decode import reduced
 from data_prep.images.transforms import RejectError, Transform, _resized, decode, evaluation
 
 
@@ -135,6 +137,30 @@ def test_a_reduced_image_lies_where_the_whole_one_does() -> None:
         assert evaluation(resolution, False, decoder="fast")._scale((256, 256), "", 0) == scale
         across_and_down = (fast.astype(int) - exact)[2:-2, 2:-2, :2]
         assert abs(across_and_down.mean()) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("size", "scales"), [((500, 375), {2, 4}), ((160, 130), {None, 1}), ((70, 90), {None}), ((960, 720), {4, 8})]
+)
+@pytest.mark.parametrize("decoder", ["pillow", "fast"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_views_of_one_decoding_are_those_of_one_each(
+    size: tuple[int, int], scales: set[int | None], decoder: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    data = encode(Image.fromarray(PHOTO).resize(size, Image.Resampling.BICUBIC), "JPEG", exif=tag)
+    transform = Transform("random", 48 if size[0] > 200 else 64, 3, decoder=decoder)
+    views = [9, *range(7)]
+    wanted = [transform.pixels(data, "x", view) for view in views]
+    if decoder == "pillow":
+        assert all(np.array_equal(transform(decode(data), "x", v), w) for v, w in zip(views, wanted, strict=True))
+    decoded = []
+    monkeypatch.setattr(transforms, "reduced", lambda *rest: decoded.append(found := reduced(*rest)) or found)
+    assert np.array_equal(transform.views(data, "x", views), wanted)
+    assert sorted(map(str, (each.scale for each in decoded))) == sorted(
+        map(str, {None} if decoder == "pillow" else scales)
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

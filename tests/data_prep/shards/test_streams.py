@@ -276,22 +276,28 @@ def start(arguments: list[str]) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.parametrize("kind", ["streamed", "listed"])
+@pytest.mark.parametrize("kind", ["streamed", "listed", "views added"])
 def test_killed_at_random_moments_it_continues_to_the_same_bytes(
     web: Path, photos: Path, tmp_path: Path, palette: Palette, kind: str
 ) -> None:
     """SIGKILL to all processes five times, in one process and in two; the manifest, too, is the unbroken run's."""
     palette.save(tmp_path / "p.npy")
     listed = ["data_prep", "shards", "image_folder", str(photos), "--palette", str(tmp_path / "p.npy"), "--resolution"]
-    listed += ["16", "--holdout", "0.1", "--rows-per-shard", "2", "--views", "2", "--out"]
+    listed += ["16", "--holdout", "0.1", "--rows-per-shard", "2", "--out"]
 
-    def command(out: str, workers: int) -> list[str]:
-        if kind == "listed":
-            return [*listed, str(tmp_path / out), "--workers", str(workers)]
-        return ["tests.helpers.streams", str(web), str(tmp_path / "p.npy"), str(tmp_path / out), str(workers)]
+    def command(out: str, workers: int, views: int = 3) -> list[str]:
+        if kind == "streamed":
+            return ["tests.helpers.streams", str(web), str(tmp_path / "p.npy"), str(tmp_path / out), str(workers)]
+        return [*listed, str(tmp_path / out), "--workers", str(workers), "--views", str(views)]
+
+    def begin_again() -> None:
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        if kind == "views added":
+            assert start(command("killed", 1, views=1)).wait(timeout=60) == 0
 
     process = start(command("whole", 1))
     assert process.wait(timeout=60) == 0, process.stderr
+    begin_again()
     chance = random.Random(3)
     killed, deadline = 0, time.monotonic() + 120
     while killed < 5:
@@ -307,7 +313,7 @@ def test_killed_at_random_moments_it_continues_to_the_same_bytes(
         if process.returncode == -signal.SIGKILL:
             killed += 1
         else:  # It came to its end first: from the beginning, then.
-            shutil.rmtree(tmp_path / "killed")
+            begin_again()
     process = start(command("killed", 2))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
