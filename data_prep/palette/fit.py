@@ -19,7 +19,7 @@ from igpt_ds.dataset.palette import MAX_COLOURS, Palette
 from igpt_ds.errors import UserError
 
 _BITS = (5, 6, 7)  # a channel, of the histograms
-_GAIN = 5e-5  # of the distortion in a round, below which a histogram has told what it can
+_GAIN = 1e-4  # of the distortion in a round, below which a histogram has told what it can
 _MOST_ROUNDS = 300  # on a histogram
 _LAST_ROUNDS = 2  # on the colours themselves: from there on a round gains less than half a thousandth
 _STEP = 1.9  # of the way to its colours' mean that a centre goes, while that gains: half the rounds of 1.0
