@@ -58,8 +58,9 @@ def finetune(
     From random weights, which learn to classify alone; or both, by --set finetune.generative_weight=1:
         igpt-ds finetune B --from RUN --from-scratch --data DATA --set finetune.dropout=0.1
     The final run, on train/ and val/ together, for as many steps as were best:
-        igpt-ds finetune C --from RUN --data DATA --split test --set finetune.fold_validation=true \\
-            --set training.validate_every=0 --set training.steps=N
+        igpt-ds finetune C --from RUN --data DATA --split test --set data.fold_validation=true --set training.steps=N
+    On 4 labels a class, drawn by the seed; the best step is still chosen on all of val/:
+        igpt-ds finetune D --from RUN --data DATA --split test --set finetune.labels=4
     Go on with a run:
         igpt-ds finetune A
 

@@ -44,6 +44,8 @@ def pretrain(
         igpt-ds pretrain --preset l --data DATA --dry-run --nodes 4
     Begin with released weights, of the same shape; another resolution is interpolated:
         igpt-ds pretrain RUN --preset l48 --data DATA --from imagegpt-large
+    The final run, on train/ and val/ of every DATA together; nothing is validated:
+        igpt-ds pretrain RUN --preset s --data DATA --set data.fold_validation=true
     Go on with a run, its --preset, --data and --set taken from RUN/config.toml:
         igpt-ds pretrain RUN
     """

@@ -62,7 +62,7 @@ def sweep(
         config = _config(command)
         start = shlex.split(launcher) if launcher else [sys.executable, "-m", "igpt_ds"]
         trials = []
-        for trials in sweeps.search(out, chosen, command, start, config.training, share):
+        for trials in sweeps.search(out, chosen, command, start, config, share):
             click.echo(sweep_table({**sweeps.summary(trials), "edge": None}).text())  # it is not over yet
     best = sweeps.winner(trials)
     if collect:

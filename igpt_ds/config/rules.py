@@ -127,11 +127,12 @@ def _finetune_contradictions(config: Config, finetune: FinetuneConfig) -> list[s
         ),
         f"finetune.dropout {finetune.dropout} is not in [0, 1)": 0 <= finetune.dropout < 1,
         f"finetune.patience must not be negative, but is {finetune.patience}": finetune.patience >= 0,
-        "finetune.fold_validation leaves nothing to validate on: set training.validate_every=0": (
-            not (finetune.fold_validation and every)
+        f"finetune.labels must be above 0, not {finetune.labels}": finetune.labels is None or finetune.labels > 0,
+        "finetune.labels and data.fold_validation: few labels are drawn of train/ alone: leave one out": (
+            not (finetune.labels and config.folded)
         ),
-        "training.validate_every=0 leaves no best checkpoint: set an interval, or finetune.fold_validation=true": (
-            bool(every) or finetune.fold_validation
+        "training.validate_every=0 leaves no best checkpoint: set an interval, or data.fold_validation=true": (
+            bool(every) or config.folded
         ),
     }
     return [text for text, holds in rules.items() if not holds]

@@ -30,6 +30,8 @@ class DataConfig:
     palette_size: int | None = None
     sources: tuple[str, ...] = ()  # folders that hold train/ and val/
     weights: tuple[int, ...] = ()  # images of each source in one cycle of the mixture; empty: by count
+    # The final run: val/ of each source is trained on as well, and nothing is validated (section 3.1).
+    fold_validation: bool = False
     window: int = 16  # shards whose rows are shuffled together
     workers: int = 2  # threads of a rank that read ahead; 0 reads between the steps
 
@@ -80,12 +82,13 @@ class FinetuneConfig:
     """
 
     classes: int | None = None  # not set: the data's
+    labels: int | None = None  # images of each class that are trained on, drawn by the seed; not set: all (section 4.7)
     layer: int | None = None  # whose pooled features the class head reads, 0 to L; not set: the final norm, L
     generative_weight: float = 1.0
     augmentation: Literal["none", "crop_flip"] = "none"  # crop_flip: the paper's for CIFAR, see augment.py
     dropout: float = 0.0  # of embeddings, attention and both branches of a block, as in GPT-2
     patience: int = 5  # validations without a better accuracy that end the run; 0: none do
-    fold_validation: bool = False  # train on train/ and val/ together, for the final run
+    fold_validation: bool = False  # data.fold_validation, as it once was called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,11 @@ class Config:
         return _resolved(self.data.palette_size)
 
     @property
+    def folded(self) -> bool:
+        """Whether the validation images are trained on as well."""
+        return self.data.fold_validation or (self.finetune is not None and self.finetune.fold_validation)
+
+    @property
     def classes(self) -> int:
         """Classes to tell apart; 0 in a pre-training. They must have been resolved."""
         return _resolved(self.finetune.classes) if self.finetune else 0
@@ -172,14 +180,17 @@ def replace(config: Config, section: str, **changes: Any) -> Config:
 
 def identity(config: Config) -> dict[str, Any]:
     """The facts that make a checkpoint usable for a run: what may not differ when it goes on."""
-    # What is not used is left out: checkpoints from before it was known have no word of it.
-    model = {key: value for key, value in dataclasses.asdict(config.model).items() if key != "bias" or value}
+
+    def used(section: Any, *younger: str) -> dict[str, Any]:
+        # What is not used is left out: checkpoints from before it was known have no word of it.
+        return {key: value for key, value in dataclasses.asdict(section).items() if key not in younger or value}
+
     return {
         **({"init_from": config.init_from} if config.init_from else {}),
         "seed": config.seed,
-        "model": model,
+        "model": used(config.model, "bias"),
         "objective": dataclasses.asdict(config.objective),
-        "finetune": config.finetune and {**dataclasses.asdict(config.finetune), "patience": None},
+        "finetune": config.finetune and {**used(config.finetune, "labels"), "patience": None},
         "resolution": config.data.resolution,
         "palette_size": config.data.palette_size,
         "batch": config.training.batch,

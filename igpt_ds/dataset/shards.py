@@ -261,7 +261,7 @@ class Dataset:
             UserError: there are none, or others than that.
         """
         labels, classes = self._members("labels", shard), len(self.manifest.classes or ())
-        if labels.min() < 0 or labels.max() >= classes:
+        if ((labels < 0) | (labels >= classes)).any():
             raise damaged(self._path(shard), f"a label is outside the {classes} classes")
         return labels
 

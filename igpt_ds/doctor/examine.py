@@ -265,7 +265,8 @@ def _plan(request: Request, count: int, where: Ranks | None = None) -> Plan:
 
 
 def _validated(planned: Plan) -> bool | None:
-    return planned.config.training.validate_every > 0 if planned.config else None
+    config = planned.config
+    return config.training.validate_every > 0 and not config.folded if config else None
 
 
 def _unchecked(request: Request, planned: Plan, world: int) -> list[str]:

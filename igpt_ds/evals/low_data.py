@@ -7,7 +7,6 @@ probe of the same checkpoint, in all that they were taken by.
 """
 
 import re
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from igpt_ds.config.schema import Config
+from igpt_ds.dataset.subset import balanced, require_labels
 from igpt_ds.errors import UserError
 from igpt_ds.evals import DIVIDED, MASKS, SHARE, STRENGTH, Record, Subject, header, val_or_test
-from igpt_ds.hashing import random_keys, stable_hash
 from igpt_ds.reading import read_json
 from igpt_ds.text import Table
 
@@ -55,7 +54,6 @@ OPTIONS = (
     click.Option(["--regularisation"], type=STRENGTH, default=1.0, show_default=True, help="Strength."),
     DIVIDED,
 )
-_SUBSET = zlib.crc32(b"subset with few labels")
 
 
 def run(
@@ -84,7 +82,7 @@ def run(
         raise UserError(f"--labels {labels}: not of the form 4,25,400: write whole numbers, divided by commas")
     wanted = tuple(sorted({int(text) for text in counts}))
     weights, config, splits = subject.labelled(split == "test")
-    check(splits.train, wanted)
+    require_labels(splits.train, wanted[-1], f"--labels {wanted[-1]}")
     facts = header("low_data", weights, config, splits)
     if layer is None:
         recipe = best_features(subject.folder / "probe.json", facts["checkpoint"])
@@ -108,35 +106,6 @@ def run(
         "regularisation": regularisation,
         "labels_per_class": judge(train, scored, recipe.layers, wanted, regularisation, config),
     }
-
-
-def subset(labels_I: np.ndarray, count: int, seed: int, repeat: int) -> np.ndarray:
-    """Rows of a random subset with `count` images of every class, ascending: int64 [classes * count].
-
-    A pure function of its arguments; subsets of other counts and repeats are drawn independently.
-    """
-    # Each image has a random key; the smallest keys of each class are drawn.
-    keys_I = random_keys(stable_hash(_SUBSET, seed, count, repeat), len(labels_I))
-    chosen = []
-    for label in np.unique(labels_I):
-        members = np.flatnonzero(labels_I == label)
-        if len(members) < count:
-            raise UserError(
-                f"--labels {count}: class {label} has {len(members)} training images only: ask for at most so many"
-            )
-        chosen.append(members[np.argsort(keys_I[members], kind="stable")[:count]])
-    return np.sort(np.concatenate(chosen))
-
-
-def check(train: "Dataset", counts: tuple[int, ...]) -> None:
-    classes = train.manifest.classes or []
-    found = np.bincount(train.labels(), minlength=len(classes))
-    least = int(found.argmin())
-    if found[least] < max(counts):
-        raise UserError(
-            f"{train.path}: --labels {max(counts)}: class {classes[least]} has {found[least]} images: "
-            f"ask for at most {found[least]} a class"
-        )
 
 
 def collect(
@@ -173,7 +142,7 @@ def judge(
         for count in counts:
             accuracies, masks, converged = [], [], True
             for repeat in range(SUBSETS):
-                chosen = subset(train.labels, count, config.seed, repeat)
+                chosen = balanced(train.labels, count, config.seed, repeat)
                 few = classifier.Rows([tuple(train.of(layer)[chosen] for layer in layers)], train.labels[chosen])
                 model = next(classifier.fit(few, (strength,)))
                 accuracies.append(model.accuracy(rows(scored.features, layers)))

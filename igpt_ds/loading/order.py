@@ -31,7 +31,7 @@ from igpt_ds.hashing import random_keys, stable_hash
 
 # Slots of a cycle when the weights follow the row counts, and the most that named weights may ask for.
 _AUTOMATIC_SLOTS = 4096
-_MOST_SLOTS = 1 << 16
+MOST_SLOTS = 1 << 16
 # Two neighbours: micro-batches of several ranks or workers may straddle the border of a window.
 _WINDOWS_KEPT = 2
 # Set apart the two uses of one (seed, source, epoch).
@@ -265,9 +265,9 @@ def _reduced(weights: Sequence[int], sources: Sequence[SourceRows]) -> tuple[int
             )
     divisor = math.gcd(*weights)
     reduced = tuple(weight // divisor for weight in weights)
-    if sum(reduced) > _MOST_SLOTS:
+    if sum(reduced) > MOST_SLOTS:
         raise UserError(
-            f"weights: their sum {sum(reduced)} (common divisor removed) is above {_MOST_SLOTS}: use smaller integers"
+            f"weights: their sum {sum(reduced)} (common divisor removed) is above {MOST_SLOTS}: use smaller integers"
         )
     return reduced
 

@@ -112,7 +112,7 @@ def split_of(runs: Sequence[RunRecords]) -> str:
     An accuracy that settings were chosen by flatters, so one of each would not compare.
     """
     tested = [bool(run.probe.get("test")) for run in runs if run.probe and run.config.finetune is None]
-    tested += [run.result.get("split") == "test" for run in runs if run.result]
+    tested += [run.result.get("split") == "test" for run in runs if run.result and _compares(run)]
     return "test" if tested and all(tested) else "val"
 
 
@@ -124,7 +124,7 @@ def groups_of(runs: Sequence[RunRecords], split: str) -> list[Bars]:
     homes = {run.label: run.path.resolve() for run in runs if run.config.finetune is None}
     tuned: dict[str, list[Score]] = {}
     for run in runs:
-        if run.config.finetune is not None and run.result and (score := _tuned(run.result, split)):
+        if _compares(run) and run.result and (score := _tuned(run.result, split)):
             begun = Path(run.config.init_from).resolve() if run.config.init_from else None
             home = next((label for label, path in homes.items() if begun and path in begun.parents), run.label)
             tuned.setdefault(home, []).append(score)
@@ -137,6 +137,11 @@ def groups_of(runs: Sequence[RunRecords], split: str) -> list[Bars]:
         scratch = run.config.finetune is not None and not run.config.init_from
         groups.append(Bars(f"{plain(run.label)}\n{'from scratch' if scratch else run.objective}", probe, best))
     return groups
+
+
+def _compares(run: RunRecords) -> bool:
+    """Whether a run is a fine-tuning of all labels."""
+    return run.config.finetune is not None and not run.config.finetune.labels
 
 
 def _probed(probe: Record, split: str) -> Score | None:

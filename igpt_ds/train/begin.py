@@ -12,6 +12,7 @@ from typing import Any
 from igpt_ds.checkpoint.names import newest_first
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import Override, from_tree, load_config
+from igpt_ds.config.schema import Config
 from igpt_ds.errors import UserError
 from igpt_ds.loading.splits import open_split
 from igpt_ds.run.directory import LOGGER, Run
@@ -90,8 +91,15 @@ def finetuning(
         if "finetune" in found.config:
             raise UserError(f"{weights}: is a fine-tuning: begin with the pre-training that it began with")
         base, begins = from_tree(found.config, str(found.path)), "" if scratch else _absolute(found.path)
-    tree = defaults(base, begins, train.rows, train.manifest.resolution)
-    return Asked(from_tree(tree, f"fine-tuning from {weights or preset}", settings), _named(ds))
+
+    def of_images(images: int, few: bool = False) -> Config:
+        tree = defaults(base, begins, images, train.manifest.resolution, few)
+        return from_tree(tree, f"fine-tuning from {weights or preset}", settings)
+
+    config = of_images(train.rows)
+    if config.finetune is not None and config.finetune.labels:
+        config = of_images(config.finetune.labels * len(train.manifest.classes or ()), few=True)
+    return Asked(config, _named(ds))
 
 
 def _asked(

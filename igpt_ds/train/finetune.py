@@ -17,19 +17,23 @@ from igpt_ds.errors import UserError
 from igpt_ds.train.machine import VALUES
 
 EPOCHS = 50
+FEW_STEPS = 20  # between validations at least, where an epoch of few labels is shorter than a batch
 SLOWER = 10  # "often an order of magnitude smaller than that for pre-training" (section 4.5)
 
+_OF_PRETRAINING = ("sources", "weights", "fold_validation")  # in [data]
 
-def defaults(base: Config, begins: str, images: int, resolution: int) -> dict[str, Any]:
+
+def defaults(base: Config, begins: str, images: int, resolution: int, few: bool = False) -> dict[str, Any]:
     """The tree of a fine-tuning's configuration before --set.
 
     Args:
         base: of the pre-training, or of a preset.
         begins: path of the weights; "": random ones.
         images, resolution: of the training data.
+        few: whether these are `finetune.labels` of each class.
     """
     tree = to_tree(base)
-    epoch = max(1, images // base.training.batch)
+    epoch = max(FEW_STEPS if few else 1, images // base.training.batch)
     tree["finetune"] = {} if begins else {"generative_weight": 0.0}
     tree["training"] |= {
         **dict.fromkeys(VALUES, "auto"),
@@ -41,7 +45,7 @@ def defaults(base: Config, begins: str, images: int, resolution: int) -> dict[st
         "validate_every": epoch,
     }
     tree["training"].pop("stop_at", None)
-    tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("sources", "weights")}
+    tree["data"] = {key: value for key, value in tree["data"].items() if key not in _OF_PRETRAINING}
     if begins:
         tree["data"]["resolution"] = resolution  # the weights follow: weights.at_resolution
     tree["init_from"] = begins

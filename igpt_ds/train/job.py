@@ -13,7 +13,7 @@ from igpt_ds.config.size import flops_per_image, parameter_count
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
 from igpt_ds.loading.order import Order
-from igpt_ds.loading.splits import open_split, resolve_data
+from igpt_ds.loading.splits import few_labels, folded_weights, open_held_out, open_split, resolve_data
 from igpt_ds.planner.choose import Here
 from igpt_ds.planner.report import Machine, make_plan
 from igpt_ds.planner.text import plan_text
@@ -75,11 +75,14 @@ def prepare(asked: Asked, here: Here, *, test: bool = False, masks: int = 0) -> 
     divide_batch(recipe.batch, recipe.micro_batch, here.ranks, recipe.sequence_parallel)
     train_sets = [open_split(source, "train") for source in config.data.sources]
     validation_set = None
-    if recipe.validate_every:
+    if recipe.validate_every and not config.folded:
         validation_set = open_split(config.data.sources[0], "val", " or set training.validate_every=0")
     test_set = open_split(config.data.sources[0], "test") if test else None
-    if config.finetune is not None and config.finetune.fold_validation:
-        train_sets += [open_split(source, "val") for source in config.data.sources]
+    weights = config.data.weights or None
+    if config.folded:
+        held_out = [open_held_out(source) for source in config.data.sources]
+        weights = folded_weights(weights, train_sets, held_out)
+        train_sets += filter(None, held_out)
     opened = [*train_sets, *(dataset for dataset in (validation_set, test_set) if dataset)]
     config = resolve_data(config, opened)
     rate, pixels = config.objective.mask_rate, config.sequence_length
@@ -88,16 +91,13 @@ def prepare(asked: Asked, here: Here, *, test: bool = False, masks: int = 0) -> 
         raise UserError(f"objective.mask_rate {rate}: hides less than one of {pixels} pixels: raise it")
     if config.finetune is not None:
         config = resolve_classes(config, opened)
-        if config.finetune is not None and config.finetune.fold_validation and not test:
-            raise UserError("finetune.fold_validation=true: leaves nothing to report the accuracy of: add --split test")
+        if config.folded and not test:
+            raise UserError("data.fold_validation=true: leaves nothing to report the accuracy of: add --split test")
         if masks and config.causal:
             raise UserError(f"--masks {masks}: {config.objective.name} hides nothing: leave it out")
-    order = Order(
-        config.seed,
-        [source_rows(dataset) for dataset in train_sets],
-        config.data.weights or None,
-        config.data.window,
-    )
+        if config.finetune is not None and (count := config.finetune.labels):
+            train_sets = [few_labels(dataset, count, config.seed) for dataset in train_sets]
+    order = Order(config.seed, [source_rows(dataset) for dataset in train_sets], weights, config.data.window)
     asked = dataclasses.replace(asked, config=config)
     return Job(
         **vars(settle(asked, here)),
@@ -175,6 +175,7 @@ def _classification(config: Config) -> list[tuple[str, str]]:
         (
             "classes",
             f"{finetune.classes} from layer {config.class_layer}, L_CLF + {finetune.generative_weight:g} L_GEN, "
+            f"{f'{finetune.labels} labels each, ' if finetune.labels else ''}"
             f"augmentation {finetune.augmentation}, dropout {finetune.dropout:g}, patience {finetune.patience}",
         ),
     ]

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from igpt_ds.atomic import no_link, publish_text, writing
 from igpt_ds.config.file import load_config
-from igpt_ds.config.schema import Config, TrainingConfig
+from igpt_ds.config.schema import Config
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.lock import Lock
 from igpt_ds.reading import read_json
@@ -171,7 +171,7 @@ def search(
     rates: Sequence[float],
     command: Sequence[str],
     launcher: Sequence[str],
-    training: TrainingConfig,
+    config: Config,
     share: float,
 ) -> Iterator[list[Trial]]:
     """Run rate after rate; yields the trials so far after each. Finished ones are not run again.
@@ -181,12 +181,17 @@ def search(
     Args:
         command: a verb of igpt-ds and its options, without the rate and without RUN.
         launcher: what `command` is appended to.
-        training: what `command` trains by.
+        config: what `command` trains by.
         share: what part of its steps is run.
 
     Raises:
         RunError: a run failed without having diverged, or the search was stopped.
     """
+    training = config.training
+    if config.folded:
+        raise UserError(
+            "data.fold_validation=true: without validation images no rate is better: search before you fold"
+        )
     if not training.validate_every:
         raise UserError("training.validate_every=0: without validation no rate is better: set an interval")
     with writing(directory):

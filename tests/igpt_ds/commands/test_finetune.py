@@ -18,6 +18,7 @@ from igpt_ds.checkpoint.read import Checkpoint
 from igpt_ds.config.file import from_tree, load_config
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
+from igpt_ds.dataset.subset import Subset, balanced
 from igpt_ds.errors import UserError
 from igpt_ds.features.extract import load_model
 from igpt_ds.loading.augment import crop_and_flip
@@ -196,7 +197,7 @@ def test_dropout_drops_in_training_alone_and_scales() -> None:
     torch.nn.init.normal_(model.class_head.weight)
     tokens = torch.zeros(8, 16, dtype=torch.int64)
     still = model(tokens).class_logits_BC
-    assert torch.equal(still[0], still[1])
+    torch.testing.assert_close(still[0], still[1])
     drawn = model.train()(tokens).class_logits_BC
     assert not torch.equal(drawn[0], drawn[1])
     torch.manual_seed(1)
@@ -241,14 +242,60 @@ def test_defaults_come_from_the_pre_training(
         assert (training.validate_every, training.steps, config.model.layers) == (533 // 16, 50 * (533 // 16), 2)
 
 
-def test_folding_trains_on_both_splits(data: Path, starts: Path) -> None:
-
-    sets = ["finetune.fold_validation=true", "training.validate_every=0"]
+@pytest.mark.parametrize("sets", [["data.fold_validation=true"], ["finetune.fold_validation=true"]])
+def test_folding_trains_on_both_splits(data: Path, starts: Path, sets: list[str]) -> None:
     job = prepare(begin.finetuning(starts / "next_pixel", None, None, str(data), sets), CPU, test=True)
     assert [dataset.rows for dataset in job.train_sets] == [533, 67]
     assert job.validation_set is None
     positions = [job.order(p) for p in range(600)]
     assert sum(source == 1 for source, _, _ in positions) == pytest.approx(67, abs=1)
+
+
+def test_a_folded_pre_training_is_fine_tuned_on_train_alone(data: Path, starts: Path, tmp_path: Path) -> None:
+    config = small_config("seed=1", "data.fold_validation=true", resolution=8, palette_size=16)
+    save_model(random_model(config), config, tmp_path / "folded", Palette.load(data / "train/palette.npy").sha256)
+    asked = begin.finetuning(tmp_path / "folded", None, None, str(data), [])
+    assert not asked.config.folded
+
+
+# --- few labels ----------------------------------------------------------------------------------------------------
+
+
+def test_few_labels_are_as_many_of_each_class_and_those_of_low_data(data: Path, starts: Path) -> None:
+    sets = ["finetune.labels=3", "seed=5"]
+    job = prepare(begin.finetuning(starts / "next_pixel", None, None, str(data), sets), CPU)
+    train = Dataset.open(data / "train")
+    chosen = balanced(train.labels(), 3, seed=5, repeat=0)
+    assert job.train_sets[0].rows == 30
+    assert np.bincount(job.train_sets[0].labels()).tolist() == [3] * 10
+    np.testing.assert_array_equal(job.train_sets[0].images(), train.images()[chosen])
+    # An epoch is 30 images, less than two batches of 16.
+    assert (job.config.training.validate_every, job.config.training.steps) == (20, 1000)
+    assert job.validation_set is not None and job.validation_set.rows == 67
+    other = prepare(begin.finetuning(starts / "next_pixel", None, None, str(data), [*sets, "seed=6"]), CPU)
+    assert other.identity() != job.identity()
+
+
+@pytest.mark.distributed
+def test_few_labels_are_learnt_by_heart_and_recorded(data: Path, starts: Path, tmp_path: Path) -> None:
+    """All that is trained on is the 20 images: they are known in the end, the others are not."""
+    run, output = tmp_path / "run", tmp_path / "output.txt"
+    recipe = (
+        "training.learning_rate=0.003",
+        "training.steps=120",
+        "finetune.generative_weight=0",
+        "finetune.patience=0",
+    )
+    sets = ("finetune.labels=2", "seed=4", *recipe)
+    run_command(finetune(starts / "next_pixel", data, run, *sets, "--split", "test"), output)
+    result = json.loads((run / "result.json").read_text())
+    assert (result["labels"], result["train_images"], result["n"]) == (2, 20, 67)
+    train = Dataset.open(data / "train")
+    chosen = Subset(train, balanced(train.labels(), 2, seed=4))
+    last = run / "checkpoints" / "step-00000120"
+    assert accuracy(last, chosen) > 0.9 > accuracy(last, train)
+    text = run_command(["finetune", str(run), "--set", "training.steps=130"], output)
+    assert "resumed from" in text and "2 labels each" in text
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -306,8 +353,10 @@ def test_labels_that_do_not_serve(
         (["finetune.generative_weight=-1"], "finetune.generative_weight must not be negative, but is -1.0"),
         (["finetune.dropout=1.0"], "finetune.dropout 1.0 is not in [0, 1)"),
         (["training.validate_every=0"], "leaves no best checkpoint"),
-        (["finetune.fold_validation=true"], "leaves nothing to validate on"),
-        (["finetune.fold_validation=true", "training.validate_every=0"], "add --split test"),
+        (["data.fold_validation=true"], "add --split test"),
+        (["data.fold_validation=true", "finetune.labels=4"], "few labels are drawn of train/ alone"),
+        (["finetune.labels=0"], "finetune.labels must be above 0, not 0"),
+        (["finetune.labels=60"], "finetune.labels=60: class "),
         (["model.width=64"], "its model is "),
         (["--masks", "5"], "next_pixel hides nothing"),
         (["--preset", "tiny"], "--from and --preset"),

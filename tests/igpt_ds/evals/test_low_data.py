@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from igpt_ds.dataset.shards import Dataset
-from igpt_ds.errors import UserError
-from igpt_ds.evals.low_data import SUBSETS, judge, subset
+from igpt_ds.dataset.subset import balanced
+from igpt_ds.evals.low_data import SUBSETS, judge
 from igpt_ds.features.cache import Features
 from igpt_ds.features.splits import Scored
 from tests.helpers.commands import call
@@ -21,34 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 LABELS = np.repeat([0, 1, 2], [50, 80, 65])[np.random.default_rng(0).permutation(195)]
-
-
-def test_subsets_hold_as_many_distinct_images_of_every_class() -> None:
-    for count in (1, 7, 50):
-        chosen = subset(LABELS, count, seed=3, repeat=0)
-        assert len(set(chosen.tolist())) == 3 * count
-        assert np.bincount(LABELS[chosen]).tolist() == [count] * 3
-    assert set(np.flatnonzero(LABELS == 0)) <= set(subset(LABELS, 50, 3, 0).tolist())
-
-
-def test_subsets_are_drawn_by_the_seed() -> None:
-    first = subset(LABELS, 10, seed=3, repeat=0).tolist()
-    assert subset(LABELS, 10, seed=3, repeat=0).tolist() == first
-    assert subset(LABELS, 10, seed=3, repeat=1).tolist() != first
-    assert subset(LABELS, 10, seed=4, repeat=0).tolist() != first
-
-
-def test_every_image_of_a_class_is_as_likely() -> None:
-    """Over 2000 draws of 10 of the 50 images of class 0: each 400 times, within six standard deviations."""
-    times = np.zeros(195)
-    for repeat in range(2000):
-        times[subset(LABELS, 10, 0, repeat)] += 1
-    assert np.abs(times[LABELS == 0] - 400).max() < 6 * (2000 * 0.2 * 0.8) ** 0.5
-
-
-def test_a_subset_larger_than_a_class_is_refused() -> None:
-    with pytest.raises(UserError, match="--labels 51: class 0 has 50 training images"):
-        subset(LABELS, 51, 0, 0)
 
 
 @pytest.mark.parametrize("layers", [(6,), (4, 6)])
@@ -66,7 +38,7 @@ def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets(layers
     for count in (2, 20):
         accuracies = []
         for repeat in range(SUBSETS):
-            chosen = subset(LABELS, count, 9, repeat)
+            chosen = balanced(LABELS, count, 9, repeat)
             scaler = StandardScaler().fit(given[chosen].astype(np.float64))
             model = LogisticRegression(max_iter=1000).fit(scaler.transform(given[chosen]), LABELS[chosen])
             accuracies.append(model.score(scaler.transform(asked), test.labels))

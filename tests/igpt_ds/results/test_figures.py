@@ -71,7 +71,7 @@ def test_papers_rows_are_those_of_its_text(runs: list[RunRecords]) -> None:
     """Spot checks against the paper, and what can be held against itself."""
     tables = paper_tables.all_tables(runs)
     counts = [sum(row[-1] == paper_tables.PAPER for row in table.rows) for table in tables]
-    assert counts == [8, 11, 8 + 4, 6, 8]
+    assert counts == [8, 11, 8 + 5, 6, 8]
     assert ["iGPT-XL", "64²·3", "6801", "15360", "72.0", "", "paper"] in [list(r) for r in tables[1].rows]
     assert ["iGPT-L", "26.8 ± 1.5", "12.4 ± 0.6", "5.7 ± 0.1", "5", "", "paper"] in [list(r) for r in tables[3].rows]
     accuracies = [float(row[4]) for row in paper_numbers.TABLE_2]
@@ -80,6 +80,19 @@ def test_papers_rows_are_those_of_its_text(runs: list[RunRecords]) -> None:
     assert derived == [("CIFAR-10,\nlast layer", pytest.approx(96.3 - 2.4))]
     for _, model, accuracy, _ in paper_numbers.TABLE_1:
         assert 70 < float(accuracy) < 100 and model
+
+
+def test_a_fine_tuning_of_few_labels_is_told_and_not_drawn_among_those_of_all(runs: list[RunRecords]) -> None:
+    ar = next(run for run in runs if run.label == "ar")
+    few = records.make_run(ar.path.parent / "few", "finetune.labels=4", start=f"{ar.path}/checkpoints/step-00000600")
+    records.write(few / "result.json", {"kind": "finetune", "accuracy": 0.95, "split": "test", "n": 60})
+    more = [*runs, read_run(few)]
+    assert ["pets", "few, 4 labels a class", "95.0", "60 test", "pre-trained", "this run"] in [
+        list(row) for row in paper_tables.table_3(more).rows
+    ]
+    for found in (runs, more):
+        split = paper_figures.split_of(found)
+        assert (split, paper_figures.groups_of(found, split)) == ("val", paper_figures.groups_of(runs, "val"))
 
 
 def test_concatenated_layers_and_searched_rates_have_their_rows(tmp_path: Path) -> None:
