@@ -30,11 +30,11 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.datasets import load_sample_images
 from threadpoolctl import threadpool_limits
 
-from data_prep.images.transforms import Transform
 from data_prep.palette.count import add_colours
 from data_prep.palette.fit import distortion, fit
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import write_shard
+from igpt_ds.images.transforms import Transform
 
 RESOLUTION, COLOURS = 64, 512
 IMAGES = 4096  # of the scaling

@@ -24,11 +24,11 @@ import numpy as np
 from scipy.spatial import cKDTree
 from sklearn.datasets import load_sample_images
 
-from data_prep.images.transforms import evaluation
 from data_prep.palette.count import add_up, colour_tasks, count_colours
 from data_prep.palette.fit import distortion
 from data_prep.sources import open_source
 from igpt_ds.dataset.palette import Palette, nearest_table
+from igpt_ds.images.transforms import evaluation
 
 PIXELS = 1_000_000
 ROUNDS = 5

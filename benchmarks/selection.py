@@ -20,13 +20,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from data_prep.files.npz import publish_arrays
-from data_prep.images.decode import decode
 from data_prep.selection.clusters import Model, ScoreTask, score
 from data_prep.selection.duplicates import exact_duplicates, near_duplicates
 from data_prep.selection.embed import CHUNK, Chunk
 from data_prep.selection.embedders import open_embedder
 from data_prep.selection.perceptual_hash import NearAny, distance, perceptual_hash, small_grey
 from data_prep.selection.verdicts import KEPT, Scored, drop_duplicates, judge, threshold
+from igpt_ds.images.decode import decode
 
 WEB = 100_000_000
 POOLS = (1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000)

@@ -1,6 +1,6 @@
 """Mutated files through every reader of files that others may have written: one line of refusal, or a right result.
 
-As tests/data_prep/images/test_decode_fuzz.py does with images: one process of its own works through all, so that a
+As tests/igpt_ds/images/test_decode_fuzz.py does with images: one process of its own works through all, so that a
 crash, a hang (an alarm kills it) or a loss of memory (its address space is limited) shows as such; all comes from one
 seed. Where a file's checksum is recorded, it is recorded anew half of the time, so that the reader sees what is behind.
 """
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from igpt_ds.errors import RunError, UserError
-from tests.data_prep.images.test_decode_fuzz import mutated
 from tests.helpers.readers import Reader, readers
+from tests.igpt_ds.images.test_decode_fuzz import mutated
 
 ROOT = Path(__file__).parents[1]
 SEED, COUNT = 20_200_617, 200  # of each file

@@ -14,7 +14,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "igpt_ds": [
         # The leaves: one file each, which may know one another.
         {"errors", "atomic", "cores", "hashing", "lock", "memory", "options", "plots", "reading", "text"},
-        {"checkpoint", "dataset", "objectives"},
+        {"checkpoint", "dataset", "images", "objectives"},
         {"config"},
         {"loading", "model", "planner", "run"},
         {"weights"},
@@ -23,7 +23,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"evals", "samples"},
         {"results"},
         {"train"},
-        {"doctor", "rehearse"},
+        {"api", "doctor", "rehearse"},
         {"commands"},
         {"cli"},
         {"__main__"},
@@ -41,13 +41,15 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
 }
 # Where the two packages meet: the format of a dataset directory, and the leaves.
-MEETING = {f"igpt_ds.{each}" for each in ("dataset", "errors", "atomic", "hashing", "lock", "reading", "text")}
+MEETING = {
+    f"igpt_ds.{each}" for each in ("dataset", "images", "errors", "atomic", "hashing", "lock", "reading", "text")
+}
 OPTIONS = {"igpt_ds.options"}  # of both command lines, which need click
 # Pure arithmetic and records, and what tells in a moment, on any machine, what a job will need: none of these may load
 # torch, not even through another.
 WITHOUT_TORCH = {
     *("errors", "atomic", "cores", "hashing", "lock", "reading", "text"),
-    *("objectives", "config", "dataset", "planner", "commands.plan"),
+    *("objectives", "config", "dataset", "images", "planner", "commands.plan"),
     *("loading.order", "train.machine", "train.schedule", "train.signals", "distributed.ranks"),
 }
 # What shows recorded figures never loads a model.
@@ -172,9 +174,10 @@ def test_nothing_flows_back_and_one_room_knows_deepspeed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(n for n in SOURCES if within(n, MEETING)))
-def test_the_format_needs_numpy_and_the_standard_library_only(name: str) -> None:
+def test_where_the_packages_meet_little_is_needed(name: str) -> None:
+    libraries = {"numpy", "PIL"} if within(name, {"igpt_ds.images"}) else {"numpy"}
     for module in EVERYWHERE[name]:
-        assert within(module, MEETING) or top(module) in {*sys.stdlib_module_names, "numpy"}, module
+        assert within(module, MEETING) or top(module) in {*sys.stdlib_module_names, *libraries}, module
 
 
 @pytest.mark.parametrize("name", ours(WITHOUT_TORCH))

@@ -70,11 +70,11 @@ def palette(
       igpt-data palette imagenet ILSVRC2012 --resolution 64 --share 0.1 --out palette.npy \\
           --executor slurm --slurm-partition cpu --wait
     """
-    from data_prep.images.transforms import CROP, evaluation
     from data_prep.palette.count import colour_tasks
     from data_prep.palette.fit import check_k
     from data_prep.palette.job import fit_palette
     from data_prep.sources import names, open_source, recorded
+    from igpt_ds.images.transforms import CROP, evaluation
 
     check_k(k)
     if not no_crop and resolution is not None and resolution > CROP:

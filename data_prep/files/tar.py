@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from data_prep.files import MAX_BYTES
 from data_prep.files.remote import opened
 from igpt_ds.errors import UserError
+from igpt_ds.images import MAX_BYTES
 
 BLOCK = 512
 _MAX_EXTRA = 1 << 20  # bytes of a pax header or long name

@@ -1,1 +1,1 @@
-"""From hostile bytes to pixels: pieces of a source, decoding, crops, and what cannot be used."""
+"""From hostile bytes to pixels: pieces of a source, and what cannot be used."""

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.images.rejects import Rejected
-from data_prep.images.transforms import RejectError, Transform
 from data_prep.sources import Encoded, FiledSource, Item, PlacedSource, Pool, Source, StreamedSource, UnusableError
+from igpt_ds.images.transforms import RejectError, Transform
 
 
 class Piece(NamedTuple):

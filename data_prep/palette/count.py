@@ -19,13 +19,13 @@ import PIL
 from data_prep.files.npz import DAMAGE
 from data_prep.images.pieces import Piece, cut, pieces_of, pixels, stamp, stream, unit_hash
 from data_prep.images.rejects import Rejected, Tally
-from data_prep.images.transforms import Transform
 from data_prep.sources import Encoded, Item, Source, StreamedSource
 from data_prep.workers.pool import count
 from data_prep.workers.run import Done
 from data_prep.workers.slurm import batches
 from igpt_ds.atomic import publish_file
 from igpt_ds.errors import UserError
+from igpt_ds.images.transforms import Transform
 
 _BATCH = 1 << 20  # pixels that are sorted at a time
 _IMAGES = 512  # listed images a task, at least

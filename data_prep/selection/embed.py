@@ -21,7 +21,6 @@ from PIL import Image, ImageOps
 from threadpoolctl import threadpool_limits
 
 from data_prep.files.npz import publish_arrays, read_arrays
-from data_prep.images.decode import RejectError, decode
 from data_prep.images.pieces import Piece, stamp, stream
 from data_prep.images.rejects import Tally
 from data_prep.selection.embedders import Embedder
@@ -31,6 +30,7 @@ from data_prep.workers.pool import count
 from data_prep.workers.run import Done
 from igpt_ds.atomic import publish_text
 from igpt_ds.errors import UserError
+from igpt_ds.images.decode import RejectError, decode
 from igpt_ds.reading import read_json
 
 CHUNK = 16384  # images whose embeddings are in memory at a time

@@ -18,12 +18,12 @@ from typing import Any, Literal, cast
 import PIL
 
 from data_prep.images.pieces import Piece, cut, pieces_of, unit_hash
-from data_prep.images.transforms import CROP, Transform, evaluation
 from data_prep.selection.file import Selection
 from data_prep.sources import Item, Pool, Source, StreamedSource, TokenSource
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.storage import storage_for
 from igpt_ds.errors import UserError
+from igpt_ds.images.transforms import CROP, Transform, evaluation
 from igpt_ds.reading import read_json
 
 ROWS_PER_BLOCK = 256

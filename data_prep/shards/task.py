@@ -22,7 +22,6 @@ import numpy as np
 
 from data_prep.images.pieces import pixels, stamp, stream
 from data_prep.images.rejects import Rejected
-from data_prep.images.transforms import Transform
 from data_prep.selection.file import Selection
 from data_prep.shards.marks import Mark, Passed, read, tally_of
 from data_prep.shards.plan import ROWS_PER_BLOCK, Plan, Slice, Split, belongs, missing_selected
@@ -34,6 +33,7 @@ from igpt_ds.dataset.manifest import ShardRecord
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import read_mark, write_shard
 from igpt_ds.errors import UserError
+from igpt_ds.images.transforms import Transform
 from igpt_ds.lock import require
 from igpt_ds.reading import read_json
 from igpt_ds.text import visible

@@ -21,11 +21,11 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.files import MAX_BYTES
 from data_prep.files.folders import Identity, files_below, identity, is_file, is_folder, refuse_lost, visible
 from data_prep.sources import Item, Pool
 from data_prep.sources._splits import is_plain, split_of_folder, split_of_word, test_split, unlike
 from igpt_ds.errors import UserError
+from igpt_ds.images import MAX_BYTES
 
 _JPEG, _PNM = (".jpg", ".jpeg", ".jpe", ".jfif"), (".ppm", ".pgm", ".pbm", ".pnm")
 SUFFIXES = (*_JPEG, *_PNM, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

@@ -29,7 +29,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.files import MAX_BYTES
 from data_prep.files.folders import is_file, is_folder, is_left_out, visible
 from data_prep.files.remote import opened, reading
 from data_prep.files.tar_index import Entry, images_of, tar_index
@@ -37,6 +36,7 @@ from data_prep.sources import Item, Pool
 from data_prep.sources._ilsvrc import WNID, devkit_synsets, validation_synsets
 from data_prep.sources.image_folder import SUFFIXES
 from igpt_ds.errors import UserError
+from igpt_ds.images import MAX_BYTES
 
 CLASS_FILES = ("truth",)
 _ROLES = {

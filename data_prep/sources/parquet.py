@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, BinaryIO
 
-from data_prep.files import MAX_BYTES
 from data_prep.files.patterns import FileSet
 from data_prep.files.remote import existing, fetched, opened
 from data_prep.sources import Encoded, Item, Pool, UnusableError
 from data_prep.sources._class_names import read_classes
 from data_prep.sources._splits import check_pool, files_of, split_named, test_split
 from igpt_ds.errors import UserError
+from igpt_ds.images import MAX_BYTES
 
 CLASS_FILES = ("classes",)
 _LONGEST = 300  # characters of columns' names in a message

@@ -7,6 +7,7 @@ otherwise, since it must name ranks that never come.
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,12 +171,14 @@ class Ranks:
                     distributed_c10d._set_pg_timeout(_longer_than(hang_timeout), group)
 
     def leave(self) -> None:
-        """Leave the process group: the last thing that a rank does, since DeepSpeed cannot join a second one."""
+        """Leave the process group: the last thing that a rank of several does."""
         import torch.distributed as dist
 
         self._control, self._left = None, True
         if dist.is_initialized():
-            dist.destroy_process_group()
+            # Where DeepSpeed was used, it forgets its groups, too: a process may train again.
+            door = sys.modules.get("deepspeed.comm.comm")
+            (door if door is not None and door.is_initialized() else dist).destroy_process_group()
 
     @contextmanager
     def meeting(self) -> "Iterator[Ranks]":

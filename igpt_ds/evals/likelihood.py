@@ -128,7 +128,8 @@ def run(
 
 def suffix(options: dict[str, Any]) -> str:
     """Another split than val has a record of its own."""
-    return "" if options["split"] == "val" else f"-{options['split']}"
+    split = options.get("split", "val")
+    return "" if split == "val" else f"-{split}"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def pretraining(
     preset: str | None,
     run: Run | None,
     data: Sequence[str],
-    overrides: Sequence[str],
+    overrides: Sequence[Override],
     ds: str | None = None,
     weights: Path | None = None,
     fresh: bool = False,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.images.transforms import evaluation
 from data_prep.sources import Encoded, ListedSource, Source, StreamedSource, open_source
 from igpt_ds.errors import UserError
+from igpt_ds.images.transforms import evaluation
 
 
 def random_pixels(seed: int, side: int = 8) -> np.ndarray:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.files import MAX_BYTES
 from data_prep.files.tar import Member, gunzipped, members, read_member, safe_name
+from igpt_ds.images import MAX_BYTES
 from tests.helpers.source_fixtures import link, refusal, tar_bytes
 
 LONG = "d" * 90 + "/" + "e" * 90 + "/é" + "f" * 120 + ".jpg"

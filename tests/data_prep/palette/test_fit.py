@@ -14,13 +14,13 @@ from sklearn.datasets import load_digits, load_sample_images
 from tqdm import tqdm
 
 from data_prep.images.rejects import Tally
-from data_prep.images.transforms import Transform, evaluation
 from data_prep.palette import fit as fits
 from data_prep.palette.count import add_colours, add_up, colour_tasks, count_colours
 from data_prep.palette.fit import _histogram, _rounds, _Weighted, distortion, fit
 from data_prep.sources import Source, open_source
 from data_prep.workers.run import Done, Here
 from igpt_ds.errors import UserError
+from igpt_ds.images.transforms import Transform, evaluation
 from igpt_ds.lock import Lock
 from tests.helpers.places import fit_at
 from tests.helpers.streams import Folders

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from data_prep.check.verify import verify
-from data_prep.images.transforms import Transform, evaluation
 from data_prep.shards.job import begin
 from data_prep.shards.plan import Settings, unit_hash
 from data_prep.sources import open_source
@@ -20,6 +19,7 @@ from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from igpt_ds.images.transforms import Transform, evaluation
 from tests.helpers.places import Meter, build_here
 
 

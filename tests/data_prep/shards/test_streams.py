@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from data_prep.check.verify import verify
-from data_prep.images.transforms import evaluation
 from data_prep.selection.file import Selection, write_selection
 from data_prep.shards.job import Results, begin
 from data_prep.shards.plan import Settings, unit_hash
@@ -24,6 +23,7 @@ from data_prep.workers.run import Here
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from igpt_ds.images.transforms import evaluation
 from tests.data_prep.shards.test_build import digest
 from tests.helpers.places import Meter, build_here, fit_at
 from tests.helpers.streams import SETTINGS, Folders

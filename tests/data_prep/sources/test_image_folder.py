@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from data_prep.images.pieces import pieces_of, pixels, stream
-from data_prep.images.transforms import evaluation
 from data_prep.palette.count import colour_tasks
 from data_prep.shards.plan import Settings, make_plans
 from data_prep.sources import ListedSource
 from igpt_ds.dataset.palette import Palette
+from igpt_ds.images.transforms import evaluation
 from tests.helpers.source_fixtures import listed, png, refusal
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from data_prep.images.transforms import evaluation
+from igpt_ds.images.transforms import evaluation
 from tests.helpers.source_fixtures import decoded, link, listed, png, refusal, tar_bytes
 
 # Sorted, as labels are; the devkit numbers them otherwise.

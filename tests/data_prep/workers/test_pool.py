@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.images.transforms import evaluation
 from data_prep.palette.count import colour_tasks
 from data_prep.shards.build import build
 from data_prep.shards.job import Build, begin
@@ -23,6 +22,7 @@ from data_prep.workers.run import Here, OnCluster
 from data_prep.workers.slurm import Cluster, batches, minutes
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.images.transforms import evaluation
 from tests.data_prep.shards.test_build import digest
 from tests.helpers import tasks
 from tests.helpers.places import Meter, build_here, fit_at

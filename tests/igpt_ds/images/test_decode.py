@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops, PngImagePlugin, features
 
-from data_prep.images.decode import MAX_PIXELS, MAX_SCANS, RejectError, decode
+from igpt_ds.images.decode import MAX_PIXELS, MAX_SCANS, RejectError, decode
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -203,9 +203,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
 
 def test_a_file_with_too_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(Image.fromarray(noise(8, 8, 3)), "PNG")
-    monkeypatch.setattr("data_prep.images.decode.MAX_BYTES", len(data))
+    monkeypatch.setattr("igpt_ds.images.decode.MAX_BYTES", len(data))
     decode(data)
-    monkeypatch.setattr("data_prep.images.decode.MAX_BYTES", len(data) - 1)
+    monkeypatch.setattr("igpt_ds.images.decode.MAX_BYTES", len(data) - 1)
     with pytest.raises(RejectError, match="too many bytes"):
         decode(data)
 
@@ -318,5 +318,5 @@ def test_what_is_within_the_bounds_is_read() -> None:
 def test_large_images_are_converted_in_bands_without_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     rgba = Image.fromarray(noise(50, 30, 4))
     whole = np.asarray(decode(encode(rgba, "PNG")))
-    monkeypatch.setattr("data_prep.images.decode._BAND", 100)
+    monkeypatch.setattr("igpt_ds.images.decode._BAND", 100)
     assert np.array_equal(decode(encode(rgba, "PNG")), whole)

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import Base as Exif
 
-from data_prep.files import MAX_BYTES
+from igpt_ds.images import MAX_BYTES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
@@ -118,15 +118,29 @@ def reduced(data: bytes, exif: ExifOrientation, scale: Callable[[tuple[int, int]
             image.load()
             if divisor is None:
                 size = image.size  # Pillow may have turned a TIFF.
-            rgb = _rgb(image)
-            orientation = _orientation(image) if exif == "apply" else 1
-            if orientation > 1:
-                rgb = rgb.transpose(_UPRIGHT[orientation])
-            return Reduced(rgb, size[::-1] if orientation >= 5 else size, divisor, stored)
+            rgb, turned = _upright(image, exif)
+            return Reduced(rgb, size[::-1] if turned else size, divisor, stored)
         except (RejectError, MemoryError):
             raise
         except Exception as error:
             raise _rejected(error) from error
+
+
+def upright(image: Image.Image, exif: ExifOrientation = "apply") -> Image.Image:
+    """An image that Pillow has opened or made, as 8-bit RGB, by the rules of `decode`; raises as it does."""
+    try:
+        return _upright(image, exif)[0]
+    except (RejectError, MemoryError):
+        raise
+    except Exception as error:
+        raise _rejected(error) from error
+
+
+def _upright(image: Image.Image, exif: ExifOrientation) -> tuple[Image.Image, bool]:
+    """In RGB, and whether its sides were exchanged."""
+    rgb = _rgb(image)
+    orientation = _orientation(image) if exif == "apply" else 1
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation > 1 else rgb, orientation >= 5
 
 
 class _Metered(io.BytesIO):

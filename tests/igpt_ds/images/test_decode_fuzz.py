@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.images.transforms import RejectError, Transform
+from igpt_ds.images.transforms import RejectError, Transform
 
 ROOT = Path(__file__).parents[3]
 SEED = 20_200_617
@@ -140,7 +140,7 @@ def work() -> None:
 
 def test_every_mutated_file_gives_pixels_or_a_reason() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "from tests.data_prep.images.test_decode_fuzz import work; work()"]
+    command = [sys.executable, "-c", "from tests.igpt_ds.images.test_decode_fuzz import work; work()"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

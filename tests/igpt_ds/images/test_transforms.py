@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from data_prep.images import transforms
-from data_prep.images.decode import reduced
-from data_prep.images.transforms import RejectError, Transform, _resized, decode, evaluation
+from igpt_ds.images import transforms
+from igpt_ds.images.decode import reduced
+from igpt_ds.images.transforms import RejectError, Transform, _resized, decode, evaluation
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:

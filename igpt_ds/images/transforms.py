@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from data_prep.images.decode import ExifOrientation, Reduced, RejectError, decode, reduced
+from igpt_ds.images.decode import ExifOrientation, Reduced, RejectError, decode, reduced
 
 __all__ = ["CROP", "RejectError", "Transform", "decode", "evaluation"]
 
