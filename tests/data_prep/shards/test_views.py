@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from data_prep.check.verify import verify
-from data_prep.images import transforms
 from data_prep.shards import marks, plan, task
 from data_prep.shards.job import Build, Results, begin
 from data_prep.sources import open_source
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.dataset.shards import Dataset
 from igpt_ds.errors import UserError
+from igpt_ds.images import transforms
 from tests.data_prep.shards.test_build import digest, settings
 from tests.helpers.places import Meter, build_here
 from tests.helpers.streams import Folders
