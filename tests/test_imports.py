@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[str, list[set[str]]] = {
     "igpt_ds": [
         # The leaves: one file each, which may know one another.
-        {"errors", "atomic", "cores", "hashing", "lock", "memory", "options", "plots", "reading", "text"},
+        {"errors", "atomic", "cores", "hashing", "hub", "lock", "memory", "options", "plots", "reading", "text"},
         {"checkpoint", "dataset", "images", "objectives"},
         {"config"},
         {"loading", "model", "planner", "run"},
@@ -42,13 +42,13 @@ FLOORS: dict[str, list[set[str]]] = {
 }
 # Where the two packages meet: the format of a dataset directory, and the leaves.
 MEETING = {
-    f"igpt_ds.{each}" for each in ("dataset", "images", "errors", "atomic", "hashing", "lock", "reading", "text")
+    f"igpt_ds.{each}" for each in ("dataset", "images", "errors", "atomic", "hashing", "hub", "lock", "reading", "text")
 }
 OPTIONS = {"igpt_ds.options"}  # of both command lines, which need click
 # Pure arithmetic and records, and what tells in a moment, on any machine, what a job will need: none of these may load
 # torch, not even through another.
 WITHOUT_TORCH = {
-    *("errors", "atomic", "cores", "hashing", "lock", "reading", "text"),
+    *("errors", "atomic", "cores", "hashing", "hub", "lock", "reading", "text"),
     *("objectives", "config", "dataset", "images", "planner", "commands.plan"),
     *("loading.order", "train.machine", "train.schedule", "train.signals", "distributed.ranks"),
 }
@@ -175,7 +175,7 @@ def test_nothing_flows_back_and_one_room_knows_deepspeed(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(n for n in SOURCES if within(n, MEETING)))
 def test_where_the_packages_meet_little_is_needed(name: str) -> None:
-    libraries = {"numpy", "PIL"} if within(name, {"igpt_ds.images"}) else {"numpy"}
+    libraries = {"numpy", *{"igpt_ds.images": ["PIL"], "igpt_ds.hub": ["huggingface_hub"]}.get(room(name)[0], [])}
     for module in EVERYWHERE[name]:
         assert within(module, MEETING) or top(module) in {*sys.stdlib_module_names, *libraries}, module
 

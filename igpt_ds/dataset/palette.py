@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from igpt_ds import hub
 from igpt_ds.atomic import publish_file
 from igpt_ds.dataset.npy import read_npy
 from igpt_ds.errors import UserError
+from igpt_ds.reading import parse_json, read_regular
 
+CLUSTERS = "preprocessor_config.json"  # of a model of transformers
 MAX_COLOURS = 1 << 16  # tokens are uint16
 _MOST_BYTES = 1 << 24  # of a palette's file: in whatever type, a palette is far shorter
 _LEVELS = 256
@@ -72,18 +75,24 @@ class Palette:
 
     @classmethod
     def load(cls, path: Path) -> "Palette":
-        """Read a palette from an .npy file."""
-        path = Path(path)
+        """Read a palette from an .npy file, or from a model: the "clusters" of its preprocessor_config.json.
+
+        Args:
+            path: of a file of either kind, or of the folder that holds one: a run, a model, one of the hub's (hf://...).
+        """
+        path = hub.local(Path(path), CLUSTERS)
+        if path.is_dir():
+            path = next((path / name for name in ("palette.npy", CLUSTERS) if (path / name).exists()), path)
         try:
-            colours = read_npy(path, _MOST_BYTES, fortran=True)
+            colours = _clusters(path) if path.suffix == ".json" else read_npy(path, _MOST_BYTES, fortran=True)
         except FileNotFoundError:
             raise UserError(f"{path}: no such palette: make one with igpt-data palette") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable .npy palette: make one with igpt-data palette") from error
+            raise UserError(f"{path}: not a readable {path.suffix} palette: make one with igpt-data palette") from error
         try:
             return cls(colours)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {'clusters: ' if path.suffix == '.json' else ''}{error}") from None
 
     def save(self, path: Path) -> None:
         """Publish the colours as an .npy file, whole or not at all."""
@@ -136,6 +145,18 @@ class Palette:
         except (UserError, OSError):
             pass  # A cache that cannot be written costs a second or two, not the job.
         return table
+
+
+def _clusters(path: Path) -> np.ndarray:
+    """The colours in a model's preprocessor_config.json: float32 [k, 3]."""
+    content = parse_json(read_regular(path, _MOST_BYTES))
+    clusters = content.get("clusters") if isinstance(content, dict) else None
+    try:
+        if clusters is None:
+            raise TypeError
+        return np.array(clusters, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{path}: its clusters are no table of colours: get it anew") from None
 
 
 def nearest_table(colours: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from igpt_ds import hub
 from igpt_ds.checkpoint.names import newest_first
 from igpt_ds.config.deepspeed import load_ds_config
 from igpt_ds.config.file import Override, from_tree, load_config
@@ -142,7 +143,7 @@ def _weights(run: Run | None, named: Path | None, scratch: bool = False) -> str:
 
     if run is None or not run.config.exists():
         return _absolute(open_weights(named, verify=False).path) if named else ""
-    began = load_config(run.config).init_from
+    named, began = named and hub.local(named), load_config(run.config).init_from
     # A run is meant by its checkpoint, and links may lead from where it was to where it is.
     places = [path for place in (Path(began), Path(os.path.realpath(began))) for path in (place, *place.parents[:2])]
     same = not named or (began and not {named.absolute(), Path(os.path.realpath(named))}.isdisjoint(places))

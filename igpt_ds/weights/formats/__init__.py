@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from igpt_ds.weights.base import Weights
 
 KNOWN = (
-    "a run, one of its checkpoints, a Hugging Face ImageGPT directory, a safetensors file with its config.json, "
-    "an .npz, or a TensorFlow checkpoint"
+    "a run, one of its checkpoints, a Hugging Face ImageGPT directory or hf://user/repo, a safetensors file with its "
+    "config.json, an .npz, or a TensorFlow checkpoint"
 )
 
 
@@ -56,13 +56,16 @@ def open_weights(path: Path, step: int | None = None, verify: bool = True) -> "W
     """Open weights of any format that is known here.
 
     Args:
-        path: of a run directory (its newest whole checkpoint is meant), a checkpoint, or any other format.
+        path: of a run directory (its newest whole checkpoint is meant), a checkpoint, or any other format; or a model
+            of the hub, see `igpt_ds.hub`.
         step: of a run's checkpoint.
         verify: compare the recorded hashes now; else only sizes are looked at, and the caller verifies.
     """
+    from igpt_ds import hub
     from igpt_ds.weights.base import check_shapes
     from igpt_ds.weights.formats import native
 
+    path = hub.local(path)
     if native.is_run(path):
         return native.read_run(path, step, verify)
     if step is not None:
@@ -80,12 +83,14 @@ def open_weights(path: Path, step: int | None = None, verify: bool = True) -> "W
 
 def results_folder(path: Path, json_path: Path | None) -> Path:
     """Where an evaluation of these weights writes: into the run, or beside the file that --json names."""
+    from igpt_ds import hub
     from igpt_ds.weights.formats import native
 
     if native.is_run(path):
         return path
     if json_path is None:
-        _reader(path)  # what is not there at all is told first
+        if hub.repository(path) is None:
+            _reader(hub.local(path))  # what is not there at all is told first
         raise UserError(f"{path}: is no run directory, to which the results would be added: name a file by --json")
     return json_path.parent
 

@@ -48,10 +48,10 @@ def parse(path: Path, text: str | bytes) -> dict[str, Any]:
     return content
 
 
-def stated(path: Path, key: str) -> Any:
-    """What a directory's config.json says under a key; None where there is none that can be read."""
+def stated(path: Path, key: str, file: str = "config.json") -> Any:
+    """What a directory's file says under a key; None where there is none that can be read."""
     try:
-        content = parse_json(read_regular(path / "config.json"))
+        content = parse_json(read_regular(path / file))
     except (OSError, ValueError):
         return None
     return content.get(key) if isinstance(content, dict) else None

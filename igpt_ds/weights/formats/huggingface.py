@@ -24,7 +24,7 @@ from torch import Tensor
 from igpt_ds.atomic import publish_text
 from igpt_ds.checkpoint.safetensors_stream import BYTES, Precision, Streamed, write_safetensors
 from igpt_ds.config.schema import Config, ModelConfig
-from igpt_ds.dataset.palette import Palette
+from igpt_ds.dataset.palette import CLUSTERS, Palette
 from igpt_ds.errors import UserError
 from igpt_ds.memory import available_bytes
 from igpt_ds.model.transformer import NORM_EPSILON
@@ -189,20 +189,8 @@ def _stamp(file: Path) -> dict[str, Any]:
 
 
 def _palette(path: Path) -> Palette | None:
-    file = path / "preprocessor_config.json"
-    if not file.exists():
-        return None
-    clusters = read_json(file).get("clusters")
-    if clusters is None:
-        return None
-    try:
-        colours = torch.tensor(clusters, dtype=torch.float32).numpy()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RecursionError is a RuntimeError
-        raise UserError(f"{file}: its clusters are no table of colours: get it anew") from error
-    try:
-        return Palette(colours)
-    except UserError as error:
-        raise UserError(f"{file}: clusters: {error}") from None
+    file = path / CLUSTERS
+    return Palette.load(file) if file.exists() and stated(path, "clusters", CLUSTERS) is not None else None
 
 
 def write(
@@ -241,7 +229,7 @@ def write(
         folder / "config.json", _their_config(config, precision) | {OURS: record(weights, palette, class_head=False)}
     )
     if palette is not None:
-        _write_json(folder / "preprocessor_config.json", _their_processor(config, palette))
+        _write_json(folder / CLUSTERS, _their_processor(config, palette))
     return digests
 
 

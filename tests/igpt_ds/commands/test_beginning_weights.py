@@ -23,6 +23,7 @@ from igpt_ds.weights.base import at_resolution, config_of, resize_positions
 from igpt_ds.weights.convert import convert
 from igpt_ds.weights.formats import open_weights
 from tests.helpers.commands import run_command
+from tests.helpers.hub import commit_of, hub
 from tests.helpers.models import random_model, save_model, small_config
 from tests.igpt_ds.loading.test_loader import build
 
@@ -224,6 +225,27 @@ def test_a_pre_training_begins_with_weights_of_any_format(
     # The first loss is that of these weights on the first batch, not that of random ones.
     first = next(line for line in read_metrics(run / "metrics.jsonl") if "loss" in line)
     assert abs(first["loss"] - math.log(16)) > 0.05
+
+
+def test_a_pre_training_begins_with_a_model_of_the_hub_and_resumes_without(
+    sources: Path,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with hub({"user/small": sources / "hf"}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        words = pretrain(digits, tmp_path / "run", "--from", "hf://user/small")
+        status, _, errors = call(*words, "--set", "training.stop_at=1")
+        assert status == 0, errors
+    began = load_config(tmp_path / "run" / "config.toml").init_from
+    snapshots = (tmp_path / "cache" / "models--user--small" / "snapshots").resolve()
+    assert began == str(snapshots / commit_of(sources / "hf"))
+    status, _, errors = call(*words)
+    assert status == 0, errors
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000003"
 
 
 @pytest.mark.distributed
