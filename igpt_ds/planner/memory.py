@@ -132,12 +132,13 @@ def bytes_per_rank(layout: Layout, gpu: bool = True) -> Memory:
 def _passes(layout: Layout, activations: list[int], arriving: int, buffers: int, held: Gathering) -> int:
     """The peak of both passes, with buffers but without all else that stays, on the rank whose gradients come first."""
     config, summed_up = layout.config, layout.division.accumulation > 1
-    sent, collected = _sent(layout)
+    elements, collected = _sent(layout)
+    sent = layout.sent_width * elements
     block, done = block_parameters(config), sum(module_sizes(config).after)
 
     def full(done: int) -> bool:
         """Whether a bucket is full while a block is differentiated: two thirds of it, the MLP, come at once."""
-        return layout.width * (done + 2 * block // 3) >= sent
+        return done + 2 * block // 3 >= elements
 
     there, gathered = arriving * summed_up + activations[0], layout.width * held.live_backward
     # In the forward pass the most is gathered before its end. When the backward pass begins, stages 1 and 2 have no
@@ -159,7 +160,7 @@ def _passes(layout: Layout, activations: list[int], arriving: int, buffers: int,
         peaks.append(arrived + size + copied + gathered + buffers)
         done += block
     # In the end a bucket that is full only now is sent, or what is left after others were; or all.
-    whole = layout.width * parameter_count(config)
+    whole = layout.sent_width * parameter_count(config)
     peaks.append(min(sent, whole) + buffers if collected else arriving + sent)
     peaks.append(arriving + whole % sent + buffers if collected and whole >= sent else 0)
     return max(peaks)
@@ -206,16 +207,16 @@ def _logit_bytes(layout: Layout) -> int:
 def _buffers(layout: Layout) -> int:
     """Bytes in which gradients are collected until they are sent: stages 1 and 2 fill one bucket while another is on
     its way."""
-    sent, collected = _sent(layout)
-    return collected * sent * (2 if layout.stage < 3 and layout.option("overlap_comm", False) else 1)
+    elements, collected = _sent(layout)
+    return collected * layout.width * elements * (2 if layout.stage < 3 and layout.option("overlap_comm", False) else 1)
 
 
 def _sent(layout: Layout) -> tuple[int, bool]:
-    """Bytes of the copy of gradients that is sent at a time, and whether gradients are collected for it.
+    """Elements of the copy of gradients that is sent at a time, and whether gradients are collected for it.
 
     Stage 3 sorts a bucket by rank in it. Stage 0, and stage 1 in bfloat16, collect nothing, and send all when the last
     backward pass is over, in copies of 500 million.
     """
     if layout.stage == 0 or (layout.stage == 1 and layout.bf16 and not offloads(layout.zero, "optimizer")):
-        return layout.width * min(parameter_count(layout.config), 500_000_000), False
-    return layout.width * layout.option("reduce_bucket_size", 500_000_000), True
+        return min(parameter_count(layout.config), 500_000_000), False
+    return layout.option("reduce_bucket_size", 500_000_000), True

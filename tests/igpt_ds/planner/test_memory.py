@@ -1,5 +1,7 @@
 """Bytes of a rank by kind: closed forms, and what the real network keeps for its backward pass."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -70,6 +72,14 @@ def test_gradients_come_as_activations_go() -> None:
     assert once.total >= once.states - once.gradients + max(once.activations, once.gradients)
     # Those of earlier micro-batches are there from the beginning; in the end 500 million at a time are copied.
     assert several.total == several.states + max(several.activations, 4 * 500_000_000)
+
+
+def test_the_copy_of_a_bucket_has_the_type_in_which_ranks_sum_up() -> None:
+    config = specified("s", "training.batch=8", "training.micro_batch=1")
+    usual = laid_out(config, 2, 8, reduce_bucket_size=20_000_000)
+    double = dataclasses.replace(usual, summed_in="fp32")
+    assert bytes_per_rank(double).total - bytes_per_rank(usual).total == 2 * 20_000_000
+    assert bytes_per_rank(double).buffers == bytes_per_rank(usual).buffers == 2 * 20_000_000
 
 
 def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing() -> None:
