@@ -214,6 +214,7 @@ def test_a_save_that_moves_is_told_and_one_that_does_not_is_not(
         tmp_path, 0, 1, one_rank, beat=lambda *what: beats.append(what), moves=lambda: moves.append(stuck.is_set())
     )
     told.begin(3, shards_of(0, 1), FACTS)
+    begun = len(moves)
     slow.set()
     told.conclude()
     assert beats == [("saving", 3), ("saving", 3), ("waiting for the other ranks to save", 3)]
@@ -221,6 +222,7 @@ def test_a_save_that_moves_is_told_and_one_that_does_not_is_not(
     if room:
         at = moves.index(True) if True in moves else len(moves)
         assert stuck.is_set() and len(moves) - at < 15, "none while it hung"
+        assert len(moves) > begun, "the thread's writing is told as well"
 
 
 def test_what_is_written_is_made_durable_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
