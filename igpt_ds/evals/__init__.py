@@ -42,6 +42,7 @@ from igpt_ds.text import Table
 
 if TYPE_CHECKING:
     from igpt_ds.config.schema import Config
+    from igpt_ds.dataset.shards import Dataset
     from igpt_ds.features.splits import Splits
     from igpt_ds.weights.base import Weights
 
@@ -96,9 +97,10 @@ class Subject:
         return open_run(self.path, self.step, self.data, test, images)
 
 
-def header(kind: str, weights: "Weights", config: "Config", splits: "Splits") -> Record:
+def header(kind: str, weights: "Weights", config: "Config", splits: "Splits", scored: "Dataset") -> Record:
     """What a record of classifiers says first: of what network, trained how far, on what data."""
     from igpt_ds.features.cache import fingerprint
+    from igpt_ds.features.splits import chance
 
     return {
         "kind": kind,
@@ -107,7 +109,16 @@ def header(kind: str, weights: "Weights", config: "Config", splits: "Splits") ->
         "step": weights.step,
         "checkpoint": fingerprint(config, weights),
         "data": str(splits.train.path.parent),
+        "train_crop": splits.train_crop,
+        "chance": chance(splits.train, scored),
     }
+
+
+def baselines(record: Record) -> list[str]:
+    """What a table of classifiers says below of what `header` has recorded beside them."""
+    found = [] if record.get("chance") is None else [f"the commonest class alone: {record['chance']:.4f}"]
+    cropped = record.get("train_crop") == "random"
+    return found + ["training images: one random crop of each, not the paper's centre crop"] * cropped
 
 
 def names() -> list[str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.subset import balanced, require_labels
 from igpt_ds.errors import UserError
-from igpt_ds.evals import DIVIDED, MASKS, SHARE, STRENGTH, Record, Subject, header, val_or_test
+from igpt_ds.evals import DIVIDED, MASKS, SHARE, STRENGTH, Record, Subject, baselines, header, val_or_test
 from igpt_ds.reading import read_json
 from igpt_ds.text import Table
 
@@ -40,6 +40,8 @@ HOLDS = {
     "norm?": str,
     "precision?": str,
     "store?": str,
+    "train_crop?": str,
+    "chance?": SHARE,
     "regularisation?": float,
     "split?": str,
 }
@@ -83,7 +85,8 @@ def run(
     wanted = tuple(sorted({int(text) for text in counts}))
     weights, config, splits = subject.labelled(split == "test")
     require_labels(splits.train, wanted[-1], f"--labels {wanted[-1]}")
-    facts = header("low_data", weights, config, splits)
+    scored_set = splits.test or splits.validation
+    facts = header("low_data", weights, config, splits, scored_set)
     if layer is None:
         recipe = best_features(subject.folder / "probe.json", facts["checkpoint"])
     else:
@@ -91,7 +94,6 @@ def run(
     if (last := max(recipe.layers)) > config.model.layers:
         raise UserError(f"--layer {last}: the network has layers 0 to {config.model.layers}: choose among them")
     network = Network(config, weights, recipe, subject.ranks, ds)
-    scored_set = splits.test or splits.validation
     folder = subject.folder / "features"
     train, scored = collect(network, splits.train, scored_set, masks_of(config, masks), folder)
     if subject.ranks.rank:
@@ -203,7 +205,7 @@ def table(record: Record) -> Table:
     )
     if not all(found.get("converged", True) for found in record["labels_per_class"].values()):
         note += "; some classifiers did not converge"
-    return Table("", headings, lines, note).without_empty_columns()
+    return Table("", headings, lines, "\n".join([note, *baselines(record)])).without_empty_columns()
 
 
 def _cells(found: Record) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from igpt_ds.errors import UserError
-from igpt_ds.evals import DIVIDED, MASKS, SHARE, STRENGTH, Record, Subject, header, val_or_test
+from igpt_ds.evals import DIVIDED, MASKS, SHARE, STRENGTH, Record, Subject, baselines, header, val_or_test
 from igpt_ds.text import Table, number
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ HOLDS = {
     "norm?": str,
     "precision?": str,
     "store?": str,
+    "train_crop?": str,
+    "chance?": SHARE,
     "data?": str,
 }
 OPTIONS = (
@@ -153,7 +155,7 @@ def run(
         return None
     chosen = chosen or probe.choose(found)
     return {
-        **header("probe", weights, config, splits),
+        **header("probe", weights, config, splits, splits.validation),
         "norm": norm,
         "precision": recipe.precision,
         "store": store,
@@ -179,7 +181,7 @@ def table(record: Record) -> Table:
     setting = "rate" if record.get("solver") == "sgd" else "regularisation"
     headings = ["layer", "accuracy", "untrained", "n", setting, ""]
     notes = [f"trained on {_count(record, 'train_images')} images; accuracy on n of the validation split"]
-    notes += _mask_notes("validation", record.get("masks"))
+    notes += baselines(record) + _mask_notes("validation", record.get("masks"))
     for result in filter(None, [record.get("test"), *(each.get("test") for each in several)]):
         name = "layer" if len(layers := result.get("layers") or []) == 1 else "layers"
         notes.append(

@@ -29,6 +29,12 @@ class Splits:
     validation: Dataset
     test: Dataset | None = None
 
+    @property
+    def train_crop(self) -> str | None:
+        """How the training images were cut: "random", "centre" or "none"; None: it is not known."""
+        found = self.train.manifest.transform.get("crop")
+        return found if isinstance(found, str) else None
+
     def check(self, checkpoint: Weights, images: int | None = None) -> None:
         for dataset in filter(None, (self.train, self.validation, self.test)):
             check_palette(checkpoint, dataset.palette.sha256, dataset.path, LOGGER.warning)
@@ -41,8 +47,18 @@ class Splits:
             if not dataset.rows:
                 raise UserError(f"{dataset.path}: no images: build it with a larger share, see igpt-data shards --help")
             dataset.labels()  # refused before anything is computed
+        if self.train_crop == "random":
+            LOGGER.warning(
+                f"{self.train.path}: cropped at random: its first view is classified; the paper's features are of "
+                "centre crops: build another DATA with igpt-data shards --no-augment (docs/evaluation.md)"
+            )
         if len(np.unique(self.train.labels()[:images])) < 2:
             raise UserError(f"{self.train.path}: images of one class only: a classifier needs two or more")
+
+
+def chance(train: Dataset, scored: Dataset) -> float:
+    """The accuracy of naming the training split's commonest class, whatever the image; of equals the first."""
+    return float((scored.labels() == np.bincount(train.labels()).argmax()).mean())
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,10 @@ def conclude(engine: "Engine", job: Job, run: Run, progress: Progress, lock: Loc
         validation = None
         if progress.best and job.validation_set:
             validation = {"accuracy": progress.best[1], "n": job.validation_set.rows}
-        result = {**facts, **measured, "n": dataset.rows, "validation": validation, "masks": masks}
+        from igpt_ds.features.splits import chance
+
+        alone = chance(job.train_sets[0], dataset)
+        result = {**facts, **measured, "n": dataset.rows, "chance": alone, "validation": validation, "masks": masks}
         if lock is not None:
             lock.require()
         publish_text(path, json.dumps(result, indent=2) + "\n")

@@ -290,6 +290,7 @@ def test_few_labels_are_learnt_by_heart_and_recorded(data: Path, starts: Path, t
     run_command(finetune(starts / "next_pixel", data, run, *sets, "--split", "test"), output)
     result = json.loads((run / "result.json").read_text())
     assert (result["labels"], result["train_images"], result["n"]) == (2, 20, 67)
+    assert result["chance"] == pytest.approx(float((Dataset.open(data / "test").labels() == 0).mean()))
     train = Dataset.open(data / "train")
     chosen = Subset(train, balanced(train.labels(), 2, seed=4))
     last = run / "checkpoints" / "step-00000120"

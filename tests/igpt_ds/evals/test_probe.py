@@ -243,6 +243,32 @@ def test_probe_command_writes_what_it_prints(
     )
 
 
+def test_the_record_says_how_training_images_were_cut_and_what_chance_gives(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run, data = make_run(digits, tmp_path / "run"), tmp_path / "data"
+    shutil.copytree(digits, data)
+    train, held_out = Dataset.open(data / "train"), Dataset.open(data / "val")
+    commonest = np.bincount(train.labels()).argmax()
+    for crop in ("random", "centre"):
+        dataclasses.replace(train.manifest, transform={"crop": crop}).save(data / "train")
+        for words in (["probe", run, "--regularisation", 1], ["low-data", run, "--labels", 3]):
+            assert call(monkeypatch, *words, "--data", data) == 0
+            record = json.loads((run / f"{str(words[0]).replace('-', '_')}.json").read_text())
+            printed = capsys.readouterr().out
+            assert record["train_crop"] == crop
+            assert record["chance"] == pytest.approx(np.mean(held_out.labels() == commonest))
+            assert f"the commonest class alone: {record['chance']:.4f}" in printed
+            assert ("not the paper's centre crop" in printed) == (crop == "random")
+            warned = [line for line in caplog.messages if "cropped at random" in line]
+            caplog.clear()
+            assert len(warned) == (crop == "random") and all("--no-augment" in line for line in warned)
+
+
 @pytest.mark.distributed
 def test_ranks_divide_the_heads_and_find_what_one_finds(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
