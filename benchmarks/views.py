@@ -55,7 +55,7 @@ def main() -> None:
     """Compare at two resolutions, by both decoders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="checkout of the version to compare with")
-    parser.add_argument("--copies", type=int, default=5, help="folders that hold the same images")
+    parser.add_argument("--copies", type=int, default=6, help="folders that hold the same images")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("images", type=Path)
     arguments = parser.parse_args()

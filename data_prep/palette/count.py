@@ -26,6 +26,7 @@ from data_prep.workers.slurm import batches
 from igpt_ds.atomic import publish_file
 from igpt_ds.errors import UserError
 from igpt_ds.images.transforms import Transform
+from igpt_ds.reading import parse_json
 
 _BATCH = 1 << 20  # pixels that are sorted at a time
 _IMAGES = 512  # listed images a task, at least
@@ -148,7 +149,7 @@ def counted(task: ColourTask) -> Done | None:
     """What a task has counted in an earlier run; None where it has not."""
     try:
         with np.load(task.path, allow_pickle=False) as file:
-            told = json.loads(file["tally"].tobytes())
+            told = parse_json(file["tally"].tobytes())
         tally = _tally(told)
         same = told["key"] == task.key and told["inputs"] == task.inputs
         return Done(tally, tally.seen) if same else None
@@ -166,7 +167,7 @@ def add_up(paths: list[Path], key: str | None = None) -> tuple[np.ndarray, Tally
     for path in paths:
         try:
             with np.load(path, allow_pickle=False) as file:
-                told = json.loads(file["tally"].tobytes())
+                told = parse_json(file["tally"].tobytes())
                 if key not in {None, told["key"]}:
                     raise KeyError(key)
                 dense[np.cumsum(file["packed"], dtype=np.int64)] += file["times"]

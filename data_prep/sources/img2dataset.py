@@ -38,6 +38,7 @@ from data_prep.sources._opt_out import opted_out
 from data_prep.sources._splits import split_of_folder, splits_named
 from data_prep.sources.webdataset import image_bytes
 from igpt_ds.errors import UserError
+from igpt_ds.reading import parse_json
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 _MAX_METADATA = 1 << 20
@@ -131,7 +132,7 @@ def _metadata(file: BinaryIO, member: Member | None) -> dict[str, Any] | Unusabl
     if member is None or member.other or member.size > _MAX_METADATA:
         return UnusableError("no metadata", "no .json member" if member is None else "its .json is no such file")
     try:
-        found = json.loads(read_member(file, member.offset, member.size))
+        found = json.loads(read_member(file, member.offset, member.size))  # tables say nothing by NaN
     except (OSError, ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else UnusableError("no metadata", "its .json is no JSON object")
@@ -145,8 +146,8 @@ def _successes(url: str) -> int:
     with fetched(url) as file:
         data = file.read(_MAX_METADATA + 1)
     try:
-        successes = json.loads(data)["successes"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        successes = parse_json(data)["successes"]
+    except (ValueError, KeyError, TypeError):
         successes = None
     if type(successes) is not int:
         raise UserError(f"{url}: not the statistics that img2dataset writes: download the shard again")

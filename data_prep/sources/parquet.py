@@ -20,7 +20,6 @@ with labels, without a class. Read row by row; in memory is a page as its writer
 pyarrow.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -33,6 +32,7 @@ from data_prep.sources._class_names import read_classes
 from data_prep.sources._splits import check_pool, files_of, split_named, test_split
 from igpt_ds.errors import UserError
 from igpt_ds.images import MAX_BYTES
+from igpt_ds.reading import parse_json
 
 CLASS_FILES = ("classes",)
 _LONGEST = 300  # characters of columns' names in a message
@@ -184,13 +184,13 @@ def _columns(schema: Any, url: str, image: str | None, label: str | None, classe
 def _class_labels(schema: Any) -> dict[str, tuple[str, ...] | None]:
     """The names of each column that the schema's own description calls a ClassLabel; None: not a list of names."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
             column: _names(feature.get("names"))
             for column, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from igpt_ds.atomic import publish_text, writing
 from igpt_ds.errors import RunError, UserError
+from igpt_ds.reading import read_json
 
 MAX_ARRAY = 1000  # Slurm's own limit, MaxArraySize, is 1001 unless a site raises it
 _POLL = {"slurm": 10.0, "local": 0.2}  # seconds between two looks at the jobs
@@ -73,8 +74,8 @@ class Cluster:
     def jobs(self) -> list[str]:
         """Ids of the jobs that were submitted last, here or by an earlier call."""
         try:
-            return [str(each) for each in json.loads((self.folder / "submitted.json").read_text())["jobs"]]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return [str(each) for each in read_json(self.folder / "submitted.json")["jobs"]]
+        except (OSError, ValueError, KeyError, TypeError):
             return []
 
     def running(self) -> bool:

@@ -18,6 +18,7 @@ from data_prep.palette import fit as fits
 from data_prep.palette.count import add_colours, add_up, colour_tasks, count_colours
 from data_prep.palette.fit import _histogram, _rounds, _Weighted, distortion, fit
 from data_prep.sources import Source, open_source
+from data_prep.workers.pool import pool
 from data_prep.workers.run import Done, Here
 from igpt_ds.errors import UserError
 from igpt_ds.images.transforms import Transform, evaluation
@@ -228,6 +229,37 @@ def test_what_is_counted_is_not_counted_again(photos: Path, tmp_path: Path, monk
     assert count_colours(first).kept == 0  # the others have written over it
     first.path.write_bytes(first.path.read_bytes()[:-40])
     assert count_colours(first).kept == 0
+
+
+@pytest.mark.parametrize("told", [b"", b"[]", b"{}", b'{"last":' * 100_000, None])
+def test_damaged_counts_are_counted_again(photos: Path, tmp_path: Path, told: bytes | None) -> None:
+    (task, _) = colour_tasks(Folders(photos), evaluation(16, crop=True), tmp_path)
+    count_colours(task)
+    with np.load(task.path) as file:
+        told = file["tally"].tobytes().replace(b": 24", b": NaN") if told is None else told
+        np.savez(task.path, packed=file["packed"], times=file["times"], tally=np.frombuffer(told, np.uint8))
+    with pytest.raises(UserError, match=r"counts-00000\.npz: cannot be read: delete it"):
+        add_up([task.path], task.key)
+    assert count_colours(task).kept == 0
+    assert add_up([task.path], task.key)[1].seen == 24
+
+
+def test_the_palette_depends_on_the_images_alone(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On their order, and on how they are cut into tasks, nothing depends, where the histograms are used, too."""
+    monkeypatch.setattr(fits, "_EASY", 0)
+    files = sorted(photos.rglob("*.jpg"))
+    found = []
+    for order, images in ((files, 512), (files[::-1], 7), (files[1::2] + files[::2], 1)):
+        monkeypatch.setattr("data_prep.palette.count._IMAGES", images)
+        folder = tmp_path / f"in{images}"
+        folder.mkdir()
+        for number, path in enumerate(order):
+            shutil.copy(path, folder / f"{number:02d}.jpg")
+        source = open_source("image_folder", [str(folder)])
+        with pool(2 if images == 7 else 1) as executor:
+            fitted = fit_at(Here(executor), source, evaluation(None, False), tmp_path / "p.npy", k=64)
+        found.append((fitted, (tmp_path / "p.npy").read_bytes()))
+    assert found[1:] == found[:1] * 2
 
 
 def test_counts_of_another_run_are_not_added_up(photos: Path, tmp_path: Path) -> None:

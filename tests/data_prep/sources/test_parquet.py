@@ -62,6 +62,14 @@ def test_the_layout_of_the_hub(tmp_path: Path) -> None:
     assert [each.data for each in everything(one)] == [png(seed) for seed in (10, 11, 12)]
 
 
+@pytest.mark.parametrize("features", [b"", b"[]", b'{"info":' * 100_000, b'{"info": {"features": {"label": 3}}}'])
+def test_a_description_that_cannot_be_read_names_no_classes(tmp_path: Path, features: bytes) -> None:
+    table = pa.table({"image": images([0, 1]), "label": pa.array([0, 1])})
+    pq.write_table(table.replace_schema_metadata({b"huggingface": features}), tmp_path / "a.parquet")
+    assert streamed("parquet", tmp_path).classes is None
+    assert [each.item.label for each in everything(streamed("parquet", tmp_path))] == [None, None]
+
+
 def test_splits_by_name(tmp_path: Path) -> None:
     expected = {
         "data/train-00000-of-00001.parquet": "train",

@@ -411,9 +411,10 @@ def test_what_img2dataset_rejects(tmp_path: Path) -> None:
     members += [("4.jpg", png(4)), ("4.json", b"{"), ("5.jpg", png(5)), ("5.json", b"[]")]
     members += [("6.jpg", png(6)), ("6.json", b'{"a":' * 100_000), *sample("1", 9)]
     members += [(link("7.jpg", "/etc/passwd"), b""), ("7.json", b"{}")]
+    members += sample("8", 8, price=float("nan"))  # a table's empty field
     shard(tmp_path, 0, members)
     found = everything(streamed("img2dataset", tmp_path))
-    expected = [None, "opted out", *["no metadata"] * 4, "twice in the archive", "not a regular file"]
+    expected = [None, "opted out", *["no metadata"] * 4, "twice in the archive", "not a regular file", None]
     assert [reason(each) for each in found] == expected
     assert "noai=1" in str(found[1].data)
 
@@ -424,7 +425,7 @@ def test_shards_that_do_not_count(tmp_path: Path) -> None:
     shard(tmp_path, 0, sample("0", 0), successes=2)
     source = streamed("img2dataset", tmp_path)
     assert "holds 1 images, its _stats.json says 2" in refusal(lambda: next(iter(source.stream("00000"))))
-    for text in ("", "{", "[]", "{}", '{"successes": "1"}', '{"successes": true}'):
+    for text in ("", "{", "[]", "{}", '{"successes": "1"}', '{"successes": true}', '{"successes":' * 100_000):
         (tmp_path / "00000_stats.json").write_text(text)
         assert "not the statistics" in refusal(lambda: next(iter(source.stream("00000"))))
     shard(tmp_path, 0, sample("0", 0))

@@ -313,6 +313,9 @@ def test_slurm_that_refuses_or_does_not_answer(tmp_path: Path, slurm: Path) -> N
     with pytest.raises(UserError, match=r"--executor slurm: cannot submit: .*invalid partition"):
         cluster.submit(tasks.refuse_batch, [[1]], list)
     assert cluster.jobs() == []
+    for damaged in ("", "[]", '{"jobs": 1}', '{"jobs":' * 100_000):
+        (cluster.folder / "submitted.json").write_text(damaged)
+        assert cluster.jobs() == []
     (cluster.folder / "submitted.json").write_text('{"jobs": ["70"]}')
     (slurm / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
     with pytest.raises(UserError, match=r"squeue: Slurm does not answer .*Unable to contact"):
