@@ -138,6 +138,7 @@ class Model:
 
         Those of position i follow from the tokens before it; of a BERT model from all, with nothing hidden.
         """
+        self._require_head()
         parts = [self.network(tokens_NT).logits_BTK.float().cpu() for tokens_NT in self._batches(tokens)]
         return torch.cat(parts)
 
@@ -151,6 +152,7 @@ class Model:
         """
         if not self.config.causal:
             raise UserError("log_likelihood: this is a BERT model: only next_pixel models give images a probability")
+        self._require_head()
         found = [
             -token_nats(self.network(tokens_NT).logits_BTK, tokens_NT).double().sum(1).cpu()
             for tokens_NT in self._batches(self.encode(images))
@@ -199,9 +201,14 @@ class Model:
         return self._draw(torch.from_numpy(tokens.astype(np.int64)), drawing)
 
     def _draw(self, given_NT: Tensor, drawing: dict[str, Any]) -> np.ndarray:
+        self._require_head()
         drawn = drawn_tokens(self.network, given_NT, Drawing(**drawing), Ranks(), "images")
         assert drawn is not None, "one rank has all of them"
         return self.decode(drawn)
+
+    def _require_head(self) -> None:
+        if torch.isnan(self.network.head.weight[0, 0]):
+            raise UserError("the weights have no head over the colours: there are features alone")
 
     def _batches(self, tokens: np.ndarray) -> Iterator[Tensor]:
         n, device = self.config.sequence_length, self.network.head.weight.device

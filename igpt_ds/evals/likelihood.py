@@ -92,10 +92,11 @@ def run(
     from igpt_ds.features.extract import load_model
     from igpt_ds.loading.splits import open_split
     from igpt_ds.run.directory import LOGGER
-    from igpt_ds.weights.base import at_resolution, config_of
+    from igpt_ds.weights.base import at_resolution, config_of, require_head
     from igpt_ds.weights.formats import open_weights
 
     ranks, weights = subject.ranks, open_weights(subject.path, subject.step)
+    require_head(weights)
     config = config_of(weights)
     if config.causal and (masks is not None or mask_seed is not None):
         raise UserError(

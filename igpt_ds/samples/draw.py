@@ -27,7 +27,7 @@ from igpt_ds.samples.sheet import (
     save_png,
 )
 from igpt_ds.text import size_text
-from igpt_ds.weights.base import config_of, palette_of
+from igpt_ds.weights.base import config_of, palette_of, require_head
 from igpt_ds.weights.formats import open_weights
 
 IMAGES = 16  # unless it is said how many
@@ -98,6 +98,7 @@ def draw(
     if rows is not None and not (complete or paths):
         raise UserError(f"--rows {rows}: nothing is given: add --complete DIR or --picture FILE")
     ranks, weights = launched(), open_weights(path, step)
+    require_head(weights)
     config, palette = config_of(weights), palette_of(weights)
     if palette is None:
         raise UserError(f"{weights.path}: no palette.npy: igpt-ds convert adds one: --to native --palette FILE")

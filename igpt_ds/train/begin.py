@@ -160,10 +160,11 @@ def check_weights(job: Job, run: Run | None) -> None:
     config = job.config
     if not config.init_from or (run is not None and any(newest_first(run.checkpoints))):
         return
-    from igpt_ds.weights.base import check_palette, config_of
+    from igpt_ds.weights.base import check_palette, config_of, require_head
     from igpt_ds.weights.formats import open_weights
 
     weights = open_weights(Path(config.init_from), verify=False)
+    require_head(weights)
     trained = config_of(weights)
     check_palette(weights, job.train_sets[0].palette.sha256, job.train_sets[0].path, LOGGER.warning)
     facts = [

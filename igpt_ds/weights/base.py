@@ -210,6 +210,15 @@ def check_shapes(weights: Weights) -> None:
         raise UserError(f"{weights.path}: its tensors do not fit its configuration ({faults[0]}{more}): get it anew")
 
 
+def require_head(weights: Weights) -> None:
+    """Refuse weights without the head over the colours, of which there are features alone."""
+    if torch.isnan(weights.read("head.weight", "weight", 0, 1)).any():
+        raise UserError(
+            f"{weights.path}: has no head over the colours, as Hugging Face's ImageGPTModel and most classifiers, or a "
+            "damaged one: probe it, or get the ImageGPTForCausalImageModeling that it comes from"
+        )
+
+
 def palette_of(weights: Weights) -> Palette | None:
     """The colours of the tokens, or None where the source does not tell them."""
     while isinstance(weights, Resized):

@@ -28,7 +28,7 @@ from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.model.transformer import ImageGPT
 from igpt_ds.text import aligned
-from igpt_ds.weights.base import Imported, Weights, config_of, palette_of, values_sha256, whole
+from igpt_ds.weights.base import Imported, Weights, config_of, palette_of, require_head, values_sha256, whole
 from igpt_ds.weights.formats import formats, open_weights, written
 
 IMAGES, TOKENS = 2, 64  # whose logits are compared; a prefix of an image is enough to meet every weight
@@ -81,6 +81,7 @@ def convert(
             f"--dtype {precision}: {target} holds {form.PRECISIONS[0]} alone: choose another --to, or leave it out"
         )
     weights = open_weights(source, step)
+    require_head(weights)
     config = config_of(weights)
     palette = _palette(weights, config, palette_path)
     hidden = unfinished(destination)
@@ -261,9 +262,10 @@ def _report(
         ("logits", f"largest difference {logits:.1e} of the largest logit, {how}"),
     ]
     if "class_head.weight" in weights.tensors and "class_head.weight" not in result.tensors:
-        # Their classifier exists, but reads an image without the start token before it: other features, other scores.
-        why = "Hugging Face's classifier reads other features" if target == "hf" else "this format has no place for it"
+        why = "Hugging Face's classifier reads the final norm alone" if target == "hf" else "this format has no place"
         lines.append(("left out", f"class_head.weight: {why}"))
+    elif target == "hf" and "class_head.weight" in result.tensors:
+        lines.append(("classifier", f"start it with token {config.palette_size}: [{config.palette_size}, tokens[:-1]]"))
     if target == "hf" and not config.causal:
         lines.append(("note", "a BERT model: Hugging Face's code masks causally and cannot run it; ours reads it back"))
     return Report(lines, logits)

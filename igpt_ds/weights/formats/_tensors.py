@@ -57,6 +57,17 @@ class TensorFiles:
             raise UserError(f"{self.path}: {faults[0]}{more}: it is no whole Image GPT of this configuration")
 
 
+class Bare(TensorFiles):
+    """The same tensors by longer names: `prefix` before each."""
+
+    def __init__(self, files: TensorFiles, prefix: str):
+        self.path, self.files, self._source, self._prefix = files.path, files.files, files, prefix
+        self.shapes = {prefix + name: shape for name, shape in files.shapes.items()}
+
+    def part(self, name: str, *where: slice | int) -> Tensor:
+        return self._source.part(name.removeprefix(self._prefix), *where)
+
+
 class SafetensorsFiles(TensorFiles):
     """One or several safetensors files.
 

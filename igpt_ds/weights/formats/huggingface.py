@@ -8,7 +8,9 @@
 Their table of embeddings has a row more than colours: the last one is the start vector. Their linear layers keep
 [inputs, outputs], the transpose of ours, and have biases, which are zero in the released models: all zero they are
 dropped, otherwise the network gets biases, too. Their network is auto-regressive; a BERT model's weights fit their
-names, but their code cannot run it.
+names, but their code cannot run it. A class head on the final norm is their ImageGPTForImageClassification's `score`.
+What has no head over the colours (their ImageGPTModel, most classifiers) gives features alone: that head is read as
+NaN, which nothing reports, and `require_head` refuses it where it would be used.
 """
 
 import importlib.util
@@ -24,13 +26,14 @@ from torch import Tensor
 from igpt_ds.atomic import publish_text
 from igpt_ds.checkpoint.safetensors_stream import BYTES, Precision, Streamed, write_safetensors
 from igpt_ds.config.schema import Config, ModelConfig
+from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import CLUSTERS, Palette
 from igpt_ds.errors import UserError
 from igpt_ds.memory import available_bytes
 from igpt_ds.model.transformer import NORM_EPSILON
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
 from igpt_ds.weights.formats._facts import imported, read_json, record, side, stated, whole_number
-from igpt_ds.weights.formats._tensors import PickledFiles, SafetensorsFiles, TensorFiles
+from igpt_ds.weights.formats._tensors import Bare, PickledFiles, SafetensorsFiles, TensorFiles
 
 NAME, FOLDER, PRECISIONS = "hf", True, ("float32", "bfloat16")
 ORIGIN = "Hugging Face"
@@ -45,8 +48,10 @@ _FIXED = {
     "tie_word_embeddings": False,
     "add_cross_attention": False,
 }
-# Causal masks that older versions of their code stored; the weights of a classifier on top.
-_IGNORED = (".attn.bias", ".attn.masked_bias", "score.weight")
+_TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_SCORE, _CLASS_HEAD = "score.weight", "class_head.weight"  # a classifier's, theirs and ours
+# Causal masks that older versions of their code stored; a classifier that we know nothing of.
+_IGNORED = (".attn.bias", ".attn.masked_bias", _SCORE)
 # Our linear layers by their names.
 _LINEAR = {
     "attention.qkv": "attn.c_attn",
@@ -58,9 +63,9 @@ _GAINS = {"norm_attention.gain": "ln_1.weight", "norm_mlp.gain": "ln_2.weight"}
 _TOP = {
     "position_embedding": "transformer.wpe.weight",
     "norm.gain": "transformer.ln_f.weight",
-    "head.weight": "lm_head.weight",
+    "head.weight": _HEAD,
+    _CLASS_HEAD: _SCORE,
 }
-_TABLE = "transformer.wte.weight"
 
 
 def recognises(path: Path) -> bool:
@@ -98,12 +103,10 @@ def read(path: Path) -> Imported:
     resolution = side(place, positions)
     files = _open_files(path)
     files.require_layers(layers)
-    if not files.shapes.keys() & {"lm_head.weight"}:
-        raise UserError(
-            f"{path}: has no lm_head.weight, the head over the colours, as ImageGPTModel and its classifier have none: "
-            "get the ImageGPTForCausalImageModeling that it comes from"
-        )
-    files.require(_their_shapes(layers, width, positions, colours), _IGNORED)
+    expected = _their_shapes(layers, width, positions, colours)
+    if _HEAD not in files.shapes:
+        del expected[_HEAD]
+    files.require(expected, _IGNORED)
     told = config.get(OURS)
     if told is not None and not isinstance(told, dict):
         raise UserError(f"{place}: {OURS} is no record of ours: take it out")
@@ -112,7 +115,7 @@ def read(path: Path) -> Imported:
         recorded = told["config"].get("objective")
         objective = recorded.get("name", objective) if isinstance(recorded, dict) else objective
     model = ModelConfig(layers, width, heads, _has_biases(files, layers))
-    return imported(
+    found = imported(
         path,
         ORIGIN,
         told,
@@ -121,6 +124,9 @@ def read(path: Path) -> Imported:
         _palette(path),
         {file: _stamp(path / file) for file in files.files},
     )
+    if _CLASS_HEAD in found.tensors:
+        files.require({**expected, _SCORE: tuple(found.tensors[_CLASS_HEAD]["shape"])}, _IGNORED)
+    return found
 
 
 def _rows(files: TensorFiles, colours: int) -> Callable[[str, int, int], Tensor]:
@@ -130,6 +136,8 @@ def _rows(files: TensorFiles, colours: int) -> Callable[[str, int, int], Tensor]
         if name == "start":
             return files.part(_TABLE, slice(colours, colours + 1), slice(first, last)).float().reshape(-1)
         theirs, transposed = their_name(name)
+        if theirs == _HEAD and theirs not in files.shapes:
+            return torch.full((min(last, colours) - first, files.shapes[_TABLE][1]), torch.nan)
         if transposed:
             return files.part(theirs, slice(None), slice(first, last)).float().T.contiguous()
         return files.part(theirs, slice(first, last)).float()
@@ -148,9 +156,12 @@ def _open_files(path: Path) -> TensorFiles:
             index = read_json(place).get("weight_map")
             if not isinstance(index, dict) or not index or not all(_plain(name) for name in index.values()):
                 raise UserError(f"{place}: has no weight_map of file names in this directory: get it anew")
-            return kind(path, sorted(set(index.values())), index)
-        if (path / file).is_file():
-            return kind(path, [file])
+            found = kind(path, sorted(set(index.values())), index)
+        elif (path / file).is_file():
+            found = kind(path, [file])
+        else:
+            continue
+        return found if _TABLE in found.shapes else Bare(found, "transformer.")  # ImageGPTModel's
     raise UserError(f"{path}: holds neither model.safetensors, pytorch_model.bin nor an index of one: get it anew")
 
 
@@ -164,7 +175,7 @@ def _their_shapes(layers: int, width: int, positions: int, colours: int) -> dict
         _TABLE: (colours + 1, width),
         "transformer.wpe.weight": (positions, width),
         "transformer.ln_f.weight": (width,),
-        "lm_head.weight": (colours, width),
+        _HEAD: (colours, width),
     }
     linear = {"c_attn": (width, 3 * width), "attn.c_proj": (width, width), "c_fc": (width, 4 * width)}
     linear["mlp.c_proj"] = (4 * width, width)
@@ -226,7 +237,7 @@ def write(
         total = sum(tensor.elements * BYTES[precision] for shard in shards for tensor in shard)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     _write_json(
-        folder / "config.json", _their_config(config, precision) | {OURS: record(weights, palette, class_head=False)}
+        folder / "config.json", _their_config(config, precision) | {OURS: record(weights, palette, has_score(config))}
     )
     if palette is not None:
         _write_json(folder / CLUSTERS, _their_processor(config, palette))
@@ -237,10 +248,27 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     publish_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def has_score(config: Config) -> bool:
+    """Whether there is a class head where their classifier has its own: on the final norm's features."""
+    return config.class_layer == config.model.layers
+
+
+def _class_names(config: Config) -> list[str]:
+    for source in config.data.sources:
+        if (Path(source) / "train" / "manifest.json").exists():
+            names = Manifest.load(Path(source) / "train").classes
+            if names is not None and len(names) == config.classes:
+                return names
+    return [f"LABEL_{number}" for number in range(config.classes)]
+
+
 def _their_config(config: Config, precision: Precision) -> dict[str, Any]:
     # Their class would run a BERT model with a causal mask, so it is not named as the one to run it with.
+    kind = "ImageGPTForImageClassification" if has_score(config) else "ImageGPTForCausalImageModeling"
+    labels = _class_names(config) if has_score(config) else []
     return {
-        **({"architectures": ["ImageGPTForCausalImageModeling"]} if config.causal else {}),
+        **({"architectures": [kind]} if config.causal else {}),
+        **({"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}} if labels else {}),
         "model_type": "imagegpt",
         "vocab_size": config.palette_size + 1,
         "n_positions": config.sequence_length,
@@ -290,7 +318,7 @@ def _streamed(weights: Weights, config: Config) -> Iterator[Streamed]:
         shape = tuple(facts["shape"])
         if name == "token_embedding":
             yield Streamed(_TABLE, (shape[0] + 1, width), table)
-        elif name not in ("start", "class_head.weight"):
+        elif name != "start" and (name != _CLASS_HEAD or has_score(config)):
             theirs, turned = their_name(name)
             if not turned:
                 yield Streamed(theirs, shape, lambda name=name: chunks(weights, name))  # type: ignore[misc]

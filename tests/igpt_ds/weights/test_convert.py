@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, ImageGPTConfig, ImageGPTForCausalImageModeling
 
+import igpt_ds
 from igpt_ds.atomic import unfinished
 from igpt_ds.checkpoint.read import Checkpoint, Shard
 from igpt_ds.config.file import to_tree
@@ -27,6 +29,7 @@ from igpt_ds.weights.base import Imported, config_of, palette_of
 from igpt_ds.weights.convert import convert, streamed_logits
 from igpt_ds.weights.formats import huggingface, open_weights, single
 from tests.helpers.checkpoints import on_ranks, save
+from tests.helpers.commands import call
 from tests.helpers.models import random_model, save_model, small_config
 from tests.helpers.ranks import ROOT, quick_start
 
@@ -143,6 +146,52 @@ def test_directories_that_transformers_writes_are_read(tmp_path: Path, storage: 
     assert f"source by transformers {transformers.__version__}, result by transformers" in report.text()
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(back[name], value.float()) for name, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["ImageGPTModel", "ImageGPTForImageClassification"])
+def test_a_model_without_a_head_over_the_colours_gives_features(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(saved_run(tmp_path / "run")[0], tmp_path / "hf", "hf")
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "bare")
+    shutil.copy(tmp_path / "hf" / "preprocessor_config.json", tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    config.pop("igpt_ds")  # as anybody's
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    bare, whole = igpt_ds.load(tmp_path / "bare"), igpt_ds.load(tmp_path / "hf")
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(bare.features(images), whole.features(images))
+    tokens = bare.encode(images)
+    for refused in (lambda: bare.logits(tokens), lambda: bare.log_likelihood(images), lambda: bare.sample(1)):
+        with pytest.raises(UserError, match="no head over the colours"):
+            refused()
+    monkeypatch.chdir(tmp_path)
+    for words in (["sample", "bare", "--out", "x.png"], ["convert", "bare", "x", "--to", "npz"]):
+        assert call(monkeypatch, *words) == 2
+        assert "no head over the colours" in capsys.readouterr().err
+
+
+def test_a_class_head_becomes_hugging_faces(tmp_path: Path, digits: Path) -> None:
+    config = digits_config("next_pixel", "finetune.classes=10", f'data.sources=["{digits}"]')
+    model = random_model(config)
+    with torch.no_grad():
+        model.class_head.weight.normal_(0, 0.2, generator=torch.Generator().manual_seed(3))
+    save_model(model, config, tmp_path / "run", PALETTE.sha256, sources=[str(digits)])
+    report = convert(tmp_path / "run", tmp_path / "hf", "hf")
+    assert "start it with token 16" in report.text() and "left out" not in report.text()
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    assert type(theirs).__name__ == "ImageGPTForImageClassification"
+    assert theirs.config.id2label == {number: str(number) for number in range(10)}
+    shifted = torch.cat([torch.full((3, 1), 16), tokens()[:, :-1]], dim=1)
+    with torch.no_grad():
+        expected = model.eval()(tokens()).class_logits_BC
+        torch.testing.assert_close(theirs(shifted).logits, expected, rtol=0, atol=1e-6)
+    assert same(open_weights(tmp_path / "hf").weights(), model)
+    # A head on an earlier layer has no place there.
+    config = digits_config("next_pixel", "finetune.classes=10", "finetune.layer=1")
+    save_model(random_model(config), config, tmp_path / "early", PALETTE.sha256)
+    assert "class_head.weight: Hugging Face" in convert(tmp_path / "early", tmp_path / "without", "hf").text()
 
 
 def released_logits(arrays: dict[str, np.ndarray], tokens_BT: Tensor, layers: int) -> Tensor:
@@ -275,11 +324,10 @@ def test_a_class_head_stays_where_there_is_a_place_for_it(tmp_path: Path) -> Non
     run, _ = saved_run(tmp_path / "run", "next_pixel", "finetune.classes=10")
     assert "left out" not in convert(run, tmp_path / "single", "safetensors").text()
     assert open_weights(tmp_path / "single").tensors["class_head.weight"] == {"shape": [10, 32]}
-    for target in ("hf", "npz"):
-        report = convert(run, tmp_path / target, target)  # type: ignore[arg-type]
-        assert re.search("left out +class_head.weight", report.text())
-        assert config_of(open_weights(tmp_path / target)).finetune is None
-        assert "class_head.weight" not in open_weights(tmp_path / target).tensors
+    report = convert(run, tmp_path / "npz", "npz")
+    assert re.search("left out +class_head.weight", report.text())
+    assert config_of(open_weights(tmp_path / "npz")).finetune is None
+    assert "class_head.weight" not in open_weights(tmp_path / "npz").tensors
 
 
 def test_nothing_is_published_that_is_not_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
