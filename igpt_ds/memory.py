@@ -102,9 +102,24 @@ def keep_freed_memory() -> None:
     the latter.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # Older versions take no more than 32 MiB, and leave the default where more is asked for.
+    _set_thresholds(2**31 - 1, (2**30, 2**25))
+
+
+def return_freed_memory() -> None:
+    """Let this process give large pieces of memory back as soon as they are free, whatever `keep_freed_memory` has set.
+
+    Pieces of ever other sizes, as ZeRO-3 gathers them, do not fit into what was kept: a process that has no memory to
+    spare would hold several times what it uses.
+    """
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+    _set_thresholds(2**17, (2**18,))
+
+
+def _set_thresholds(trim: int, mmap: tuple[int, ...]) -> None:
+    """Of glibc's allocator: free memory at its end, and sizes of pieces, that go back to the system."""
     trim_threshold, mmap_threshold = -1, -3  # numbers of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(trim_threshold, 2**31 - 1)
-        # Older versions take no more than 32 MiB, and leave the default where more is asked for.
-        library.mallopt(mmap_threshold, 2**30) or library.mallopt(mmap_threshold, 2**25)
+        library.mallopt(trim_threshold, trim)
+        any(library.mallopt(mmap_threshold, size) for size in mmap)

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from igpt_ds.commands import CONTEXT, MACHINES
+from igpt_ds.memory import return_freed_memory
 from igpt_ds.options import JSON, Number, show
 from igpt_ds.planner.devices import DEVICES, INTERCONNECTS
 
@@ -61,7 +62,8 @@ def rehearse(
     learns nothing. On a CPU the rank runs in float32, unless --set training.precision says otherwise; there, and with
     --resolution, the job's speed is planned. docs/rehearse.md says how far to trust it.
     """
-    # Before torch is loaded: its profiler tells when it begins and ends.
+    # Before torch is loaded, whose profiler tells when it begins and ends.
+    return_freed_memory()
     os.environ |= {"KINETO_LOG_LEVEL": "6", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     from igpt_ds.rehearse.job import Request
     from igpt_ds.rehearse.report import text

@@ -206,9 +206,11 @@ def _logit_bytes(layout: Layout) -> int:
 
 def _buffers(layout: Layout) -> int:
     """Bytes in which gradients are collected until they are sent: stages 1 and 2 fill one bucket while another is on
-    its way."""
+    its way. Stage 3's has the type in which ranks sum up, theirs that of the weights."""
     elements, collected = _sent(layout)
-    return collected * layout.width * elements * (2 if layout.stage < 3 and layout.option("overlap_comm", False) else 1)
+    if layout.stage == 3:
+        return layout.sent_width * elements
+    return collected * layout.width * elements * (2 if layout.option("overlap_comm", False) else 1)
 
 
 def _sent(layout: Layout) -> tuple[int, bool]:

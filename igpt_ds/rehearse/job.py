@@ -1,6 +1,7 @@
 """What is rehearsed: the job as its machines would run it, and as the device that is here runs one of its ranks."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,8 @@ class Rehearsal:
 
     @property
     def real(self) -> bool:
-        """Whether the rank runs here as it would on the job's machines."""
-        return self.gpu is not None and self.here == self.planned
+        """Whether the rank runs here as it would on the job's machines; a GPU without a data sheet counts as theirs."""
+        return self.gpu is not None and self.here == self.planned and recognise(self.gpu) in (None, self.device)
 
     @property
     def memory(self) -> Memory:
@@ -100,7 +101,10 @@ def prepare(request: Request, at_hand: Here) -> Rehearsal:
         machine = Machine(request.device or "h200", request.interconnect)
         there = machine.here(request.ranks, request.gpus_per_node)
     else:
-        there = dataclasses.replace(at_hand, ranks_per_node=request.gpus_per_node, interconnect=network)
+        # Of the processors' memory there, as of a planned machine's, nothing is known: it is taken to suffice.
+        there = dataclasses.replace(
+            at_hand, ranks_per_node=request.gpus_per_node, interconnect=network, host=sys.maxsize
+        )
     ds = None if request.ds_name == "auto" else load_ds_config(request.ds_name)
     planned = settle(Asked(config, ds), there)
     asked = {override.partition("=")[0].strip() for override in request.overrides}

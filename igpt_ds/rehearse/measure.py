@@ -75,11 +75,14 @@ class Measured:
 
     @property
     def host(self) -> float:
-        """Seconds of a step in which the device waits for the host: for Python, hooks, and launches."""
+        """Seconds of a step in which the device waits for the host: for Python, hooks, and launches.
+
+        On a CPU it is the share that they have under the profiler, which makes all of it slower.
+        """
         watched = self.watched
         if self.device != CPU:
             return self.step - watched.busy
-        return min(self.step, max(0.0, watched.seconds - watched.playing - watched.busy))
+        return self.step * (1 - watched.busy / (watched.seconds - watched.playing))
 
 
 def measure(job: Settled, ranks: Ranks, steps: int, tell: Tell) -> Measured:
@@ -161,7 +164,7 @@ def _batch(engine: Engine) -> Batch:
 
 
 def _kinds(engine: Engine) -> dict[str, int]:
-    """Model states by kind, in whichever memory they lie."""
+    """Bytes of the model's states by kind, in the device's memory: what is offloaded is not there."""
     parameters = list(engine.module.parameters())
     # A parameter that ZeRO-3 has divided is empty, and holds its part beside it.
     held: list[Tensor] = [getattr(p, "ds_tensor", p.data) for p in parameters]
@@ -169,12 +172,9 @@ def _kinds(engine: Engine) -> dict[str, int]:
     states = engine.optimizer.state
     masters = [tensor for tensor in states if not any(tensor is p for p in parameters)]
     moments = [value for state in states.values() for value in state.values() if value.numel() > 1]
-    return {
-        "parameters": storage_bytes(held),
-        "master": storage_bytes(masters),
-        "moments": storage_bytes(moments),
-        "second_copy": storage_bytes(copies),
-    }
+    kinds = {"parameters": held, "master": masters, "moments": moments, "second_copy": copies}
+    here = engine.device.type
+    return {kind: storage_bytes(t for t in tensors if t.device.type == here) for kind, tensors in kinds.items()}
 
 
 def _save(engine: Engine) -> tuple[float, float, int]:
@@ -182,15 +182,23 @@ def _save(engine: Engine) -> tuple[float, float, int]:
     with tempfile.TemporaryDirectory(prefix="igpt-rehearse-") as folder:
         saver = Saver(Path(folder), 0, engine.ranks.world, engine.ranks.any)  # 0: which makes the directory
         began = time.perf_counter()
-        saver.begin(1, engine.state.shards(), {"identity": {}, "config": {}})
-        pause = time.perf_counter() - began
-        while saver.busy:
-            time.sleep(0.01)
+        try:
+            saver.begin(1, engine.state.shards(), {"identity": {}, "config": {}})
+            pause = time.perf_counter() - began
+            _wait_for(saver)
+        finally:
+            # Whoever interrupts waits, too: nothing must be written into a folder that is being removed.
+            _wait_for(saver)
         saved = time.perf_counter() - began
         written = list(Path(folder).rglob("*.safetensors"))
         if not list(Path(folder).rglob("*.json")):  # written last, beside the part that it describes
             raise RunError(f"{folder}: this rank's part of a checkpoint could not be written: look at the file system")
         return pause, saved, sum(path.stat().st_size for path in written)
+
+
+def _wait_for(saver: Saver) -> None:
+    while saver.busy:
+        time.sleep(0.01)
 
 
 def _require_room(job: Settled) -> None:

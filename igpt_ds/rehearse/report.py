@@ -5,7 +5,6 @@ from typing import Any
 
 from igpt_ds.config.size import flops_per_image, parameter_count
 from igpt_ds.planner.choose import USABLE
-from igpt_ds.planner.devices import recognise
 from igpt_ds.planner.memory import bytes_per_rank
 from igpt_ds.rehearse.job import Rehearsal
 from igpt_ds.rehearse.measure import Measured
@@ -86,12 +85,11 @@ def make_record(rehearsal: Rehearsal, rank: int, measured: Measured) -> dict[str
 def _speed(rehearsal: Rehearsal, measured: Measured) -> dict[str, Any]:
     """How fast the job is: what was computed here with the messages planned; or all of it as planned, on a CPU say."""
     layout, time = rehearsal.planned.layout, rehearsal.time
-    config, step, sheet = layout.config, time.step, rehearsal.device
+    config, step = layout.config, time.step
     if rehearsal.real:
         # The optimiser does not begin before the last message of the passes has come.
         passes = max(measured.step - time.optimizer, time.hidden_messages)
         step = passes + time.optimizer + time.messages
-        sheet = recognise(measured.device) or sheet
     flops = flops_per_image(config) * config.training.batch
     return {
         "measured": rehearsal.real,
@@ -104,7 +102,7 @@ def _speed(rehearsal: Rehearsal, measured: Measured) -> dict[str, Any]:
             "messages": time.messages,
         },
         "images_per_second": config.training.batch / step,
-        "mfu": flops / step / (layout.ranks * sheet.peak(config.training.precision)),
+        "mfu": flops / step / (layout.ranks * rehearsal.device.peak(config.training.precision)),
         "steps": config.training.steps,
         "days": config.training.steps * step / 86400,
     }

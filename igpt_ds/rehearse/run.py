@@ -1,11 +1,12 @@
 """A rehearsal from its options to its record."""
 
+import io
 import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(request: Request, steps: int, limit: float, tell: Tell) -> dict[str, Any
     # Below stage 3 the last rank's gradients come first, so it takes most. At stage 3 ranks compare what rank 0 says.
     ranks = PlayedRanks(0 if rehearsal.here.layout.stage == 3 else request.ranks - 1, request.ranks)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its lines go where the figures go
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its lines go where the figures go
     tell(rehearsal.planned.how)
     doing = "beginning"
 
@@ -47,26 +48,35 @@ def run(request: Request, steps: int, limit: float, tell: Tell) -> dict[str, Any
         doing = line
         tell(line)
 
-    def over() -> str:
-        return f"--limit: {time_text(limit)} are over ({doing}): allow more, or rehearse smaller images (--resolution)"
-
-    with _within(limit, over):
-        measured = measure(rehearsal.here, ranks, steps, note)
-    ranks.leave()
+    try:
+        with redirect_stdout(io.StringIO()), _ended(limit):  # DeepSpeed prints, too
+            measured = measure(rehearsal.here, ranks, steps, note)
+    except _TimeIsUp:
+        raise RunError(
+            f"--limit: {time_text(limit)} are over ({doing}): allow more, or rehearse smaller images (--resolution)"
+        ) from None
+    finally:
+        ranks.leave()
     return make_record(rehearsal, ranks.rank, measured)
 
 
+class _TimeIsUp(BaseException):
+    """No Exception, which on its way up would be taken for a fault of what is done just then."""
+
+
 @contextmanager
-def _within(limit: float, over: Callable[[], str]) -> Iterator[None]:
-    """Raise a RunError where the time is up."""
+def _ended(limit: float) -> Iterator[None]:
+    """Raise _TimeIsUp after so many seconds; and let SIGTERM end it as Ctrl-C does, so that no file stays behind."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise RunError(over())
+        raise _TimeIsUp
 
-    before = signal.signal(signal.SIGALRM, end)
+    before = {signal.SIGALRM: signal.signal(signal.SIGALRM, end)}
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

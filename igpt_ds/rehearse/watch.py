@@ -129,11 +129,11 @@ def _phases(events: Iterable[Any]) -> dict[str, Phase]:
     moments = [event for event in events if event.name() == "[memory]" or event.name().startswith(_MARK)]
     for event in sorted(moments, key=lambda event: event.start_ns()):
         if event.name().startswith(_MARK):
+            current.end = now
             current = found[event.name().removeprefix(_MARK)]
         else:
             now += event.nbytes()
             current.peak = max(current.peak, now)
-        current.end = now
     return found
 
 

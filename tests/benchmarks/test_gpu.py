@@ -19,7 +19,7 @@ from igpt_ds.config.file import load_config
 from igpt_ds.planner.choose import Here
 from tests.helpers.models import CAN_COMPILE
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 def rehearsed(*words: str) -> str:
@@ -27,10 +27,10 @@ def rehearsed(*words: str) -> str:
     run = subprocess.run(
         [sys.executable, "-m", *words],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=540,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]

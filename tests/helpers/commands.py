@@ -104,7 +104,7 @@ def kill_all(process: "subprocess.Popen[bytes]") -> None:
     for pid in family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while left := [pid for pid in family if _alive(pid)]:
         assert time.monotonic() < deadline, f"processes {left} survive kill -9"
         time.sleep(0.01)

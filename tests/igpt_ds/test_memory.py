@@ -99,3 +99,25 @@ def test_a_job_within_its_own_group_believes_its_limit_wherever_it_is_asked() ->
         assert told[2] == "True"
     finally:
         group.rmdir()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_goes_back_to_the_system_where_it_is_not_to_be_kept() -> None:
+    script = (
+        "import ctypes, sys, pathlib\n"
+        "from igpt_ds.memory import keep_freed_memory, return_freed_memory\n"
+        "keep_freed_memory()\n"
+        "if sys.argv[1] == 'return': return_freed_memory()\n"
+        "library = ctypes.CDLL('libc.so.6')\n"
+        "library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
+        "pieces = [library.malloc(1 << 20) for _ in range(200)]\n"
+        "for piece in pieces: ctypes.memset(piece, 1, 1 << 20)\n"
+        "for piece in pieces[::2]: library.free(piece)\n"
+        "print(int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * 4096 >> 20)\n"
+    )
+    held = [
+        int(subprocess.check_output([sys.executable, "-c", script, word], text=True, timeout=60))
+        for word in ("keep", "return")
+    ]
+    # Half of 200 MiB was freed, piece by piece.
+    assert held[0] - held[1] > 90

@@ -116,6 +116,7 @@ MEASURED = [
     Case("zero3", measured=True, checkpointing="1/3"),
     Case("zero1", measured=True),
     Case("zero1", measured=True, checkpointing="1/2"),
+    Case("zero3", _BF16, measured=True, summed_in="fp32"),
     # What stage 1 in bfloat16 held is let go of late, and would be taken for the next case's.
     *(Case(f"zero{stage}", _BF16, measured=True) for stage in (3, 2, 1)),
 ]

@@ -27,7 +27,7 @@ from igpt_ds.dataset.shards import Dataset
 from igpt_ds.distributed import device
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.planner.choose import Here
-from tests.helpers.commands import finish, pretrain, run_command, started
+from tests.helpers.commands import finish, pretrain, run_command, started, wait_until
 from tests.helpers.machines import CPU, V100
 from tests.helpers.models import random_model, save_model, small_config
 
@@ -121,7 +121,7 @@ def test_a_number_is_bounded_before_anything_is_made_of_it(
     words = [places.get(word, word) for word in line.split()]
     before = time.monotonic()
     refused(*words, *(["--data", str(digits)] if words[0] in ("probe", "low-data", "eval") else []))
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 60
     assert not (tmp_path / "OUT").exists() and not (tmp_path / "RUN" / "features").exists()
 
 
@@ -199,11 +199,12 @@ def test_of_many_ranks_one_speaks_and_all_end(digits: Path, tmp_path: Path, case
         (tmp_path / "file").write_text("")
         run = tmp_path / "file" / "run"
     output, errors = tmp_path / "output.txt", tmp_path / "errors.txt"
-    begin = time.monotonic()
     with started(pretrain(data, run), output, 2, errors) as process:
+        wait_until(lambda: bool(told_by_ranks(errors)), process, errors)
+        spoken = time.monotonic()
         assert finish(process, output) == 2, errors.read_text()
+        assert time.monotonic() - spoken < 29, "the launcher waited its 30 s for a rank that would not end"
     assert len(told_by_ranks(errors)) == 1, errors.read_text()
-    assert time.monotonic() - begin < 40, "the launcher waited its 30 s for a rank that would not end"
 
 
 # --- configuration ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.helpers.ranks import recorded
 from tests.workers.finetune import BATCH, CASES, CLASSES, LAYERS, RATE, STEPS, Case, labels, start
 from tests.workers.parity import SEED, images
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 EVALUATED = {1: np.arange(1000, 1003), 2: np.array([1000, 1001, 1002, 1004, 1005, 1006])}
 
 
@@ -27,7 +27,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     for objective in ("next_pixel", "masked_pixel"):
         config = Case(0, 0, objective=objective).config(1, finetune=False)
         save_model(random_model(config, seed=3), config, folder / objective, "palette")
-    found = {world: recorded("tests.workers.finetune", folder, world, limit=120) for world in CASES}
+    found = {world: recorded("tests.workers.finetune", folder, world, limit=240) for world in CASES}
     found[0] = [{"folder": str(folder)}]
     return found
 

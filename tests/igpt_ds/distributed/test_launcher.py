@@ -72,7 +72,7 @@ from pathlib import Path
 from igpt_ds.distributed.launcher import follow
 follow(lambda: {asked})
 Path(sys.argv[1], "pid").write_text(str(os.getpid()))
-time.sleep(20)
+time.sleep(60)
 """
 START = '"$1" "$2/rank.py" "$2" 2>"$2/said" &'
 # Its name is all that makes this shell a launcher.
@@ -91,7 +91,7 @@ def lives(pid: int) -> bool:
 
 
 def rank_of(folder: Path) -> int:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (folder / "pid").exists() or not (folder / "pid").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -105,7 +105,7 @@ def test_a_rank_ends_with_its_launcher_and_says_so(tmp_path: Path) -> None:
         assert lives(pid)
         starter.kill()
         starter.wait()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while lives(pid):
             assert time.monotonic() < deadline, "an orphan"
             time.sleep(0.05)

@@ -42,7 +42,7 @@ class Ranks:
         """The records of all ranks."""
         if world != 2:
             self(2)  # writes the checkpoints that the others load
-        return recorded("tests.workers.parity", self.folder, world, limit=240)
+        return recorded("tests.workers.parity", self.folder, world, limit=500)
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def run(script: str, *environments: dict[str, str]) -> None:
         for each in environments:
             command = [sys.executable, "-c", script]
             processes.append(subprocess.Popen(command, env=quick_start() | each, cwd=ROOT, start_new_session=True))
-        assert [process.wait(60) for process in processes] == [0] * len(processes)
+        assert [process.wait(200) for process in processes] == [0] * len(processes)
     finally:
         for process in processes:
             kill_group(process)

@@ -78,8 +78,7 @@ def test_memory_is_what_the_tensors_take(ranks: Ranks, case: Case) -> None:
     layout = case.layout(2)
     planned = bytes_per_rank(layout, gpu=False)
     assert parameter_count(layout.config) > 3_000_000
-    width, bucket = layout.width, layout.zero["reduce_bucket_size"]
-    stays = planned.states + (width * bucket if layout.stage == 3 else 0)
+    stays = planned.states + planned.resting
     # Below stage 3 gradients come and go with each step, but for those that stage 1 in bfloat16 sums up.
     summed = layout.stage == 1 and layout.bf16
     if layout.stage < 3:
