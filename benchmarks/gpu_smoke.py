@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu_smoke.sh` runs: is the GPU path right on this machine? Under three minutes.
+"""What `benchmarks/gpu_smoke.sh` runs: is the GPU path right on this machine? Meant to take three minutes.
 
 1. Parity: 20 steps of a small network in float32 (TF32 off), the harness under ZeRO-3 on the GPU against a plain loop
    on the CPU: losses within 1e-4.

@@ -113,11 +113,13 @@ def _tables(plan: dict[str, Any]) -> list[Table]:
         for kind, text in _PARTS.items()
         if parts[kind]
     ]
-    note = (
-        f"By assumptions, not measured: an MFU of {assumed['mfu']:.2f} of the computation alone (--mfu sets it), "
-        f"{assumed['links']:.0%} of the data sheets' bandwidths between GPUs, a message's delay of "
-        f"{assumed['hop'] * 1e6:.1f} us a GPU and {assumed['hop_between_nodes'] * 1e6:.0f} us a node; see docs/plan.md."
-    )
+    note = f"By assumptions, not measured: an MFU of {assumed['mfu']:.2f} of the computation alone (--mfu sets it)"
+    if messages:
+        note += (
+            f", {assumed['links']:.0%} of the data sheets' bandwidths between GPUs, a message's delay of "
+            f"{assumed['hop'] * 1e6:.1f} us a GPU and {assumed['hop_between_nodes'] * 1e6:.0f} us a node"
+        )
+    note += "; see docs/plan.md."
     found = [Table("Memory of a rank", ("kind", "GiB", "what it is"), sizes, f"Activations by checkpointing: {modes}.")]
     if messages:
         found.append(Table("Messages of a step", ("operation", "GB sent by a rank", "ms"), messages))

@@ -278,8 +278,10 @@ def test_a_measured_mfu_takes_the_place_of_the_model() -> None:
 
 def test_one_gpu_has_no_columns_of_messages() -> None:
     text = plan_text(make_plan(laid_out("s", 1, 1), Machine("h100")))
-    assert "Messages of a step" not in text and "GB sent" not in text and "messages beside" not in text
-    assert "GB sent" in plan_text(make_plan(laid_out("s", 1, 2), Machine("h100")))
+    told = ("Messages of a step", "GB sent", "messages beside", "between GPUs", "a message's delay")
+    assert not any(each in text for each in told) and "(--mfu sets it); see docs/plan.md." in text
+    text = plan_text(make_plan(laid_out("s", 1, 2), Machine("h100")))
+    assert all(each in text for each in told[:2] + told[3:])
 
 
 def advice(layout: Layout, **machine: Any) -> str:
