@@ -4,9 +4,12 @@ The file has 2 million lines as a training writes them, and the checkpoint is 50
 what was decided and drops what lies beyond the checkpoint; the others read nothing, while in commit 29c4e7f each rank
 parsed it. Processor time and memory of a process of its own, beside its imports; `--base CHECKOUT` of a version from
 before tells what it takes there, in turn, medians. The targets: 2 s and 100 MB.
+
+Beside it the manifest of a dataset of 100 000 shards, which every rank reads; the target: 0.5 s.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -17,17 +20,28 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-LINES, BEYOND = 2_000_000, 500
+LINES, BEYOND, SHARDS = 2_000_000, 500, 100_000
+MANIFEST = """
+import sys, time
+from pathlib import Path
+try:  # the older names first: an installed package may lend the newer ones to any checkout
+    from igpt_ds.manifest import Manifest
+except ImportError:
+    from igpt_ds.dataset.manifest import Manifest
+begin = time.process_time()
+assert len(Manifest.load(Path(sys.argv[1])).shards) == int(sys.argv[2])
+print(time.process_time() - begin)
+"""
 RESUME = """
 import re, sys, time
 from pathlib import Path
 import torch.utils.tensorboard
 try:
-    from igpt_ds.run import metrics
-    read = metrics.read_rollbacks
-except ImportError:
     from igpt_ds import metrics
     read = metrics.read_metrics
+except ImportError:
+    from igpt_ds.run import metrics
+    read = metrics.read_rollbacks
 def most():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 run, step = Path(sys.argv[1]), int(sys.argv[2])
@@ -59,15 +73,32 @@ def write_lines(path: Path) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def measure(checkout: Path, lines: Path) -> list[float]:
-    """Processor seconds of the first reading and of both, and the MB that they took."""
-    with TemporaryDirectory(dir=lines.parent) as run:
-        copy = Path(shutil.copy(lines, Path(run, "metrics.jsonl")))  # which is cut
-        command = [sys.executable, "-c", RESUME, run, str(LINES - BEYOND)]
-        environment = {**os.environ, "PYTHONPATH": str(checkout)}
-        done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        assert copy.read_bytes().count(b"\n") == LINES - BEYOND
+def write_manifest(path: Path) -> None:
+    """The manifest of 102 million images."""
+    places = {"rows": 1024, "bytes": 2_200_000, "view": 0, "token_offset": 640, "block_bytes": 530_000}
+    names = [f"train-{number:06d}" for number in range(SHARDS)]
+    shards = [{"name": name, "sha256": hashlib.sha256(name.encode()).hexdigest(), **places} for name in names]
+    content = {"format": "igpt-ds-tokens", "version": 1, "rows": 1024 * SHARDS, "sequence_length": 1024}
+    content |= {"resolution": 32, "rows_per_block": 256, "storage": "uint16", "source": "x", "split": "train"}
+    content |= {"palette": {"k": 512, "sha256": "0" * 64, "distortion": 0.01}, "views": 1, "transform": {}, "seed": 0}
+    content |= {"classes": None, "versions": {}, "rejected": 0, "shards": shards}
+    path.write_text(json.dumps(content, indent=1))
+
+
+def run(checkout: Path, script: str, *words: object) -> list[float]:
+    """The numbers that a script prints which has the package of a checkout."""
+    command, environment = [sys.executable, "-c", script, *map(str, words)], {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return [float(word) for word in done.stdout.split()]
+
+
+def measure(checkout: Path, folder: Path) -> list[float]:
+    """Processor seconds of the first reading and of both, the MB that they took, and seconds of the manifest."""
+    with TemporaryDirectory(dir=folder) as resumed:
+        copy = Path(shutil.copy(folder / "metrics.jsonl", resumed))  # which is cut
+        found = run(checkout, RESUME, resumed, LINES - BEYOND)
+        assert copy.read_bytes().count(b"\n") == LINES - BEYOND
+    return found + run(checkout, MANIFEST, folder, SHARDS)
 
 
 def main() -> None:
@@ -79,14 +110,16 @@ def main() -> None:
     checkouts = {"this": Path(__file__).parents[1], **({"that": arguments.base.resolve()} if arguments.base else {})}
     found: dict[str, list[list[float]]] = {name: [] for name in checkouts}
     with TemporaryDirectory() as folder:
-        write_lines(lines := Path(folder, "lines.jsonl"))
+        write_lines(lines := Path(folder, "metrics.jsonl"))
+        write_manifest(Path(folder, "manifest.json"))
         print(f"{LINES:,} lines, {lines.stat().st_size / 1e6:.0f} MB")
         for _ in range(arguments.rounds):
             for name, checkout in checkouts.items():
-                found[name].append(measure(checkout, lines))
+                found[name].append(measure(checkout, Path(folder)))
     for name, measured in found.items():
-        read, both, size = (statistics.median(column) for column in zip(*measured, strict=True))
+        read, both, size, manifest = (statistics.median(column) for column in zip(*measured, strict=True))
         print(f"{name}: decisions {read:.2f} s, with the cut {both:.2f} s of processor time, {size:.0f} MB")
+        print(f"{name}: manifest {manifest:.2f} s")
 
 
 if __name__ == "__main__":
