@@ -168,11 +168,10 @@ def _kinds(engine: Engine) -> dict[str, int]:
     parameters = list(engine.module.parameters())
     # A parameter that ZeRO-3 has divided is empty, and holds its part beside it.
     held: list[Tensor] = [getattr(p, "ds_tensor", p.data) for p in parameters]
-    copies = [copy for p in parameters if (copy := getattr(p, "ds_secondary_tensor", None)) is not None]
     states = engine.optimizer.state
     masters = [tensor for tensor in states if not any(tensor is p for p in parameters)]
     moments = [value for state in states.values() for value in state.values() if value.numel() > 1]
-    kinds = {"parameters": held, "master": masters, "moments": moments, "second_copy": copies}
+    kinds = {"parameters": held, "master": masters, "moments": moments}
     here = engine.device.type
     return {kind: storage_bytes(t for t in tensors if t.device.type == here) for kind, tensors in kinds.items()}
 

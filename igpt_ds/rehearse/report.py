@@ -15,7 +15,6 @@ _STATES = {
     "parameters": "weights of this rank",
     "master": "float32 weights that Adam updates",
     "moments": "Adam's two",
-    "second_copy": "of the weights, within an hpZ group",
 }
 
 
@@ -27,9 +26,10 @@ def make_record(rehearsal: Rehearsal, rank: int, measured: Measured) -> dict[str
     planned_peak = plan.total + (plan.host if rehearsal.gpu is None else 0)
     ratio = measured.peak / planned_peak
     job_peak = measured.peak if rehearsal.real else int(ratio * bytes_per_rank(rehearsal.planned.layout).total)
-    planned = {kind: getattr(plan, kind) for kind in _STATES}
-    if plan.host and rehearsal.gpu is None:
-        planned = {kind: size for kind, size in planned.items() if kind == "second_copy"}  # the others are in `host`
+    planned = {}
+    if rehearsal.gpu is not None or not plan.host:  # else what is offloaded lies in the same memory, planned in one
+        planned = {kind: getattr(plan, kind) for kind in _STATES}
+        planned["rest"] = planned_peak - sum(planned.values())
     return {
         "name": config.name,
         "parameters": parameter_count(rehearsal.planned.config),
@@ -65,7 +65,7 @@ def make_record(rehearsal: Rehearsal, rank: int, measured: Measured) -> dict[str
             "build_peak": measured.build_peak,
             "reserved": measured.reserved,
         },
-        "planned_bytes": {**planned, "rest": planned_peak - sum(planned.values()), "peak": planned_peak},
+        "planned_bytes": {**planned, "peak": planned_peak},
         "measured_over_planned": ratio,
         "seconds": {
             "build": measured.build,
@@ -159,9 +159,9 @@ def _tables(record: dict[str, Any]) -> list[Table]:
         for kind, about in _STATES.items()
         if found[kind] or planned.get(kind)
     ]
-    rest = found["peak"] - sum(found[kind] for kind in _STATES if kind in planned)
+    rest = found["peak"] - sum(found[kind] for kind in _STATES)
     kinds += [
-        ["rest", size(rest), size(planned["rest"]), "gradients, activations, gathered weights, buffers"],
+        ["rest", size(rest), size(planned.get("rest")), "gradients, activations, gathered weights, buffers"],
         ["total", size(found["peak"]), size(planned["peak"]), "at the peak of a step"],
     ]
     phases = [["between steps", size(found["stays"]), ""]]

@@ -97,7 +97,7 @@ def test_the_record_is_of_the_job_and_of_the_rank(tmp_path: Path) -> None:
     assert here["activation_checkpointing"] == "full" and here["compile"] is False
     assert job["fits"] and not job["measured"]
     assert job["step_seconds"] == job["planned_seconds"]["step"] > job["planned_seconds"]["messages"] > 0
-    assert 0 < seconds["step"] < 30 and seconds["computation"] + seconds["host"] == pytest.approx(seconds["step"])
+    assert seconds["step"] > 0 and seconds["computation"] + seconds["host"] == pytest.approx(seconds["step"])
     assert 0 < seconds["save_pause"] <= seconds["save"] and seconds["build"] > 0
     found, phases = record["bytes"], record["bytes"]["phases"]
     assert found["peak"] == found["stays"] + max(phase["peak"] for phase in phases.values())

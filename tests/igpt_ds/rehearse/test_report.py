@@ -23,7 +23,7 @@ XL = Request("xl", nodes=8, gpus_per_node=8)
 
 def measured(device: str, steps: tuple[float, ...], busy: float, peak: int = 30 * GIB) -> Measured:
     phases = {"forward": Phase(GIB, 2 * GIB), "backward": Phase(0, peak - 10 * GIB), "optimizer": Phase(0, GIB)}
-    kinds = {"parameters": 1, "master": 2, "moments": 3, "second_copy": 0}
+    kinds = {"parameters": 1, "master": 2, "moments": 3}
     watched = Watched(phases, 2.0, busy, 0.125)
     return Measured(device, kinds, 10 * GIB, watched, 3 * GIB, 40 * GIB, 9.0, 5.0, steps, 0.5, 4.0, 12345)
 
@@ -99,6 +99,17 @@ def test_elsewhere_or_on_other_images_the_job_is_as_planned_times_what_was_measu
     assert "planned" in report.text(record)
 
 
+def test_what_a_cpu_has_offloaded_into_its_own_memory_is_planned_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "available_bytes", lambda: 64 * GIB)
+    rehearsal = rehearsed(Request("s", ds_name="zero2_offload", nodes=2, resolution=8), CPU)
+    record = report.make_record(rehearsal, 15, measured(CPU.name, (9.0,), 1.5))
+    memory = rehearsal.memory
+    assert memory.host > 0 and record["planned_bytes"] == {"peak": memory.total + memory.host}
+    found = dataclasses.replace(measured(CPU.name, (9.0,), 1.5), kinds={"parameters": GIB, "master": 0, "moments": GIB})
+    rest = next(line for line in report.text(report.make_record(rehearsal, 15, found)).splitlines() if "rest " in line)
+    assert rest.split()[:3] == ["rest", "28.00", "gradients,"]  # of 30 GiB; nothing planned
+
+
 def test_a_cpu_runs_in_float32_what_its_machines_run_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "available_bytes", lambda: 64 * GIB)
     rehearsal = rehearsed(Request("s", nodes=8, resolution=8), CPU)
@@ -139,7 +150,7 @@ def test_what_is_offloaded_is_not_in_the_devices_memory() -> None:
         module=SimpleNamespace(parameters=lambda: [weight]),
         optimizer=SimpleNamespace(state=state),
     )
-    assert measure._kinds(engine) == {"parameters": 40, "master": 0, "moments": 40, "second_copy": 0}  # type: ignore[arg-type]
+    assert measure._kinds(engine) == {"parameters": 40, "master": 0, "moments": 40}  # type: ignore[arg-type]
 
 
 def test_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
