@@ -92,7 +92,7 @@ def require_fused(step: Callable[[], object], engine: "Engine") -> str:
     Raises:
         AssertionError: attention's is not one for the type, or not the chosen one; or, on a GPU, Adam's is none.
     """
-    attention, dtype = engine.attention, engine.module.head.weight.dtype
+    attention, dtype = engine.attention, engine.module.token_embedding.dtype
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if CUDA else [])
     with profile(activities=activities) as profiler:
         step()

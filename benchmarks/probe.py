@@ -51,7 +51,7 @@ def features(repeats: int) -> None:
     model = ImageGPT(config := load_config("s", facts))
     initialise(model, 0)
     model = model.eval().to("cuda" if CUDA else "cpu")
-    tokens_BT = torch.randint(512, (batch, config.sequence_length), device=model.head.weight.device)
+    tokens_BT = torch.randint(512, (batch, config.sequence_length), device=model.token_embedding.device)
     wanted = range(layers + 1)
     ways: dict[str, Callable[[], object]] = {
         "plain forward pass": lambda: model(tokens_BT),

@@ -54,6 +54,7 @@ def main() -> None:
     facts = [f"model.layers={LAYERS}", f"data.resolution={options.resolution}", f"data.palette_size={COLOURS}"]
     model = ImageGPT(load_config("s", facts)).eval()
     initialise(model, 0)
+    assert model.head is not None
     torch.nn.init.normal_(model.head.weight, std=0.05)
     theirs = counterpart(model)
     n = model.sequence_length

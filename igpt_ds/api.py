@@ -211,7 +211,7 @@ class Model:
             raise UserError("the weights have no head over the colours: there are features alone")
 
     def _batches(self, tokens: np.ndarray) -> Iterator[Tensor]:
-        n, device = self.config.sequence_length, self.network.head.weight.device
+        n, device = self.config.sequence_length, self.network.token_embedding.device
         if tokens.ndim != 2 or tokens.shape[1] != n or not len(tokens):
             raise UserError(f"tokens {list(tokens.shape)}: the model takes [N, {n}], of one image or more")
         if tokens.min() < 0 or tokens.max() >= self.config.palette_size:

@@ -45,6 +45,8 @@ def contradictions(config: Config) -> list[str]:
         "data.workers": data.workers,
         "training.warmup_steps": training.warmup_steps,
         "training.gradient_clip": training.gradient_clip,
+        "training.weight_decay": training.weight_decay,
+        "training.head_std": training.head_std,
         "training.validate_every": training.validate_every,
         "training.sample_every": training.sample_every,
         "health.hang_timeout": config.health.hang_timeout,

@@ -20,6 +20,7 @@ class ModelConfig:
     width: int  # d, the residual stream
     heads: int
     bias: bool = False  # of the blocks' linear layers: the released code has none, weights from elsewhere may
+    tied: bool = False  # the head is the token embedding; the paper found them better apart (appendix A.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.95  # 0.999 causes loss spikes (paper appendix A.1)
     epsilon: float = 1e-8
+    weight_decay: float = 0.0  # AdamW's, of all but gains and biases; 0.01 changed nothing (appendix A.1)
+    head_std: float = 0.0  # of the heads over colours and classes at the start; 0 did better than not (appendix A.1)
     gradient_clip: float = 0.0  # largest global norm; 0 never clips
     # The machine's part: "auto" leaves it to the planner (planner/choose.py). Where nothing is trained, as in an
     # evaluation, "auto" is the plainest: float32, a rank's whole share at once, nothing recomputed, not compiled.
@@ -188,7 +191,7 @@ def identity(config: Config) -> dict[str, Any]:
     return {
         **({"init_from": config.init_from} if config.init_from else {}),
         "seed": config.seed,
-        "model": used(config.model, "bias"),
+        "model": used(config.model, "bias", "tied"),
         "objective": dataclasses.asdict(config.objective),
         "finetune": config.finetune and {**used(config.finetune, "labels"), "patience": None},
         "resolution": config.data.resolution,

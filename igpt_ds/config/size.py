@@ -20,7 +20,8 @@ def parameter_count(config: Config) -> int:
     d, layers = config.model.width, config.model.layers
     start = d if config.causal else 0
     embeddings = config.palette_size * d + start + config.sequence_length * d
-    return layers * block_parameters(config) + embeddings + d + (config.palette_size + config.classes) * d
+    heads = (0 if config.model.tied else config.palette_size) + config.classes
+    return layers * block_parameters(config) + embeddings + d + heads * d
 
 
 def flops_per_image(config: Config) -> float:

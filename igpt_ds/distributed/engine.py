@@ -97,8 +97,9 @@ class Engine:
         self.state = ZeroState(self.deepspeed, self.optimizer, self.stage, ranks, self.device)
         fused = all(group.get("fused") for group in self.optimizer.param_groups)
         assert self.device.type == "cpu" or fused, "DeepSpeed dropped the fused Adam"
-        if config.finetune is not None:
-            # Without L_GEN some parameters have no gradient, and get no moments from a step.
+        if config.finetune is not None or config.training.weight_decay:
+            # Without L_GEN some parameters have no gradient, and get no moments from a step. Of two groups ZeRO-1 and 2
+            # link the moments to the parameters when the first has some.
             self.state.create_moments(0)
 
     # --- one step, one evaluation ------------------------------------------------------------------------------
@@ -297,12 +298,18 @@ def _share_positions(model: ImageGPT, sharing: int, ranks: Ranks) -> slice:
 
 
 def _adam(model: ImageGPT, config: Config, device: torch.device) -> torch.optim.AdamW:
-    """Adam without weight decay (paper section 3.4): fused on a GPU, torch's plain one on a CPU."""
+    """Adam (paper section 3.4), as a rule without weight decay: fused on a GPU, torch's plain one on a CPU."""
+    decay = config.training.weight_decay
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if decay:
+        free = [p for name, p in model.named_parameters() if name.endswith(("gain", "bias"))]
+        decayed = [p for name, p in model.named_parameters() if not name.endswith(("gain", "bias"))]
+        groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        model.parameters(),
+        groups,
         lr=config.training.learning_rate,
         betas=(config.training.beta1, config.training.beta2),
         eps=config.training.epsilon,
-        weight_decay=0.0,
+        weight_decay=decay,
         fused=device.type == "cuda",
     )

@@ -185,7 +185,7 @@ def likelihood(
     from igpt_ds.loading.loader import evaluation_batches
 
     objective, rate = load_objective(config.objective.name), config.objective.mask_rate
-    device = model.head.weight.device
+    device = model.token_embedding.device
     images, n = dataset.rows, dataset.sequence_length
     batch = max(1, min(_TOKENS // n, -(-images // ranks.world)))
     sums_I, scored_I, sums_T, counts_T = np.zeros(images), np.zeros(images), np.zeros(n), np.zeros(n)

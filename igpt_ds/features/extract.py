@@ -136,7 +136,7 @@ class Network:
             found = self._engine.features(tokens_BT, mask_BT, self.recipe.layers, self.recipe.norm == "first")
             return self._kept(found)
         assert self._model is not None
-        device = self._model.head.weight.device
+        device = self._model.token_embedding.device
         with torch.no_grad():
             output = self._model(
                 tokens_BT.to(device, torch.int64),

@@ -96,7 +96,7 @@ def _packed(model: ImageGPT, rows: int) -> Iterator[None]:
     ]
     offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     weights = sum(child.weight.nbytes for _, _, child in layers)
-    if not offered or model.head.weight.dtype != torch.float32 or available_bytes() < 2 * weights:
+    if not offered or model.token_embedding.dtype != torch.float32 or available_bytes() < 2 * weights:
         yield
         return
     try:

@@ -92,7 +92,7 @@ def uniforms(seed: int, first: int, images: int, tokens: int) -> Tensor:
 
 def images_at_once(model: ImageGPT, memory: int) -> int:
     """How many images may be drawn at once if their keys and values are to take no more bytes than that; 0: none."""
-    each = 2 * len(model.blocks) * model.sequence_length * model.width * model.head.weight.element_size()
+    each = 2 * len(model.blocks) * model.sequence_length * model.width * model.token_embedding.element_size()
     return min(MOST_IMAGES, memory // each)
 
 
@@ -122,7 +122,7 @@ def sample(
     if not model.causal:
         raise UserError("sample: this is a BERT model: only next_pixel models draw images token by token")
     images, given = prefix_BT.shape
-    n, device = model.sequence_length, model.head.weight.device
+    n, device = model.sequence_length, model.token_embedding.device
     uniform_Bn = uniforms(drawing.seed, first, images, n).to(device)
     tokens_Bn = torch.empty(images, n, dtype=torch.int64, device=device)
     tokens_Bn[:, :given] = prefix_BT

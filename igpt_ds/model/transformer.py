@@ -8,7 +8,8 @@ A stack of L pre-norm GPT-2 blocks over the n = resolution² tokens of an image:
 
 and logits = head(norm(h^L)). Where the released code differs from GPT-2 we follow the code: norms have a gain
 only (no mean is subtracted, no bias), linear layers have no bias (those of the blocks get one where the configuration
-asks for it), the activation is x * sigmoid(1.702 x), and the token embedding and the output head are not tied.
+asks for it), the activation is x * sigmoid(1.702 x), and the token embedding and the output head are not tied, unless
+the configuration ties them.
 
 Shape suffixes: B images, T tokens, D width, H heads, E width of a head, K colours of the palette, C classes.
 """
@@ -57,7 +58,7 @@ class Cache:
 
     def __init__(self, model: "ImageGPT", images: int):
         shape = (images, model.heads, model.sequence_length, model.width // model.heads)
-        like = model.head.weight
+        like = model.token_embedding
         # Not empty: what a mask hides is still multiplied, by 0.
         self.keys = [like.new_zeros(shape) for _ in model.blocks]
         self.values = [like.new_zeros(shape) for _ in model.blocks]
@@ -215,7 +216,8 @@ class ImageGPT(nn.Module):
         )
         self.blocks = nn.ModuleList(blocks)
         self.norm = Norm(D)
-        self.head = Linear(D, self.palette_size)
+        self.head = None if config.model.tied else Linear(D, self.palette_size)
+        self.head_std = config.training.head_std
         if self.class_layer is not None:
             self.class_head = Linear(D, config.classes)
 
@@ -268,7 +270,8 @@ class ImageGPT(nn.Module):
             if not norm and top in features:
                 raw[top] = _pooled(h_BTD)
             n_BTD = self.norm(h_BTD)
-            logits_BTK = self.head(n_BTD) if logits else None
+            if logits:
+                logits_BTK = F.linear(n_BTD, self.token_embedding) if self.head is None else self.head(n_BTD)
             if top in wanted:
                 pooled[top] = _pooled(n_BTD)
         if self.class_layer in pooled:
@@ -288,7 +291,7 @@ class ImageGPT(nn.Module):
 
     def choose_attention(self) -> str:
         """Let this process compute attention by the quickest kernel for the network as it lies on its device; which."""
-        weight, head_width = self.head.weight, self.width // self.heads
+        weight, head_width = self.token_embedding, self.width // self.heads
         arguments = (weight.device, weight.dtype, self.sequence_length, head_width, self.causal, self.dropout)
         return attention.choose(*arguments)
 
@@ -367,7 +370,7 @@ def initialise(
     gathered: Callable[[Tensor], AbstractContextManager[object]] = lambda parameter: nullcontext(),
     given: Collection[str] = (),
 ) -> None:
-    """Draw all weights: normal by `_STANDARD_DEVIATIONS`, gains 1, biases, the output head and the class head 0.
+    """Draw all weights: normal by `_STANDARD_DEVIATIONS`, gains 1, biases 0, both heads 0 or by training.head_std.
 
     Each parameter has a generator of its own, seeded by (seed, name), on the CPU: the weights depend neither on
     the device nor on the world size, the ZeRO stage or the order of construction.
@@ -383,11 +386,13 @@ def initialise(
             # On ranks that only receive the values the parameter stays whole too, so all may draw.
             if name.endswith("gain"):
                 parameter.fill_(1.0)
-            elif name in ("head.weight", "class_head.weight") or name.endswith(".bias"):
+                continue
+            head = name in ("head.weight", "class_head.weight")
+            if name.endswith(".bias") or (head and not model.head_std):
                 parameter.zero_()
             else:
                 suffix = ".".join(name.split(".")[2:]) or name
-                deviation = _STANDARD_DEVIATIONS[suffix](model.width, len(model.blocks))
+                deviation = model.head_std if head else _STANDARD_DEVIATIONS[suffix](model.width, len(model.blocks))
                 # Mixed here, because torch's CPU generator looks at 32 bits of its seed only.
                 mixed = stable_hash(seed, zlib.crc32(name.encode())) & 0xFFFFFFFF
                 generator = torch.Generator().manual_seed(mixed)

@@ -129,7 +129,7 @@ class Sizes:
     Attributes:
         root: what the network itself holds: token embedding, start vector, positions.
         block: norm, qkv, attention's output, norm, up, down; each block's alike.
-        after: norm, head, class head.
+        after: norm, head (where it is not the embedding), class head.
     """
 
     root: tuple[int, ...]
@@ -143,5 +143,5 @@ def module_sizes(config: Config) -> Sizes:
     return Sizes(
         root=(k * d, *([d] if config.causal else []), config.sequence_length * d),
         block=(d, 3 * d * d, d * d, d, 4 * d * d, 4 * d * d),
-        after=(d, k * d, *([config.classes * d] if config.classes else [])),
+        after=(d, *([] if config.model.tied else [k * d]), *([config.classes * d] if config.classes else [])),
     )

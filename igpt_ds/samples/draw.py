@@ -141,7 +141,7 @@ def drawn_tokens(
     bar = title if ranks.rank == 0 else None  # one for all ranks
 
     def draw_rows(prefix_BT: torch.Tensor, first: int) -> torch.Tensor:
-        free = free_bytes(model.head.weight.device, ranks.neighbours) // 2
+        free = free_bytes(model.token_embedding.device, ranks.neighbours) // 2
         size = max(1, images_at_once(model, free))
         parts = [
             sample(model, prefix_BT[i : i + size], drawing, first + i, bar) for i in range(0, len(prefix_BT), size)

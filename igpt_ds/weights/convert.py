@@ -83,6 +83,8 @@ def convert(
     weights = open_weights(source, step)
     require_head(weights)
     config = config_of(weights)
+    if config.model.tied and target != "native":
+        raise UserError(f"{source}: its head is its token embedding, which {target} does not know: choose --to native")
     palette = _palette(weights, config, palette_path)
     hidden = unfinished(destination)
     elements = sum(math.prod(facts["shape"]) for facts in weights.tensors.values())
@@ -225,7 +227,7 @@ def streamed_logits(weights: Weights, config: Config, tokens_BT: Tensor) -> Tens
         h_BTD = block(h_BTD)[0]
         block.to("meta")
     model.norm.load_state_dict({"gain": whole(weights, "norm.gain")}, assign=True)
-    return F.linear(model.norm(h_BTD), whole(weights, "head.weight"))
+    return F.linear(model.norm(h_BTD), whole(weights, "token_embedding" if config.model.tied else "head.weight"))
 
 
 def _report(

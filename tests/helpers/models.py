@@ -28,7 +28,8 @@ def random_model(config: Config, seed: int = 0) -> ImageGPT:
     """A network whose head is random as well."""
     model = ImageGPT(config)
     initialise(model, seed)
-    torch.nn.init.normal_(model.head.weight, std=0.5, generator=torch.Generator().manual_seed(seed))
+    if model.head is not None:
+        torch.nn.init.normal_(model.head.weight, std=0.5, generator=torch.Generator().manual_seed(seed))
     return model.eval()
 
 
