@@ -37,13 +37,21 @@ from igpt_ds.samples.draw import drawn_tokens
 from igpt_ds.text import listed
 from igpt_ds.weights.base import config_of, palette_of
 from igpt_ds.weights.formats import open_weights
+from igpt_ds.weights.placed import parse_placement
 
 Images = np.ndarray | Sequence[np.ndarray | Image.Image | Path | str]
 
 _TOKENS = 1 << 16  # in one forward pass: 64 images of 32², 16 of 64²
 
 
-def load(where: Path | str, *, step: int | None = None, precision: Precision = "float32") -> "Model":
+def load(
+    where: Path | str,
+    *,
+    step: int | None = None,
+    precision: Precision = "float32",
+    device_map: Literal["auto"] | None = None,
+    max_memory: str | None = None,
+) -> "Model":
     """Open a model; it stands on the GPU where there is one (see `Model.to`).
 
     Args:
@@ -51,13 +59,16 @@ def load(where: Path | str, *, step: int | None = None, precision: Precision = "
             `igpt-ds convert` knows.
         step: of a run's checkpoint.
         precision: of the network.
+        device_map, max_memory: "auto" lays a network that is larger than the GPU over its memory, the processor's and
+            the disk; "gpu=20GiB,cpu=8GiB" of them.
 
     Raises:
         UserError: there is no model, or it is damaged.
     """
+    placement = parse_placement(device_map, max_memory)
     weights = open_weights(Path(where), step)
     config = config_of(weights)
-    return Model(load_model(config, weights, precision), config, palette_of(weights), _transform(config))
+    return Model(load_model(config, weights, precision, placement), config, palette_of(weights), _transform(config))
 
 
 def _transform(config: Config) -> Transform:

@@ -21,6 +21,21 @@ JSON = click.option(
 )
 
 
+# Of what runs a network that may be larger than the device; see igpt_ds/weights/placed.py.
+PLACEMENT = (
+    click.Option(
+        ["--device-map"],
+        type=click.Choice(["auto"]),
+        help="Lay a network that is larger than the GPU over its memory, the processor's and the disk.",
+    ),
+    click.Option(
+        ["--max-memory"],
+        metavar="gpu=SIZE,cpu=SIZE",
+        help="With --device-map: what it may take, e.g. gpu=20GiB,cpu=8GiB.  [default: four fifths of what is free]",
+    ),
+)
+
+
 def show(text: str, figures: object, json_path: Path | None) -> None:
     """Print a table, and write its figures where `JSON` says."""
     as_json = json.dumps(figures, indent=2)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from igpt_ds import evals
+from igpt_ds.options import PLACEMENT
 from igpt_ds.text import visible
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def _evaluation(evaluation: evals.Evaluation) -> click.Command:
             ["--step"], type=click.IntRange(min=0), help="The checkpoint of this step.  [default: the newest]"
         ),
         *evaluation.OPTIONS,
+        *PLACEMENT,
         click.Option(
             ["--json", "json_path"],
             metavar="FILE",

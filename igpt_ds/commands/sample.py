@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from igpt_ds.commands import CONTEXT
-from igpt_ds.options import Renamed
+from igpt_ds.options import PLACEMENT, Renamed
 from igpt_ds.text import visible
 
 
@@ -46,6 +46,8 @@ def sample(
     seed: int,
     top_k: int | None,
     top_p: float,
+    device_map: str | None,
+    max_memory: str | None,
     **options: Any,
 ) -> None:
     """Draw images, or complete given ones of which the model sees the upper rows.
@@ -65,8 +67,13 @@ def sample(
     """
     from igpt_ds.model.sampling import Drawing
     from igpt_ds.samples.draw import Outputs, draw
+    from igpt_ds.weights.placed import parse_placement
 
     out = Outputs(sheet, npz, pngs)
-    step = draw(run_path, out, Drawing(seed, temperature, top_k, top_p), **options)
+    placement = parse_placement(device_map, max_memory)
+    step = draw(run_path, out, Drawing(seed, temperature, top_k, top_p), placement=placement, **options)
     if step is not None:
         click.echo(visible(f"written: {', '.join(map(str, out.named))} (step {step})"))
+
+
+sample.params.extend(PLACEMENT)

@@ -36,7 +36,7 @@ import click
 
 from igpt_ds.atomic import publish_text
 from igpt_ds.distributed.ranks import Ranks, launched
-from igpt_ds.errors import RunError
+from igpt_ds.errors import RunError, UserError
 from igpt_ds.options import Number, Renamed
 from igpt_ds.text import Table
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from igpt_ds.dataset.shards import Dataset
     from igpt_ds.features.splits import Splits
     from igpt_ds.weights.base import Weights
+    from igpt_ds.weights.placed import Placement
 
 Record = dict[str, Any]
 SHARE = (0, 1)  # a kind: of accuracies
@@ -82,6 +83,7 @@ class Subject:
         folder: takes the record, and what is kept for other evaluations.
         data: folder of the splits; None: the run's first source.
         step: of a run's checkpoint; None: the newest.
+        placement: of a network that is larger than the device, see `igpt_ds.weights.placed`.
     """
 
     path: Path
@@ -89,6 +91,13 @@ class Subject:
     ranks: Ranks
     data: str | None = None
     step: int | None = None
+    placement: "Placement | None" = None
+
+    def placed(self, ds: str | None) -> "Placement | None":
+        """The placement, where the network is not divided over the ranks."""
+        if ds and self.placement:
+            raise UserError(f"--ds {ds}: divides the network over the ranks: leave it out, or --device-map")
+        return self.placement
 
     def labelled(self, test: bool, images: int | None = None) -> "tuple[Weights, Config, Splits]":
         """The weights and labelled splits; see `igpt_ds.features.splits.open_run`."""
@@ -143,6 +152,8 @@ def evaluate(
     json_path: Path | None = None,
     data: str | None = None,
     step: int | None = None,
+    device_map: str | None = None,
+    max_memory: str | None = None,
     **options: Any,
 ) -> tuple[Record, list[Path]] | None:
     """Run an evaluation and publish its record, and its figure beside it; every rank of a launch calls this.
@@ -151,8 +162,10 @@ def evaluate(
         The record and the files that were written; None on other ranks than 0.
     """
     from igpt_ds.weights.formats import results_folder
+    from igpt_ds.weights.placed import parse_placement
 
-    subject = Subject(path, results_folder(path, json_path), launched(), data, step)
+    placement = parse_placement(device_map, max_memory)
+    subject = Subject(path, results_folder(path, json_path), launched(), data, step, placement)
     record = evaluation.run(subject, **options)
     if record is None:
         return None

@@ -116,7 +116,8 @@ def run(
             refuse_special(per_image)
         ids = dataset.ids()
     with ranks.meeting():
-        found = likelihood(load_model(config, weights), config, dataset, ranks, masks or 1, mask_seed or 0)
+        model = load_model(config, weights, placement=subject.placement)
+        found = likelihood(model, config, dataset, ranks, masks or 1, mask_seed or 0)
     if ranks.rank:
         return None
     if per_image is not None and ids is not None:

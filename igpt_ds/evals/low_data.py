@@ -93,7 +93,7 @@ def run(
         recipe = Recipe((layer,), precision=usual_precision())
     if (last := max(recipe.layers)) > config.model.layers:
         raise UserError(f"--layer {last}: the network has layers 0 to {config.model.layers}: choose among them")
-    network = Network(config, weights, recipe, subject.ranks, ds)
+    network = Network(config, weights, recipe, subject.ranks, ds, placement=subject.placed(ds))
     folder = subject.folder / "features"
     train, scored = collect(network, splits.train, scored_set, masks_of(config, masks), folder)
     if subject.ranks.rank:

@@ -143,7 +143,7 @@ def run(
     )
     ranks = subject.ranks
     probe = Probe(splits, config, settings, ranks)
-    trained = Network(config, weights, recipe, ranks, ds, batch)
+    trained = Network(config, weights, recipe, ranks, ds, batch, subject.placed(ds))
     before = Network(config, None, recipe, ranks, ds, batch) if untrained else None
     chosen = None
     with ranks.meeting():

@@ -29,6 +29,7 @@ from igpt_ds.model.transformer import ImageGPT, initialise
 from igpt_ds.objectives import load_objective
 from igpt_ds.text import listed
 from igpt_ds.weights.base import Weights
+from igpt_ds.weights.placed import Placement, place
 
 if TYPE_CHECKING:
     from igpt_ds.distributed.engine import Engine
@@ -65,8 +66,16 @@ def usual_precision() -> Precision:
     return "bfloat16" if quick else "float32"
 
 
-def load_model(config: Config, checkpoint: Weights | None, precision: Precision = "float32") -> ImageGPT:
-    """The network of some weights, or an untrained one, in evaluation mode, on the GPU where there is one."""
+def load_model(
+    config: Config, checkpoint: Weights | None, precision: Precision = "float32", placement: Placement | None = None
+) -> ImageGPT:
+    """The network of some weights, or an untrained one, in evaluation mode, on the GPU where there is one.
+
+    Args:
+        placement: lay it out over memories, see `igpt_ds.weights.placed`; an untrained one stands whole.
+    """
+    if placement is not None and checkpoint is not None:
+        return place(config, checkpoint, precision, placement)
     model = ImageGPT(config)
     if checkpoint is None:
         initialise(model, config.seed)
@@ -98,6 +107,7 @@ class Network:
         checkpoint: None for the untrained network.
         ds: name or file of a DeepSpeed configuration that divides the network over the ranks; None: whole on each.
         batch: images a rank passes through at once; None: as many as have 65 536 tokens.
+        placement: as for `load_model`.
     """
 
     def __init__(
@@ -108,7 +118,9 @@ class Network:
         ranks: Ranks,
         ds: str | None = None,
         batch: int | None = None,
+        placement: Placement | None = None,
     ):
+        self.placement = placement
         self.config, self.checkpoint, self.recipe, self.ranks = config, checkpoint, recipe, ranks
         self.batch = batch or max(1, _TOKENS // config.sequence_length)
         division = Division(ranks.world, self.batch, 1)
@@ -152,7 +164,7 @@ class Network:
 
     def _build(self) -> None:
         if self._ds is None:
-            self._model = load_model(self.config, self.checkpoint, self.recipe.precision)
+            self._model = load_model(self.config, self.checkpoint, self.recipe.precision, self.placement)
             return
         from igpt_ds.distributed.engine import Engine
 

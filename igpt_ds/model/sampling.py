@@ -129,8 +129,9 @@ def sample(
     finite_B = torch.ones(images, dtype=torch.bool, device=device)
     cache = Cache(model, images)
     hidden = None if title else True
-    # DeepSpeed's engine takes the steps one by one, as any other call.
-    with one_token_step(model, cache) if network is None else nullcontext() as step:
+    # DeepSpeed's engine takes the steps one by one, as any other call; so does a network whose blocks come and go.
+    plain = network is not None or hasattr(model, "hf_device_map")
+    with nullcontext() if plain else one_token_step(model, cache) as step:
         for position in tqdm(range(given, n), desc=title, unit=" tokens", leave=False, disable=hidden):
             beat()
             last_B1 = tokens_Bn[:, position - 1 : position]

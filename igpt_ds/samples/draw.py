@@ -29,6 +29,7 @@ from igpt_ds.samples.sheet import (
 from igpt_ds.text import size_text
 from igpt_ds.weights.base import config_of, palette_of, require_head
 from igpt_ds.weights.formats import open_weights
+from igpt_ds.weights.placed import Placement
 
 IMAGES = 16  # unless it is said how many
 _BYTES = 2 * 8 + 2 + 3  # of a pixel: tokens of each rank and of all as int64, as uint16, and its colour
@@ -76,6 +77,7 @@ def draw(
     paths: Sequence[Path] = (),
     rows: int | None = None,
     precision: Precision = "float32",
+    placement: Placement | None = None,
 ) -> int | None:
     """Draw images, or completions, and write them; every rank of a launch calls this.
 
@@ -85,6 +87,7 @@ def draw(
         complete: a dataset's folder, whose first images of `split` are completed.
         paths: of pictures that are completed.
         rows: of each image that the model is shown; None: the upper half.
+        placement: as for `load_model`.
 
     Returns:
         The step of the weights; None on other ranks than 0.
@@ -116,7 +119,7 @@ def draw(
     # Refused before the ranks meet.
     given_BT = torch.empty(asked, 0, dtype=torch.int64) if tokens is None else prefixes(tokens, rows)
     with ranks.meeting():
-        model = load_model(config, weights, precision)
+        model = load_model(config, weights, precision, placement)
         drawn = drawn_tokens(model, given_BT, drawing, ranks, "samples" if tokens is None else "completions")
     if drawn is None:
         return None
