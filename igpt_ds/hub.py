@@ -52,9 +52,12 @@ def local(path: Path, only: str | None = None) -> Path:
 def _cached(folder: Path, revision: str | None = None) -> Path | None:
     """The snapshot in a folder of the cache, if it is one and holds that revision."""
     note = folder / "refs" / (revision or "main")
-    commit = note.read_text(encoding="ascii").strip() if os.path.isfile(note) else revision
-    snapshot = folder / "snapshots" / (commit or "")
-    return snapshot if commit and os.path.isdir(snapshot) else None
+    try:
+        commit = note.read_text(encoding="ascii").strip() if note.is_file() else revision
+        snapshot = folder / "snapshots" / (commit or "")
+        return snapshot if commit and snapshot.is_dir() else None
+    except OSError:  # a name that is too long for a file's
+        return None
 
 
 def _downloaded(path: Path, name: str, revision: str | None, only: str | None) -> Path:
