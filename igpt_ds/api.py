@@ -218,7 +218,8 @@ class Model:
         return self.decode(drawn)
 
     def _require_head(self) -> None:
-        if torch.isnan(self.network.head.weight[0, 0]):
+        head = self.network.head
+        if head is not None and torch.isnan(head.weight[0, 0]):
             raise UserError("the weights have no head over the colours: there are features alone")
 
     def _batches(self, tokens: np.ndarray) -> Iterator[Tensor]:

@@ -212,6 +212,8 @@ def check_shapes(weights: Weights) -> None:
 
 def require_head(weights: Weights) -> None:
     """Refuse weights without the head over the colours, of which there are features alone."""
+    if "head.weight" not in weights.tensors:
+        return  # it is the token embedding
     if torch.isnan(weights.read("head.weight", "weight", 0, 1)).any():
         raise UserError(
             f"{weights.path}: has no head over the colours, as Hugging Face's ImageGPTModel and most classifiers, or a "
