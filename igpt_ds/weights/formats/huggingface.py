@@ -4,6 +4,7 @@
         model.safetensors               or model-00001-of-0000N.safetensors and model.safetensors.index.json,
                                         or (read only) pytorch_model.bin
         preprocessor_config.json        the palette ("clusters") and the input resolution
+        README.md                       the model card (written only)
 
 Their table of embeddings has a row more than colours: the last one is the start vector. Their linear layers keep
 [inputs, outputs], the transpose of ours, and have biases, which are zero in the released models: all zero they are
@@ -32,6 +33,7 @@ from igpt_ds.errors import UserError
 from igpt_ds.memory import available_bytes
 from igpt_ds.model.transformer import NORM_EPSILON
 from igpt_ds.weights.base import Imported, Weights, chunks, config_of, transposed, whole
+from igpt_ds.weights.formats._card import card
 from igpt_ds.weights.formats._facts import imported, read_json, record, side, stated, whole_number
 from igpt_ds.weights.formats._tensors import Bare, PickledFiles, SafetensorsFiles, TensorFiles
 
@@ -241,6 +243,7 @@ def write(
     )
     if palette is not None:
         _write_json(folder / CLUSTERS, _their_processor(config, palette))
+    publish_text(folder / "README.md", card(weights, config, palette))
     return digests
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from igpt_ds.dataset.palette import Palette
 from igpt_ds.errors import RunError, UserError
 from igpt_ds.features.extract import load_model
 from igpt_ds.model.transformer import ImageGPT
+from igpt_ds.run.metrics import read_metrics
 from igpt_ds.weights.base import Imported, config_of, palette_of
 from igpt_ds.weights.convert import convert, streamed_logits
 from igpt_ds.weights.formats import huggingface, open_weights, single
@@ -170,6 +172,23 @@ def test_a_model_without_a_head_over_the_colours_gives_features(
     for words in (["sample", "bare", "--out", "x.png"], ["convert", "bare", "x", "--to", "npz"]):
         assert call(monkeypatch, *words) == 2
         assert "no head over the colours" in capsys.readouterr().err
+
+
+def test_the_model_card_tells_the_training_and_its_code_runs(tmp_path: Path, digits: Path) -> None:
+    run = igpt_ds.pretrain("tiny", digits, tmp_path / "run", training={"steps": 2, "batch": 8, "validate_every": 2})
+    convert(run, tmp_path / "hf", "hf")
+    text = (tmp_path / "hf" / "README.md").read_text()
+    loss = next(line["val_loss"] for line in read_metrics(run / "metrics.jsonl") if "val_loss" in line)
+    assert "2 of 2 steps of 8 images, float32" in text and f"{loss:.4f} nats a token, 67 images" in text
+    assert f"{parameter_count(config_of(open_weights(run))):,}" in text and str(tmp_path) not in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    image = np.zeros((8, 8, 3), np.uint8)
+    known: dict[str, Any] = {"FOLDER": str(tmp_path / "hf"), "image": image}
+    assert code is not None
+    exec(code[1], known)
+    model = igpt_ds.load(run)
+    expected = model.logits(model.encode(image[None]))
+    torch.testing.assert_close(known["logits"].detach(), expected, rtol=0, atol=1e-5)
 
 
 def test_a_class_head_becomes_hugging_faces(tmp_path: Path, digits: Path) -> None:
