@@ -169,6 +169,7 @@ figures() {
     [ ! -e "$run/metrics.jsonl" ] || runs+=("${run%/}")
   done
   igpt-ds figures "${runs[@]}" --out "$out/paper"
+  python "$here/cifar10_table.py" "$out" | tee "$out/paper/finetuning.md"
   for run in "${runs[@]}"; do
     name=$out/records/$(basename "$run")
     mkdir -p "$name"

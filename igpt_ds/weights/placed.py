@@ -84,7 +84,7 @@ def place(config: Config, weights: Weights, precision: str, placement: Placement
     )  # that some lie elsewhere is what was asked for
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following device_map keys do not match")  # parameters of no module
-        placed: ImageGPT = dispatch_model(model, where, main_device=where["head"], offload_dir=folder)
+        placed: ImageGPT = dispatch_model(model, where, main_device=where["token_embedding"], offload_dir=folder)
     return placed
 
 

@@ -57,6 +57,8 @@ def test_every_part_runs_and_leaves_its_figures(images: Path, tmp_path: Path) ->
     for run in ("tuned-4-0", "scratch-4-0", "bert-0-0"):
         assert json.loads((out / run / "result.json").read_text())["n"] == 100
     assert len(list((out / "medium").glob("probe-*.json"))) == 2
+    table = (out / "paper" / "finetuning.md").read_text()
+    assert "| labels per class | 4 | all |" in table and "from BERT, vote of masks" in table
     # All that the pictures are drawn of is kept, and is enough to draw them again.
     subprocess.run(
         [sys.executable, "-m", "igpt_ds", "figures", *sorted((out / "records").iterdir()), "--out", tmp_path / "again"],
