@@ -7,6 +7,7 @@
 # it was stopped. Variables:
 #   SIDE=32      pixels a side                                              [16]
 #   NETWORKS     NAME:LAYERS:WIDTH:HEADS of each, in order of size          [small:4:64:4 medium:6:96:4 large:8:128:4]
+#   SUBJECT=NAME of them, which BERT and the fine-tunings are compared on   [the smallest]
 #   STEPS=30000  of pre-training, 64 images each                            [3000]
 #   SEEDS="0 1"  of fine-tunings, whose differences are claims              [0 1 2]
 #   COMPILE=true compiled blocks, a sixth faster on a CPU with a compiler   [false]
@@ -26,7 +27,7 @@ read -ra seeds <<<"${SEEDS:-0 1 2}"
 read -ra networks <<<"${NETWORKS:-small:4:64:4 medium:6:96:4 large:8:128:4}"
 read -ra launch <<<"${LAUNCH:-python -m igpt_ds}"
 rates=0.01,0.003,0.001 tuning_rates=0.003,0.001,0.0003,0.0001
-few=(4 40 400) few_steps=600 all_steps=2200 some=(--images 10000)
+few=(4 40 400) few_steps=300 all_steps=1400 some=(--images 10000)
 if [ -n "$short" ]; then
   steps=20 few=(4) few_steps=20 all_steps=20 rates=0.01 tuning_rates=0.001
   some=(--images 50)
@@ -34,7 +35,8 @@ fi
 every=$((steps / 12))
 probed=("$every" $((2 * every)) $((4 * every)) $((8 * every)) "$steps")
 [ -z "$short" ] || every=10 probed=(10 20)
-middle=${networks[$((${#networks[@]} / 2))]}
+subject=${networks[0]}
+for each in "${networks[@]}"; do [ "${each%%:*}" != "${SUBJECT:-}" ] || subject=$each; done
 igpt-data() { python -m data_prep "$@"; }
 igpt-ds() { python -m igpt_ds "$@"; }
 mkdir -p "$out"
@@ -101,7 +103,7 @@ pretrain() {
       --set "training.learning_rate=$(best_rate "$out/sweep-next_pixel")"
   done
   # shellcheck disable=SC2046
-  "${launch[@]}" pretrain "$out/bert" $(network "$middle" masked_pixel) \
+  "${launch[@]}" pretrain "$out/bert" $(network "$subject" masked_pixel) \
     --set "training.learning_rate=$(best_rate "$out/sweep-masked_pixel")"
 }
 
@@ -124,7 +126,7 @@ probe() {
 
 # One fine-tuning: RUN KIND LABELS OPTIONS...; KIND: tuned, scratch or bert; LABELS a class, 0 for all.
 tune() {
-  local run=$1 kind=$2 labels=$3 from=(--from "$out/${middle%%:*}") length=$few_steps
+  local run=$1 kind=$2 labels=$3 from=(--from "$out/${subject%%:*}") length=$few_steps
   shift 3
   [ "$kind" != bert ] || from=(--from "$out/bert")
   [ "$kind" != scratch ] || from+=(--from-scratch)
