@@ -1,4 +1,4 @@
-"""Read a file wherever it lies: a local path, or an http, https, s3 or gs URL through fsspec.
+"""Read a file wherever it lies: a local path, or an http, https, s3, gs or hf URL through fsspec.
 
 A remote file is fetched into an anonymous temporary file (in TMPDIR) before it is read: only then is it known to
 be whole, its members can be read in any order, and a connection that broke can be taken up by beginning again.
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from igpt_ds.errors import UserError
 
-PROTOCOLS = ("http", "https", "s3", "gs")
+PROTOCOLS = ("http", "https", "s3", "gs", "hf")
 _ATTEMPTS = 3
 _PASSING = {408, 425, 429}  # of the statuses 400 to 499, those that mean: later
 _CHUNK = 8 << 20
@@ -163,7 +163,11 @@ def filesystem(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        options = {"client_kwargs": {"trace_configs": [_redirects()]}} if scheme(url) in {"http", "https"} else {}
+        options: dict[str, Any] = {}
+        if scheme(url) in {"http", "https"}:
+            options = {"client_kwargs": {"trace_configs": [_redirects()]}}
+        elif scheme(url) == "hf":
+            options = {"endpoint": os.environ.get("HF_ENDPOINT")}  # a mirror
         remote, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A hub on this machine: the part of Hugging Face's HTTP interface that its client asks for one model."""
+"""A hub on this machine: the part of Hugging Face's HTTP interface that its client asks for models and data."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 
 class Hub(ThreadingHTTPServer):
@@ -37,7 +37,7 @@ class Hub(ThreadingHTTPServer):
 def commit_of(folder: Path) -> str:
     """40 hex digits that change with what is in the folder."""
     digest = hashlib.sha1()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -54,29 +54,48 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        self._answer(body=True)
+
     def _answer(self, body: bool) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
         if self.server.stalls.is_set():
             self.server.closing.wait(60)
             return
         parts = [unquote(part) for part in self.path.partition("?")[0].strip("/").split("/")]
-        if parts[:2] == ["api", "models"]:
-            self._describe("/".join(parts[2:4]), tree="tree" in parts[4:5])
-        elif len(parts) > 4 and parts[2] == "resolve":
+        if parts[0] == "api":  # api, models or datasets, user, repository, ...
+            self._describe("/".join(parts[2:4]), parts[4:])
+            return
+        if parts[0] == "datasets":
+            parts = parts[1:]
+        if len(parts) > 4 and parts[2] == "resolve":
             self._send("/".join(parts[:2]), "/".join(parts[4:]), body)
         else:
             self._refuse()
 
-    def _describe(self, name: str, tree: bool) -> None:
+    def _describe(self, name: str, more: list[str]) -> None:
         folder = self.server.repositories.get(name)
         if folder is None:
             self._refuse()
             return
-        files = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
-        text = json.dumps({"id": name, "modelId": name, "sha": commit_of(folder), "siblings": files, "tags": []})
-        if tree:
-            sizes = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir())]
-            text = json.dumps([{"type": "file", "path": each, "size": size, "oid": "0" * 40} for each, size in sizes])
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        text = json.dumps({"id": name, "sha": commit_of(folder), "siblings": [{"rfilename": n} for n in names]})
+        if more[:1] in (["tree"], ["paths-info"]):
+            asked = names
+            if more[0] == "paths-info":
+                fields = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+                asked = fields.get("paths", [])
+            elif len(more) > 2:
+                asked = [n for n in names if n.startswith("/".join(more[2:]) + "/")]
+            facts = [
+                {"type": "file", "path": n, "size": path.stat().st_size, "oid": "0" * 40}
+                for n, path in zip(names, paths, strict=True)
+                if n in asked
+            ]
+            folders = {n.rpartition("/")[0] for n in names} - {""}
+            facts += [{"type": "directory", "path": n, "oid": "0" * 40} for n in folders if n in asked]
+            text = json.dumps(facts)
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
@@ -93,12 +112,18 @@ class _Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(data).hexdigest() if large else hashlib.sha1(data).hexdigest()
         if file in self.server.damage:
             data = bytes(byte ^ 1 for byte in data)
-        self.send_response(200)
+        total, part = len(data), self.headers.get("Range", "").removeprefix("bytes=")
+        if part:
+            first, _, last = part.partition("-")
+            data = data[int(first) : int(last) + 1 if last else None]
+        self.send_response(206 if part else 200)
+        if part:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(data) - 1}/{total}")
         self.send_header("ETag", f'"{digest}"')
         self.send_header("X-Repo-Commit", commit_of(self.server.repositories[name]))
         if large:
             self.send_header("X-Linked-Etag", f'"{digest}"')
-            self.send_header("X-Linked-Size", str(len(data)))
+            self.send_header("X-Linked-Size", str(total))
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:

@@ -11,6 +11,7 @@ from data_prep.files import patterns, remote
 from data_prep.sources import parquet
 from data_prep.sources.parquet import split_of
 from igpt_ds.errors import UserError
+from tests.helpers.hub import hub as serve
 from tests.helpers.source_fixtures import decoded, everything, png, random_pixels, reason, refusal, streamed
 
 pa = pytest.importorskip("pyarrow")
@@ -299,3 +300,16 @@ def test_remote_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert everything(source) == everything(streamed("parquet", tmp_path))
     finally:
         store.rm("/hub", recursive=True)
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    simple(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", [1, 2])
+    simple(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet", [0])
+    with serve({"user/images": tmp_path / "hub"}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        source = streamed("parquet", "hf://datasets/user/images")
+        assert source.classes == CLASSES
+        assert everything(source) == everything(streamed("parquet", tmp_path / "hub"))
+        with pytest.raises(UserError, match="hf://datasets/user/none"):
+            streamed("parquet", "hf://datasets/user/none")
