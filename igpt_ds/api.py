@@ -281,6 +281,7 @@ def pretrain(
     """
     from igpt_ds.train.begin import pretraining
     from igpt_ds.train.launch import launch
+    from igpt_ds.train.signals import handlers_restored
 
     sources = [data] if isinstance(data, str | Path) else data
     facts = [
@@ -291,7 +292,8 @@ def pretrain(
     ]
     facts += [(key, value) for key, value in settings.items() if not isinstance(value, dict)]
     asked = pretraining(preset, Run(Path(run)), [str(source) for source in sources], facts, ds)
-    launch(asked, Run(Path(run)))
+    with handlers_restored():
+        launch(asked, Run(Path(run)))
     return Path(run)
 
 

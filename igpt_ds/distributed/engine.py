@@ -29,7 +29,7 @@ from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.distributed.zero_state import ZeroState
 from igpt_ds.errors import RunError
 from igpt_ds.memory import free_bytes
-from igpt_ds.model import classify
+from igpt_ds.model import attention, classify
 from igpt_ds.model.sampling import Drawing, images_at_once, sample
 from igpt_ds.model.transformer import Block, ImageGPT, Output, initialise
 from igpt_ds.objectives import load_objective
@@ -265,6 +265,7 @@ class Engine:
     def close(self) -> None:
         """Free the model and its optimiser; the process group stays (see `Ranks.leave`)."""
         self.deepspeed.destroy()
+        attention.leave()
         # hpZ's groups stay, and DeepSpeed fails where a second engine would make them again.
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 

@@ -44,6 +44,7 @@ class Ranks:
     neighbours: int = 1
     _control: Any = field(default=None, init=False, repr=False)
     _left: bool = field(default=False, init=False, repr=False)
+    _named: list[str] = field(default_factory=list, init=False, repr=False)  # variables that DeepSpeed asked for
 
     def join(self, hang_timeout: float = 900.0) -> "torch.device":
         """Meet the others, unless that is done; return this rank's device.
@@ -74,7 +75,9 @@ class Ranks:
                 # Nobody is met, but where one of these is missing DeepSpeed asks MPI.
                 alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
                 for name, value in {**alone, "MASTER_PORT": str(store.port)}.items():
-                    os.environ.setdefault(name, value)
+                    if name not in os.environ:
+                        os.environ[name] = value
+                        self._named.append(name)
             backend, timeout = "gloo" if gpu is None else "nccl", _longer_than(hang_timeout)
             store.set_timeout(timeout)  # where NCCL's ranks meet, at their first collective
             with self._met():
@@ -175,6 +178,8 @@ class Ranks:
         import torch.distributed as dist
 
         self._control, self._left = None, True
+        while self._named:
+            os.environ.pop(self._named.pop(), None)
         if dist.is_initialized():
             # Where DeepSpeed was used, it forgets its groups, too: a process may train again.
             door = sys.modules.get("deepspeed.comm.comm")

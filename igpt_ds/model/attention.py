@@ -29,13 +29,13 @@ OPERATORS = [
     )
 ]
 
-_chosen = ExitStack()  # never left
+_chosen = ExitStack()
 
 
 def choose(
     device: torch.device, dtype: torch.dtype, tokens: int, head_width: int, causal: bool, dropout: float = 0.0
 ) -> str:
-    """Put the kernels into their order for a device, in this process from now on; the one that a training then takes.
+    """Put the kernels into their order for a device, in this process until `leave`; the one that a training then takes.
 
     For the process and not for a call: what is computed again in the backward pass, or is compiled, takes the same one.
 
@@ -45,6 +45,11 @@ def choose(
     _chosen.enter_context(sdpa_kernel(_order(device, tokens), set_priority=True))
     q_BHTE = torch.empty(1, 1, tokens, head_width, dtype=dtype, device=device, requires_grad=True)
     return SDPBackend(torch._fused_sdp_choice(q_BHTE, q_BHTE, q_BHTE, None, dropout, causal)).name
+
+
+def leave() -> None:
+    """The order is torch's own again."""
+    _chosen.close()
 
 
 def _order(device: torch.device, tokens: int) -> list[SDPBackend]:

@@ -98,10 +98,14 @@ def read_run(path: Path, label: str = "") -> RunRecords:
         raise UserError(
             f"{path}: no run directory (no config.toml): name that of a training (of a search: one of its lr-*)"
         )
+    config = load_config(path / "config.toml")
+    unresolved = config.finetune is not None and config.finetune.classes is None
+    if unresolved or None in (config.data.resolution, config.data.palette_size):
+        raise UserError(f"{path / 'config.toml'}: lacks what a run takes of its data: resolution, palette or classes")
     return RunRecords(
         path=path,
         label=label or path.resolve().name,
-        config=load_config(path / "config.toml"),
+        config=config,
         metrics=[_numbers(line) for line in read_metrics(path / "metrics.jsonl")],
         evaluations={name: _read_all(path, evals.load(name)) for name in evals.names()},
         result=_if_there(path / "result.json", _RESULT, "igpt-ds finetune"),

@@ -5,9 +5,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 from igpt_ds.atomic import no_link
 from igpt_ds.run.directory import LOGGER
@@ -83,6 +85,19 @@ class StopRequest:
         """Ignore the scheduler from now on: Python's exit brings the deadly defaults back, and a notice that comes
         again then would turn a clean end into a failed one."""
         _handle((signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP), signal.SIG_IGN)
+
+
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Around a training that is a part of a longer program: what signals did before they do again."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                _handle((number,), cast(Handler, handler))
 
 
 _noticed: list[str] = []  # a scheduler's notice that came before there was a `StopRequest`

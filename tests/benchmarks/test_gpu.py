@@ -118,8 +118,8 @@ def test_the_harness_against_a_loop_of_ones_own() -> None:
 def test_a_kernel_that_falls_back_is_an_error(
     chosen: str, ran: str | None, dtype: torch.dtype, fault: str | None
 ) -> None:
-    head = SimpleNamespace(weight=torch.empty(0, dtype=dtype))
-    engine = SimpleNamespace(attention=chosen, module=SimpleNamespace(head=head))
+    module = SimpleNamespace(token_embedding=torch.empty(0, dtype=dtype))
+    engine = SimpleNamespace(attention=chosen, module=module)
 
     def step() -> None:
         if ran is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from igpt_ds import cli
+from igpt_ds.train.signals import handlers_restored
 from tests.helpers.ranks import ROOT, free_port, kill_group, quick_start
 
 
@@ -19,7 +20,8 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """`igpt-ds WORDS` in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["igpt-ds", *map(str, words)])
     try:
-        cli.main()
+        with handlers_restored():
+            cli.main()
     except SystemExit as end:
         assert end.code is None or isinstance(end.code, int)
         return end.code or 0

@@ -1,13 +1,16 @@
 """The Python API: every example of docs/api.md runs, and what it gives is what the command line gives."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -42,6 +45,16 @@ def test_the_import_is_light() -> None:
     assert done.stdout.startswith("False")
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = igpt_ds.lode  # type: ignore[attr-defined]
+
+
+def test_a_training_leaves_the_program_as_it_was(digits: Path, tmp_path: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers], dict(os.environ)
+    kernels = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+    igpt_ds.pretrain("tiny", digits, tmp_path / "run", training={"steps": 1, "batch": 8})
+    assert [signal.getsignal(number) for number in numbers] == before[0]
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & (set(os.environ) - set(before[1]))
+    assert torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True) == kernels
 
 
 def test_a_training_from_python_is_that_of_the_command_line(

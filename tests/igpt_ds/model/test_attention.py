@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def torchs_own_order() -> Iterator[None]:
     before = _cur_sdpa_kernel_backends(with_priority=True)
     yield
-    attention._chosen.close()
+    attention.leave()
     assert _cur_sdpa_kernel_backends(with_priority=True) == before
 
 
