@@ -26,7 +26,7 @@ steps=${STEPS:-3000}
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 read -ra networks <<<"${NETWORKS:-small:4:64:4 medium:6:96:4 large:8:128:4}"
 read -ra launch <<<"${LAUNCH:-python -m igpt_ds}"
-rates=0.01,0.003,0.001 tuning_rates=0.003,0.001,0.0003,0.0001
+rates=0.03,0.01,0.003,0.001 tuning_rates=0.003,0.001,0.0003,0.0001
 few=(4 40 400) few_steps=300 all_steps=1400 some=(--images 10000)
 if [ -n "$short" ]; then
   steps=20 few=(4) few_steps=20 all_steps=20 rates=0.01 tuning_rates=0.001
