@@ -25,6 +25,7 @@ from igpt_ds.errors import UserError
 from igpt_ds.reading import read_json
 
 FORMAT = "igpt-ds-tokens"
+SPLITS = ("train", "val", "test")
 VERSION = 1
 MOST_SIDE, MOST_ROWS = 1 << 15, 1 << 31  # of an image, of a block: what 64 bits hold as bytes
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # no dot (webdataset splits keys there) and no way out of the directory
@@ -88,6 +89,9 @@ class Manifest:
         try:
             data = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
+            if below := splits_in(Path(directory)):
+                names = ", ".join(path.name for path in below)
+                raise UserError(f"{directory}: holds the splits {names}: name one of them, e.g. {below[0]}") from None
             raise UserError(
                 f"{directory}: no manifest.json, half-built or not a dataset: run igpt-data shards again"
             ) from None
@@ -151,6 +155,11 @@ class Manifest:
         if (of_view != self.rows).any():
             return f"its shards hold {of_view[:8].tolist()} rows by view, but it says {self.rows} a view"
         return None
+
+
+def splits_in(folder: Path) -> list[Path]:
+    """The complete splits below a folder."""
+    return [folder / name for name in SPLITS if (folder / name / "manifest.json").is_file()]
 
 
 def _malformed(path: Path, what: str) -> UserError:

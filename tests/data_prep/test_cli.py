@@ -202,7 +202,7 @@ def test_bad_arguments(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("palette", images), "--out"),
         (("palette", "a", "b", "c", "--out", out), "reads one folder"),
         (("verify", tmp_path / "none"), "half-built or not a dataset"),
-        (("verify",), "DIRECTORY"),
+        (("verify",), "DATA"),
         (("polish",), "No such command"),
         (("--polish",), "No such option"),
     ]:
@@ -216,6 +216,16 @@ def test_another_dataset_in_the_way(small: Path, tmp_path: Path) -> None:
     assert "seed was 0 and is 5" in message
     assert "--force" in message
     assert igpt_data(*shards(small, tmp_path / "d", "--seed", 5, "--force")).returncode == 0
+
+
+def test_a_folder_of_splits_is_verified_whole_and_one_is_inspected(small: Path, tmp_path: Path) -> None:
+    assert igpt_data(*shards(small, tmp_path / "d", "--holdout", 0.5)).returncode == 0
+    told = igpt_data("verify", tmp_path / "d").stdout
+    assert f"{tmp_path}/d/train (train split" in told and f"{tmp_path}/d/val (val split" in told
+    assert told.count("every sha256 right") == 2
+    assert f"holds the splits train, val: name one of them, e.g. {tmp_path}/d/train" in refused(
+        "inspect", tmp_path / "d"
+    )
 
 
 def test_verify_names_the_damage(small: Path, tmp_path: Path) -> None:
