@@ -38,7 +38,7 @@ def verify(directory: Path, workers: int) -> None:
     click.echo("\n\n".join(told))
 
 
-def _verified(directory: Path, manifest: "Manifest", progress: Progress, executor: "Executor") -> str:
+def _verified(directory: Path, manifest: "Manifest", progress: Progress, executor: "Executor | None") -> str:
     from data_prep.check.verify import verify as read_again
 
     summary = read_again(directory, progress.tick, executor)
