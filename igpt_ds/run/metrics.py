@@ -61,6 +61,15 @@ def read_rollbacks(path: Path, warn: Callable[[str], None] = LOGGER.warning) -> 
     return [line for line in _told(path, warn, _suspects) if line.get("event") == "rollback"]
 
 
+def read_validations(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that tell a validation; the others are not parsed. Raises as `read_metrics`."""
+
+    def chosen(piece: bytes, lines: int) -> Iterable[bytes]:
+        return (raw if b'"val_loss"' in raw else b"" for raw in io.BytesIO(piece))
+
+    return [line for line in _told(path, lambda text: None, chosen) if "val_loss" in line]
+
+
 def _suspects(piece: bytes, lines: int) -> Iterable[bytes]:
     """Those of whole lines that must be parsed, beside blank ones, so that they keep their numbers."""
     if (b"}\n" + piece).count(b"}\n" + _LINE) != lines or not piece.endswith(b"}\n") or b"\0" in piece:

@@ -4,7 +4,8 @@ import math
 
 from igpt_ds.config.schema import Config
 from igpt_ds.dataset.palette import Palette
-from igpt_ds.run.metrics import read_metrics
+from igpt_ds.run.directory import Run
+from igpt_ds.run.metrics import read_validations
 from igpt_ds.weights.base import Weights
 
 _USE = """\
@@ -21,10 +22,14 @@ logits = model(torch.cat([start, tokens[:, :-1]], dim=1)).logits
 """
 
 
-def card(weights: Weights, config: Config, palette: Palette | None) -> str:
-    """README.md of the directory; tells nothing of the machine that it was trained on."""
+def card(weights: Weights, config: Config, palette: Palette | None, kind: str, classifier: bool) -> str:
+    """README.md of the directory; tells nothing of the machine that it was trained on.
+
+    Args:
+        kind: their class that it is read by.
+        classifier: whether that is the one with a class head.
+    """
     side, recipe = config.data.resolution, config.training
-    classifier = config.class_layer == config.model.layers
     task = "image-classification" if classifier else "unconditional-image-generation"
     objective = "autoregressive (next pixel)" if config.causal else "BERT (masked pixels)"
     elements = sum(math.prod(facts["shape"]) for facts in weights.tensors.values())
@@ -39,7 +44,6 @@ def card(weights: Weights, config: Config, palette: Palette | None) -> str:
         *((("validation loss", loss),) if (loss := _loss(weights)) else ()),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    kind = "ImageGPTForImageClassification" if classifier else "ImageGPTForCausalImageModeling"
     use = _USE.format(kind=kind, k=config.palette_size) if config.causal else ""
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- image-gpt\n---\n\n# {config.name}\n\n"
@@ -51,7 +55,10 @@ def card(weights: Weights, config: Config, palette: Palette | None) -> str:
 
 def _loss(weights: Weights) -> str:
     """Of a run's checkpoint that was validated; "" where it is not known."""
-    for line in read_metrics(weights.path.parent.parent / "metrics.jsonl", lambda text: None):
-        if line.get("step") == weights.step and isinstance(line.get("val_loss"), float):
+    run = Run(weights.path.parent.parent)
+    if weights.path.parent != run.checkpoints:
+        return ""
+    for line in read_validations(run.metrics):
+        if line["step"] == weights.step and isinstance(line["val_loss"], float):
             return f"{line['val_loss']:.4f} nats a token, {line.get('val_images', 0):,} images"
     return ""

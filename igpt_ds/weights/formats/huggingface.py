@@ -243,7 +243,7 @@ def write(
     )
     if palette is not None:
         _write_json(folder / CLUSTERS, _their_processor(config, palette))
-    publish_text(folder / "README.md", card(weights, config, palette))
+    publish_text(folder / "README.md", card(weights, config, palette, _their_class(config), has_score(config)))
     return digests
 
 
@@ -254,6 +254,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 def has_score(config: Config) -> bool:
     """Whether there is a class head where their classifier has its own: on the final norm's features."""
     return config.class_layer == config.model.layers
+
+
+def _their_class(config: Config) -> str:
+    return "ImageGPTForImageClassification" if has_score(config) else "ImageGPTForCausalImageModeling"
 
 
 def _class_names(config: Config) -> list[str]:
@@ -267,10 +271,9 @@ def _class_names(config: Config) -> list[str]:
 
 def _their_config(config: Config, precision: Precision) -> dict[str, Any]:
     # Their class would run a BERT model with a causal mask, so it is not named as the one to run it with.
-    kind = "ImageGPTForImageClassification" if has_score(config) else "ImageGPTForCausalImageModeling"
     labels = _class_names(config) if has_score(config) else []
     return {
-        **({"architectures": [kind]} if config.causal else {}),
+        **({"architectures": [_their_class(config)]} if config.causal else {}),
         **({"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}} if labels else {}),
         "model_type": "imagegpt",
         "vocab_size": config.palette_size + 1,

@@ -181,6 +181,10 @@ def test_the_model_card_tells_the_training_and_its_code_runs(tmp_path: Path, dig
     loss = next(line["val_loss"] for line in read_metrics(run / "metrics.jsonl") if "val_loss" in line)
     assert "2 of 2 steps of 8 images, float32" in text and f"{loss:.4f} nats a token, 67 images" in text
     assert f"{parameter_count(config_of(open_weights(run))):,}" in text and str(tmp_path) not in text
+    # Other weights that lie in a run are not its checkpoint, whatever their step is.
+    convert(run, run / "exported" / "single", "safetensors")
+    convert(run / "exported" / "single", tmp_path / "again", "hf")
+    assert "validation loss" not in (tmp_path / "again" / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     image = np.zeros((8, 8, 3), np.uint8)
     known: dict[str, Any] = {"FOLDER": str(tmp_path / "hf"), "image": image}
