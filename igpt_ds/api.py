@@ -25,7 +25,7 @@ from igpt_ds.dataset.manifest import Manifest
 from igpt_ds.dataset.palette import Palette
 from igpt_ds.distributed.ranks import Ranks
 from igpt_ds.errors import RunError, UserError
-from igpt_ds.features.extract import Norm, Precision, load_model
+from igpt_ds.features.extract import TOKENS, Norm, Precision, load_model
 from igpt_ds.images.decode import RejectError, decode, upright
 from igpt_ds.images.transforms import Transform, evaluation
 from igpt_ds.model.sampling import Drawing
@@ -40,8 +40,6 @@ from igpt_ds.weights.formats import open_weights
 from igpt_ds.weights.placed import parse_placement
 
 Images = np.ndarray | Sequence[np.ndarray | Image.Image | Path | str]
-
-_TOKENS = 1 << 16  # in one forward pass: 64 images of 32², 16 of 64²
 
 
 def load(
@@ -228,7 +226,7 @@ class Model:
             raise UserError(f"tokens {list(tokens.shape)}: the model takes [N, {n}], of one image or more")
         if tokens.min() < 0 or tokens.max() >= self.config.palette_size:
             raise UserError(f"tokens from {tokens.min()} to {tokens.max()}: the model knows {self.config.palette_size}")
-        size = max(1, _TOKENS // n)
+        size = max(1, TOKENS // n)
         for first in range(0, len(tokens), size):
             yield torch.from_numpy(tokens[first : first + size].astype(np.int64)).to(device)
 
@@ -306,8 +304,9 @@ def evaluate(name: str, where: Path | str, data: Path | str | None = None, **opt
         data: folder of the splits; None: the run's own.
         options: of the verb, with _ for -; json_path names the record's file.
     """
-    found = {evals.load(module).NAME: evals.load(module) for module in evals.names()}
-    if name not in found:
-        raise UserError(f"evaluation {name}: there is none: choose from {', '.join(sorted(found))}")
-    done = evals.evaluate(found[name], Path(where), data=None if data is None else str(data), **options)
+    found = evals.of_verb(name)
+    if found is None:
+        verbs = sorted(evals.load(module).NAME for module in evals.names())
+        raise UserError(f"evaluation {name}: there is none: choose from {', '.join(verbs)}")
+    done = evals.evaluate(found, Path(where), data=None if data is None else str(data), **options)
     return {} if done is None else done[0]

@@ -86,8 +86,8 @@ class Verbs(click.Group):
         if cmd_name in _modules():
             command: click.Command = getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
             return command
-        found = (evals.load(name) for name in evals.names())
-        return next((_evaluation(each) for each in found if cmd_name == each.NAME), None)
+        found = evals.of_verb(cmd_name)
+        return None if found is None else _evaluation(found)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

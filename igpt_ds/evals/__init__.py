@@ -141,6 +141,11 @@ def load(name: str) -> Evaluation:
     return cast(Evaluation, importlib.import_module(f"{__name__}.{name}"))
 
 
+def of_verb(verb: str) -> Evaluation | None:
+    """The evaluation of a verb; None: there is none."""
+    return next((each for each in map(load, names()) if verb == each.NAME), None)
+
+
 def stem(evaluation: Evaluation) -> str:
     """What the names of its records begin with."""
     return evaluation.NAME.replace("-", "_")

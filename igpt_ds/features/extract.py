@@ -39,7 +39,7 @@ Precision = Literal["float32", "bfloat16"]
 Store = Literal["float32", "float16"]
 T = TypeVar("T")
 
-_TOKENS = 1 << 16  # in one forward pass of a rank: 64 images of 32², 16 of 64²
+TOKENS = 1 << 16  # in one forward pass of a rank: 64 images of 32², 16 of 64²
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Network:
     ):
         self.placement = placement
         self.config, self.checkpoint, self.recipe, self.ranks = config, checkpoint, recipe, ranks
-        self.batch = batch or max(1, _TOKENS // config.sequence_length)
+        self.batch = batch or max(1, TOKENS // config.sequence_length)
         division = Division(ranks.world, self.batch, 1)
         training = {
             "precision": recipe.precision,

@@ -42,7 +42,7 @@ def parse_placement(device_map: str | None, max_memory: str | None) -> Placement
     from accelerate.utils import convert_file_size_to_int
 
     sizes: dict[str, int] = {}
-    for part in (max_memory or "").split(",") if max_memory else []:
+    for part in max_memory.split(",") if max_memory else ():
         name, _, size = part.strip().partition("=")
         try:
             sizes[name] = int(size) if size.isdecimal() else int(convert_file_size_to_int(size))
@@ -79,9 +79,8 @@ def place(config: Config, weights: Weights, precision: str, placement: Placement
             else:
                 set_module_tensor_to_device(model, name, where[part], value=value)
         save_offload_index(index, folder)
-    logging.getLogger("accelerate.big_modeling").setLevel(
-        logging.ERROR
-    )  # that some lie elsewhere is what was asked for
+    # That some parameters lie elsewhere is what was asked for.
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following device_map keys do not match")  # parameters of no module
         placed: ImageGPT = dispatch_model(model, where, main_device=where["token_embedding"], offload_dir=folder)
@@ -114,9 +113,10 @@ def _device_map(model: ImageGPT, dtype: torch.dtype, placement: Placement) -> di
     where: dict[str, int | str] = dict.fromkeys(sizes, main)
     for number, elements in enumerate(blocks):
         size = dtype.itemsize * elements
-        place = next((place for place, free in left.items() if free >= size and place != "disk"), "disk")
-        where[f"blocks.{number}"] = place
-        left[place] = left.get(place, 0) - size
+        place = next((place for place, free in left.items() if free >= size), None)
+        where[f"blocks.{number}"] = "disk" if place is None else place
+        if place is not None:
+            left[place] -= size
     return where
 
 

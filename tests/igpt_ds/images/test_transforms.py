@@ -1,7 +1,5 @@
 """The paper's two crops, and the fast decoder held against the exact one."""
 
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,16 +8,7 @@ from sklearn.datasets import load_sample_images
 from igpt_ds.images import transforms
 from igpt_ds.images.decode import reduced
 from igpt_ds.images.transforms import RejectError, Transform, _resized, decode, evaluation
-
-
-def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
+from tests.igpt_ds.images.test_decode import encode, noise
 
 
 def test_training_views_depend_on_seed_id_and_view_alone() -> None:
